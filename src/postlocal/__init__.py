@@ -1,0 +1,52 @@
+"""Data-parallel PyTorch training that communicates seldom.
+
+`attach` puts a training loop under a `Strategy`; the modules are its axes. See `postlocal.sync`.
+"""
+
+from importlib.metadata import version
+
+from postlocal import (
+    checkpoint,
+    errors,
+    guard,
+    meter,
+    outer,
+    schedule,
+    strategies,
+    topology,
+    virtual,
+    wire,
+)
+from postlocal.errors import (
+    CheckpointError,
+    DisagreementError,
+    NonFiniteError,
+    PeerError,
+    PostlocalError,
+)
+from postlocal.strategies import Strategy
+from postlocal.sync import Sync, attach
+
+__version__ = version("postlocal")
+
+__all__ = [
+    "CheckpointError",
+    "DisagreementError",
+    "NonFiniteError",
+    "PeerError",
+    "PostlocalError",
+    "Strategy",
+    "Sync",
+    "__version__",
+    "attach",
+    "checkpoint",
+    "errors",
+    "guard",
+    "meter",
+    "outer",
+    "schedule",
+    "strategies",
+    "topology",
+    "virtual",
+    "wire",
+]

@@ -1,0 +1,94 @@
+"""What ranks tell each other at a synchronization, beside the tensors: a few numbers each."""
+
+import torch
+from torch import Tensor
+
+from postlocal.errors import DisagreementError
+from postlocal.group import Group
+
+_FIELDS = ("weight", "square", "step", "planned", "lr", "layout")
+BYTES = 8 * len(_FIELDS)
+"""Bytes that one rank tells each other one."""
+
+
+class Ballot:
+    """One row of numbers a rank, exchanged while the tensors travel.
+
+    Args:
+        group: who synchronizes.
+        device: where collectives of the group take tensors from.
+        weight: of this rank's contribution in the mean.
+        square: squared norm of this rank's contribution.
+        step: steps this rank has taken.
+        planned: steps of the round that this rank plans next.
+        lr: this rank's learning rate, for messages.
+        layout: a number that tells layouts of optimizer states apart.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        device: torch.device,
+        *,
+        weight: float,
+        square: float,
+        step: int,
+        planned: int,
+        lr: float,
+        layout: int,
+    ) -> None:
+        self.weight = weight
+        row = torch.tensor([weight, square, step, planned, lr, layout], dtype=torch.float64)
+        self._output = torch.empty(group.size * len(_FIELDS), dtype=torch.float64, device=device)
+        self._work = group.all_gather(self._output, row.to(device))
+        self._rows: Tensor | None = None
+
+    def total_weight(self) -> float:
+        """Sum of all weights; 1 where all are 0 (and so is the sum of the contributions)."""
+        return float(self._column("weight").sum()) or 1.0
+
+    @property
+    def excluded(self) -> tuple[int, ...]:
+        """Ranks of the group whose contribution has no weight."""
+        return tuple((self._column("weight") == 0).nonzero().flatten().tolist())
+
+    @property
+    def unanimous(self) -> bool:
+        """Whether all ranks have the same layout of optimizer state."""
+        return bool((self._column("layout") == self._column("layout")[0]).all())
+
+    def mean_square(self) -> float:
+        """Weighted mean of the contributions' squared norms."""
+        weights = self._column("weight")
+        squares = self._column("square").where(weights > 0, 0.0)
+        return float((weights * squares).sum()) / self.total_weight()
+
+    def _column(self, name: str) -> Tensor:
+        return self._wait()[:, _FIELDS.index(name)]
+
+    def _wait(self) -> Tensor:
+        if self._rows is None:
+            self._work.wait()
+            self._rows = self._output.cpu().view(-1, len(_FIELDS))
+            self._check_clocks()
+        return self._rows
+
+    def _check_clocks(self) -> None:
+        steps, planned, lrs = (self._column(name) for name in ("step", "planned", "lr"))
+        if (rank := _odd_one(steps)) is not None:
+            raise DisagreementError(
+                f"ranks are not at the same step: rank {rank} of the group has taken "
+                f"{steps[rank]:.0f} steps, rank 0 {steps[0]:.0f}; call sync.step() once an "
+                "iteration on every rank, also where the optimizer was skipped"
+            )
+        if (rank := _odd_one(planned)) is not None:
+            raise DisagreementError(
+                f"ranks plan different rounds: rank {rank} of the group {planned[rank]:.0f} steps "
+                f"at learning rate {lrs[rank]:g}, rank 0 {planned[0]:.0f} steps at {lrs[0]:g}; "
+                "the schedule follows the learning rate, which must be the same on every rank"
+            )
+
+
+def _odd_one(column: Tensor) -> int | None:
+    differing = (column != column[0]).nonzero().flatten().tolist()
+    return differing[0] if differing else None

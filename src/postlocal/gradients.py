@@ -1,0 +1,159 @@
+"""Where gradients meet: a DDP model whose gradients are reduced at the level of the round.
+
+No `from __future__ import annotations` here: torch checks the hook's annotations by identity.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from postlocal.group import Group, Processes
+from postlocal.meter import Meter
+from postlocal.schedule import RANK, WORLD
+from postlocal.topology import Layout
+from postlocal.wire import Wire, mean_
+
+
+class Local:
+    """Gradients of a model that nothing reduces: they stay on their rank."""
+
+    def use(self, level: str) -> None:
+        """Refuse any level but ``"rank"``.
+
+        Raises:
+            ValueError: naming the level and the fix.
+        """
+        if level != RANK:
+            raise ValueError(
+                f"the schedule averages gradients at level {level!r}, and model has nothing that "
+                "reduces gradients: wrap it in torch.nn.parallel.DistributedDataParallel, or "
+                "choose a schedule with gradients='rank'"
+            )
+
+    def check(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+class Reduced:
+    """Gradients of a DistributedDataParallel model, reduced by a communication hook of ours.
+
+    In rounds at level ``"rank"`` DDP is told to leave gradients alone: nothing is copied to
+    buckets, and neither its broadcast of buffers nor its search for unused parameters
+    communicates. At level ``"world"`` the arithmetic is DDP's own, bit for bit.
+
+    Args:
+        model: the DDP module; it must have no communication hook yet.
+        layout: this rank's groups, for gradients only.
+        wire: how gradients travel.
+        meter: where bytes and exposed waiting are counted.
+
+    Raises:
+        ValueError: if the model already has a communication hook.
+    """
+
+    def __init__(
+        self, model: DistributedDataParallel, layout: Layout, wire: Wire, meter: Meter
+    ) -> None:
+        self._model = model
+        self._layout = layout
+        self._wire = wire
+        self._meter = meter
+        self._group: Group = layout[WORLD]
+        self._syncs_buffers = model.broadcast_buffers
+        self._reducing = True
+        self._courier = ThreadPoolExecutor(1, "postlocal-gradients") if wire.lossy else None
+        try:
+            model.register_comm_hook(self, _hook)
+        except RuntimeError as error:
+            raise ValueError(
+                "model already has a communication hook, and a strategy needs its own: build the "
+                "DistributedDataParallel without one and give the strategy a gradient_wire"
+            ) from error
+
+    def use(self, level: str) -> None:
+        """Reduce gradients at ``level`` from the next backward pass on."""
+        self._group = self._layout[level]
+        self._reducing = level != RANK
+        self._model.require_backward_grad_sync = self._reducing
+        self._model.broadcast_buffers = self._syncs_buffers and level == WORLD
+
+    def check(self) -> None:
+        """Notice a caller inside ``no_sync()``, which would undo what `use` sets.
+
+        Raises:
+            RuntimeError: with the fix.
+        """
+        if self._reducing and not self._model.require_backward_grad_sync:
+            raise RuntimeError(
+                "sync.step() was called inside model.no_sync(): call it after the with block, "
+                "once for each optimizer step"
+            )
+
+    def close(self) -> None:
+        """End the communication thread, if there is one."""
+        if self._courier is not None:
+            self._courier.shutdown()
+
+    def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+        """Start the mean of one bucket over the group of the round."""
+        buffer = bucket.buffer()
+        if self._group.size == 1:
+            future = Future[Tensor]()
+            future.set_result(buffer)
+            return future
+        launch = self._all_reduce if self._courier is None else self._exchange
+        future = launch(buffer, self._group)
+        # Nothing is left to compute when the last bucket is handed over: from there on it waits.
+        return future.then(self._waited(time.perf_counter())) if bucket.is_last() else future
+
+    def _all_reduce(self, buffer: Tensor, group: Group) -> Future[Tensor]:
+        assert isinstance(group, Processes)
+        size = group.size
+        self._meter.count(
+            "gradients", 2 * (size - 1) * math.ceil(buffer.numel() / size) * buffer.itemsize
+        )
+        buffer.mul_(1 / size)  # by the reciprocal and before the sum, to round as DDP does
+        work = dist.all_reduce(buffer, group=group.process_group, async_op=True)
+        assert work is not None
+        future: Future[list[Tensor]] = work.get_future()
+        return future.then(lambda done: done.value()[0])
+
+    def _exchange(self, buffer: Tensor, group: Group) -> Future[Tensor]:
+        # Exchanges of several legs run on one thread: in one order on all ranks, beside backward.
+        assert self._courier is not None
+        devices: list[int | str | torch.device] = (
+            [] if buffer.device.type == "cpu" else [buffer.device]
+        )
+        future = Future[Tensor](devices=devices)
+
+        def exchange() -> None:
+            try:
+                with torch.no_grad():
+                    self._meter.count("gradients", mean_([buffer], group, self._wire))
+                future.set_result(buffer)
+            except Exception as error:
+                future.set_exception(error)  # type: ignore[arg-type]
+
+        self._courier.submit(exchange)
+        return future
+
+    def _waited(self, start: float) -> Callable[[Future[Tensor]], Tensor]:
+        def stop(done: Future[Tensor]) -> Tensor:
+            self._meter.wait(time.perf_counter() - start)
+            return done.value()
+
+        return stop
+
+
+def _hook(gradients: Reduced, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+    return gradients.reduce(bucket)

@@ -1,0 +1,258 @@
+"""Who takes part in a collective: a process group of torch, a rank alone, or threads.
+
+`Group` is all that the layers above know of communication. `Processes` is torch.distributed,
+`Alone` is a world of one rank, and `postlocal.virtual` has the third, an in-process one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed import distributed_c10d
+
+from postlocal.errors import PeerError
+
+Value = TypeVar("Value")
+Operation = Literal["sum", "max"]
+_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class Work(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> None:
+        """Block until the result is there.
+
+        Raises:
+            PeerError: if a rank did not take part in time; the message names it.
+        """
+        ...
+
+
+class Group(Protocol):
+    """Ranks that communicate. Every method but `arrive` is collective and works in place.
+
+    Attributes:
+        rank: this rank's index in the group, from 0.
+        size: number of ranks.
+    """
+
+    rank: int
+    size: int
+
+    def all_reduce(self, tensor: Tensor, operation: Operation = "sum") -> Work:
+        """Replace ``tensor``, contiguous and of one shape on all ranks, by its sum or maximum."""
+        ...
+
+    def all_gather(self, output: Tensor, tensor: Tensor) -> Work:
+        """Concatenate all ranks' ``tensor``, shape ``(n,)``, into ``output``, ``(size * n,)``."""
+        ...
+
+    def all_to_all(self, output: Tensor, tensor: Tensor) -> Work:
+        """Send the i-th of ``size`` equal parts of ``tensor`` to rank i; receive theirs."""
+        ...
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Work:
+        """Replace ``tensor`` by that of the group's rank ``source``."""
+        ...
+
+    def all_gather_object(self, value: Value) -> list[Value]:
+        """All ranks' values, in the order of ranks."""
+        ...
+
+    def subgroup(self, partition: Sequence[Sequence[int]]) -> "Group":
+        """The part of this group that holds this rank, as a group of its own."""
+        ...
+
+    def arrive(self, step: int) -> None:
+        """Leave word that this rank came to the synchronization after ``step`` (0: to attach)."""
+        ...
+
+
+class Done:
+    """Work that was complete when its call returned."""
+
+    def wait(self) -> None:
+        return None
+
+
+class Alone:
+    """A world of one rank: every collective is the identity."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, tensor: Tensor, operation: Operation = "sum") -> Work:
+        return Done()
+
+    def all_gather(self, output: Tensor, tensor: Tensor) -> Work:
+        output.copy_(tensor)
+        return Done()
+
+    def all_to_all(self, output: Tensor, tensor: Tensor) -> Work:
+        output.copy_(tensor)
+        return Done()
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Work:
+        return Done()
+
+    def all_gather_object(self, value: Value) -> list[Value]:
+        return [value]
+
+    def subgroup(self, partition: Sequence[Sequence[int]]) -> "Group":
+        return self
+
+    def arrive(self, step: int) -> None:
+        return None
+
+
+class Processes:
+    """Ranks of torch.distributed.
+
+    Args:
+        process_group: the group of torch, of any backend that has the collectives above; gloo
+            and NCCL do.
+        timeout: how long a collective of a subgroup waits for a missing rank; None: as long as
+            torch's default group does.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
+        self._adopt(process_group, timeout, _Roll(process_group))
+
+    def _adopt(
+        self, process_group: dist.ProcessGroup, timeout: timedelta | None, roll: "_Roll"
+    ) -> None:
+        self.process_group = process_group
+        self.rank = dist.get_rank(process_group)
+        self.size = dist.get_world_size(process_group)
+        self._timeout = timeout
+        self._roll = roll
+
+    def all_reduce(self, tensor: Tensor, operation: Operation = "sum") -> Work:
+        return self._launch(
+            lambda: dist.all_reduce(
+                tensor, _OPERATIONS[operation], group=self.process_group, async_op=True
+            )
+        )
+
+    def all_gather(self, output: Tensor, tensor: Tensor) -> Work:
+        return self._launch(
+            lambda: dist.all_gather_into_tensor(
+                output, tensor, group=self.process_group, async_op=True
+            )
+        )
+
+    def all_to_all(self, output: Tensor, tensor: Tensor) -> Work:
+        return self._launch(
+            lambda: dist.all_to_all_single(output, tensor, group=self.process_group, async_op=True)
+        )
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Work:
+        return self._launch(
+            lambda: dist.broadcast(
+                tensor, group=self.process_group, group_src=source, async_op=True
+            )
+        )
+
+    def all_gather_object(self, value: Value) -> list[Value]:
+        values: list[Any] = [None] * self.size
+        with self._naming_the_missing():
+            dist.all_gather_object(values, value, group=self.process_group)
+        return values
+
+    def subgroup(self, partition: Sequence[Sequence[int]]) -> Group:
+        members = next(part for part in partition if self.rank in part)
+        if len(members) == 1:
+            return Alone()
+        ranks = [dist.get_global_rank(self.process_group, member) for member in members]
+        with self._naming_the_missing():
+            created = dist.new_group(ranks, timeout=self._timeout, use_local_synchronization=True)
+        group = Processes.__new__(Processes)
+        group._adopt(created, self._timeout, self._roll)
+        return group
+
+    def arrive(self, step: int) -> None:
+        self._roll.arrive(step)
+
+    def _launch(self, collective: Callable[[], dist.Work | None]) -> Work:
+        with self._naming_the_missing():
+            work = collective()
+        return Done() if work is None else _Pending(work, self)
+
+    @contextmanager
+    def _naming_the_missing(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            members = dist.get_process_group_ranks(self.process_group)
+            raise PeerError(self._roll.explain(error, members)) from error
+
+
+class _Pending:
+    def __init__(self, work: dist.Work, group: Processes) -> None:
+        self._work = work
+        self._group = group
+
+    def wait(self) -> None:
+        with self._group._naming_the_missing():
+            self._work.wait()
+
+
+class _Roll:
+    """Who came how far, kept in the store that the ranks met at.
+
+    Collectives that fail say that a connection broke or a time ran out, not who is missing. So
+    each rank leaves word in the store before it synchronizes (one small message, no answer
+    awaited), and a rank whose collective failed reads there who did not.
+    """
+
+    _opened = 0
+
+    def __init__(self, process_group: dist.ProcessGroup) -> None:
+        _Roll._opened += 1
+        prefix = f"postlocal/{process_group.group_name}/{_Roll._opened}/"
+        self._store = PrefixStore(prefix, distributed_c10d._get_default_store())
+        self._step = 0
+
+    def arrive(self, step: int) -> None:
+        self._step = step
+        self._store.set(str(dist.get_rank()), str(step))
+
+    def explain(self, error: RuntimeError, members: Sequence[int]) -> str:
+        reason = str(error).splitlines()[0]
+        place = _place(self._step)
+        try:
+            seen = {rank: self._last_seen(rank) for rank in members}
+        except RuntimeError:
+            return f"{place} failed and the store of the process group is gone: {reason}"
+        missing = [
+            f"rank {rank} ({'never seen' if step is None else f'last seen at {_place(step)}'})"
+            for rank, step in seen.items()
+            if step is None or step < self._step
+        ]
+        if not missing:
+            return f"a connection broke during {place}: {reason}"
+        return f"missing at {place}: {', '.join(missing)}: {reason}"
+
+    def _last_seen(self, rank: int) -> int | None:
+        key = str(rank)
+        return int(self._store.get(key)) if self._store.check([key]) else None
+
+
+def _place(step: int) -> str:
+    return f"the synchronization after step {step}" if step else "attach"
+
+
+def resolve(process_group: dist.ProcessGroup | Group | None, timeout: timedelta | None) -> Group:
+    """The group that a caller means: torch's default for None, `Alone` where there is none."""
+    if process_group is None:
+        if not dist.is_available() or not dist.is_initialized():
+            return Alone()
+        return Processes(dist.group.WORLD, timeout)  # type: ignore[arg-type]
+    if isinstance(process_group, dist.ProcessGroup):
+        return Processes(process_group, timeout)
+    return process_group

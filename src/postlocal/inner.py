@@ -1,0 +1,103 @@
+"""The inner optimizer, the user's: its learning rate, and its state at a synchronization."""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from postlocal.group import Group
+from postlocal.replica import Replica
+from postlocal.tensors import weigh_
+from postlocal.wire import Divisor, fp32, maximum_, mean_
+
+
+class Inner:
+    """View of an optimizer by the names of a replica's parameters.
+
+    Args:
+        optimizer: the user's.
+        replica: the parameters that are synchronized.
+
+    Raises:
+        ValueError: if the optimizer holds none of them.
+    """
+
+    def __init__(self, optimizer: Optimizer, replica: Replica) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.optimizer = optimizer
+        self._parameters = {n: p for n, p in replica.parameters.items() if id(p) in held}
+        if not self._parameters:
+            raise ValueError(
+                "optimizer must hold parameters of model, got one that holds none of them: make it "
+                "from model.parameters()"
+            )
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first parameter group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def describe(self) -> list[str]:
+        """One line for each tensor of its state, in the order in which `average_` takes them."""
+        return [
+            f"{name}|{key}|{tuple(tensor.shape)}|{str(tensor.dtype).removeprefix('torch.')}"
+            for name, key, tensor in self._state()
+        ]
+
+    def layout(self) -> int:
+        """A number, exact in fp64, that tells descriptions apart."""
+        text = "\n".join(self.describe())
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest())
+
+    def reset(self) -> None:
+        """Forget all state, as a new optimizer would."""
+        self.optimizer.state.clear()
+
+    def heal(self) -> None:
+        """Zero every tensor of the state that holds infinities or NaN."""
+        for _, _, tensor in self._state():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                tensor.zero_()
+
+    def average_(self, group: Group, weight: float, divisor: Divisor, unanimous: bool) -> int:
+        """Replace the state by its mean over a group, counters of steps by the largest.
+
+        A tensor that a rank does not have yet, since its parameter never had a gradient there,
+        counts as zeros.
+
+        Args:
+            group: who takes part.
+            weight: of this rank in the mean.
+            divisor: gives the sum of the weights.
+            unanimous: whether all ranks have the same `layout`.
+
+        Returns:
+            Bytes of payload that this rank sent.
+        """
+        if not unanimous:
+            self._complete(group)
+        tensors = [tensor for _, _, tensor in self._state()]
+        moments = [t for t in tensors if t.dim() and t.is_floating_point()]
+        counters = [t for t in tensors if not (t.dim() and t.is_floating_point())]
+        weigh_(moments, weight)
+        sent = mean_(moments, group, fp32(), divisor)
+        return sent + maximum_(counters, group, moments[0].device if moments else None)
+
+    def _state(self) -> Iterator[tuple[str, str, Tensor]]:
+        for name, parameter in self._parameters.items():
+            state = self.optimizer.state.get(parameter, {})
+            for key in sorted(state):
+                if isinstance(state[key], Tensor):
+                    yield name, key, state[key]
+
+    def _complete(self, group: Group) -> None:
+        lines = {line for theirs in group.all_gather_object(self.describe()) for line in theirs}
+        for line in lines.difference(self.describe()):
+            name, key, shape, dtype = line.rsplit("|", 3)
+            parameter = self._parameters[name]
+            lengths = [int(length) for length in shape.strip("()").split(",") if length.strip()]
+            device = parameter.device if lengths else torch.device("cpu")
+            zeros = torch.zeros(lengths, dtype=getattr(torch, dtype), device=device)
+            self.optimizer.state[parameter][key] = zeros

@@ -1,0 +1,113 @@
+"""What communication costs: bytes sent by purpose, seconds waited, and drift, sync by sync."""
+
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Purpose = Literal["gradients", "parameters", "buffers", "optimizer", "control"]
+
+
+@dataclass
+class SyncRecord:
+    """One synchronization.
+
+    Attributes:
+        step: optimizer steps taken before it.
+        level: with whom.
+        payload_bytes: bytes this rank sent, by purpose.
+        wait_seconds: seconds that training stood still.
+        drift: how far replicas were apart: root mean square distance from their mean, relative
+            to the norm of the mean. NaN where no replica was finite.
+        excluded: ranks of the level's group whose contribution was left out of the mean.
+    """
+
+    step: int
+    level: str
+    payload_bytes: dict[str, int] = field(default_factory=dict)
+    wait_seconds: float = 0.0
+    drift: float = math.nan
+    excluded: tuple[int, ...] = ()
+
+
+class Meter:
+    """Counts what this rank sends and how long it waits.
+
+    Payload is what an algorithm sends, without the framing of any protocol below it.
+
+    Args:
+        history: number of latest records kept in `records`.
+
+    Attributes:
+        payload_bytes: bytes sent since the start, by purpose: ``gradients``, ``parameters``,
+            ``buffers``, ``optimizer`` (its state) and ``control``.
+        wait_seconds: seconds that training stood still for communication.
+        syncs: number of synchronizations.
+        excluded: number of contributions left out of a mean.
+        records: the latest synchronizations, oldest first.
+
+    Example:
+        >>> meter = Meter()
+        >>> with meter.sync(step=16, level="world") as record:
+        ...     meter.count("parameters", 4096)
+        >>> meter.total_bytes, record.payload_bytes["parameters"], meter.syncs
+        (4096, 4096, 1)
+    """
+
+    def __init__(self, history: int = 1000) -> None:
+        self.payload_bytes: Counter[str] = Counter()
+        self.wait_seconds = 0.0
+        self.syncs = 0
+        self.excluded = 0
+        self.records: deque[SyncRecord] = deque(maxlen=history)
+        self._open: SyncRecord | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes sent since the start, for every purpose."""
+        return sum(self.payload_bytes.values())
+
+    def count(self, purpose: Purpose, payload_bytes: int) -> None:
+        """Add bytes sent, to the total and to the synchronization under way if there is one."""
+        self.payload_bytes[purpose] += payload_bytes
+        if self._open is not None:
+            before = self._open.payload_bytes.get(purpose, 0)
+            self._open.payload_bytes[purpose] = before + payload_bytes
+
+    def wait(self, seconds: float) -> None:
+        """Add seconds that training stood still."""
+        self.wait_seconds += seconds
+
+    @contextmanager
+    def sync(self, step: int, level: str) -> Iterator[SyncRecord]:
+        """Record the synchronization that happens inside the ``with`` block."""
+        record = self._open = SyncRecord(step, level)
+        start = time.perf_counter()
+        try:
+            yield record
+        finally:
+            self._open = None
+        record.wait_seconds = time.perf_counter() - start
+        self.wait(record.wait_seconds)
+        self.syncs += 1
+        self.excluded += len(record.excluded)
+        self.records.append(record)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The totals, as plain values; `records` start anew after a resume."""
+        return {
+            "payload_bytes": dict(self.payload_bytes),
+            "wait_seconds": self.wait_seconds,
+            "syncs": self.syncs,
+            "excluded": self.excluded,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting from a saved state."""
+        self.payload_bytes = Counter(state["payload_bytes"])
+        self.wait_seconds = state["wait_seconds"]
+        self.syncs = state["syncs"]
+        self.excluded = state["excluded"]

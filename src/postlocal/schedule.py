@@ -1,0 +1,298 @@
+"""When ranks communicate, and with whom: a schedule is a pure function of step and learning rate.
+
+A schedule maps ``(step, lr)`` to a `Round`: take so many local steps, reducing gradients at one
+level, then synchronize parameters at another. No rank has to ask another one: as all call the
+same function with the same two numbers, all get the same round.
+
+Any callable of that form is a schedule. The ones below are frozen values that are called like
+functions (as `itertools.count` is), so that they compare, print and travel between processes.
+
+Example:
+    >>> from postlocal import schedule
+    >>> when = schedule.post_local(warmup=100, then=schedule.periodic(16))
+    >>> when(step=0, lr=0.1)
+    Round(steps=100, gradients='world', parameters=None)
+    >>> when(step=100, lr=0.1)
+    Round(steps=16, gradients='rank', parameters='world')
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+RANK = "rank"
+WORLD = "world"
+
+
+@dataclass(frozen=True)
+class Round:
+    """Some local steps and what ends them.
+
+    Args:
+        steps: number of optimizer steps in the round, at least 1.
+        gradients: level at which gradients are averaged in each of these steps; ``"rank"`` means
+            not at all.
+        parameters: level at which parameters are synchronized after the last step; None for no
+            synchronization.
+
+    Raises:
+        ValueError: if ``steps`` is below 1.
+    """
+
+    steps: int
+    gradients: str = WORLD
+    parameters: str | None = None
+
+    def __post_init__(self) -> None:
+        _at_least_one("steps", self.steps)
+
+    @property
+    def levels(self) -> frozenset[str]:
+        """The levels that this round communicates at, ``"rank"`` (nobody) left out."""
+        return frozenset({self.gradients, self.parameters or RANK} - {RANK})
+
+
+class Schedule(Protocol):
+    """A pure function of a round's first step, and the learning rate there."""
+
+    def __call__(self, step: int, lr: float) -> Round:
+        """The round that starts after ``step`` optimizer steps, at learning rate ``lr``."""
+        ...
+
+
+@dataclass(frozen=True)
+class every_step:
+    """Gradients are averaged over the world at every step: plain data-parallel training.
+
+    Example:
+        >>> every_step()(step=7, lr=0.1)
+        Round(steps=1, gradients='world', parameters=None)
+    """
+
+    @property
+    def levels(self) -> frozenset[str]:
+        return frozenset({WORLD})
+
+    def __call__(self, step: int, lr: float) -> Round:
+        return Round(1, WORLD, None)
+
+
+@dataclass(frozen=True)
+class periodic:
+    """A synchronization after every ``period`` steps (local SGD, Stich 2018, arXiv 1805.09767).
+
+    Rounds end at multiples of the period, also when one was cut short by an early
+    synchronization.
+
+    Args:
+        period: steps a round (H in the papers), at least 1.
+        gradients: level at which gradients are averaged within a round.
+        parameters: level of the synchronization.
+
+    Raises:
+        ValueError: if ``period`` is below 1.
+
+    Example:
+        >>> periodic(16)(step=16, lr=0.1)
+        Round(steps=16, gradients='rank', parameters='world')
+    """
+
+    period: int
+    gradients: str = RANK
+    parameters: str = WORLD
+
+    def __post_init__(self) -> None:
+        _at_least_one("period", self.period)
+
+    @property
+    def levels(self) -> frozenset[str]:
+        return Round(self.period, self.gradients, self.parameters).levels
+
+    def __call__(self, step: int, lr: float) -> Round:
+        return Round(self.period - step % self.period, self.gradients, self.parameters)
+
+
+@dataclass(frozen=True, init=False)
+class hierarchical:
+    """Each level has a period of its own (arXiv 2010.12998, Algorithm 1).
+
+    After each multiple of the shortest period, parameters are synchronized at the level with the
+    longest period that divides the step.
+
+    Args:
+        periods: level -> steps between synchronizations at that level, from the narrowest level
+            to the widest; each period is a proper multiple of the one before.
+        gradients: level at which gradients are averaged within a round.
+
+    Raises:
+        ValueError: if ``periods`` is empty, below 1, unsorted or not nested.
+
+    Example:
+        >>> when = hierarchical({"node": 4, "world": 16})
+        >>> [when(step, lr=0.1).parameters for step in (0, 4, 8, 12)]
+        ['node', 'node', 'node', 'world']
+    """
+
+    periods: tuple[tuple[str, int], ...]
+    gradients: str = RANK
+
+    def __init__(self, periods: Mapping[str, int], gradients: str = RANK) -> None:
+        object.__setattr__(self, "periods", tuple(periods.items()))
+        object.__setattr__(self, "gradients", gradients)
+        if not self.periods:
+            raise ValueError("periods must name at least one level, got none")
+        for level, period in self.periods:
+            _at_least_one(f"periods[{level!r}]", period)
+        for (inner, short), (outer, long) in pairwise(self.periods):
+            if long <= short or long % short:
+                raise ValueError(
+                    f"periods must grow from level to level, each a multiple of the one before; "
+                    f"got {inner!r}: {short}, then {outer!r}: {long}"
+                )
+
+    @property
+    def levels(self) -> frozenset[str]:
+        return frozenset({level for level, _ in self.periods} | {self.gradients}) - {RANK}
+
+    def __call__(self, step: int, lr: float) -> Round:
+        shortest = self.periods[0][1]
+        end = step - step % shortest + shortest
+        due = [level for level, period in self.periods if end % period == 0]
+        return Round(end - step, self.gradients, due[-1])
+
+
+@dataclass(frozen=True)
+class post_local:
+    """Synchronous steps first, another schedule after (post-local SGD, Lin et al., 1808.07217).
+
+    Args:
+        warmup: number of steps with gradients averaged over the world, at least 0.
+        then: schedule from there on; it counts its steps from the end of the warm-up.
+
+    Raises:
+        ValueError: if ``warmup`` is negative.
+
+    Example:
+        >>> post_local(warmup=10, then=periodic(4))(step=10, lr=0.1)
+        Round(steps=4, gradients='rank', parameters='world')
+    """
+
+    warmup: int
+    then: Schedule
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0:
+            raise ValueError(f"warmup must be at least 0 steps, got {self.warmup}")
+
+    @property
+    def levels(self) -> frozenset[str]:
+        return levels(self.then) | {WORLD}
+
+    def __call__(self, step: int, lr: float) -> Round:
+        if step < self.warmup:
+            return Round(self.warmup - step, WORLD, None)
+        return self.then(step - self.warmup, lr)
+
+
+@dataclass(frozen=True)
+class quadratic:
+    """The period grows as the learning rate falls (QSR, arXiv 2310.14423, Algorithm 2).
+
+    A round has ``max(base, floor((alpha / lr) ** 2))`` steps. A learning rate that still warms up
+    would make the first rounds the longest, so rounds have ``initial`` steps until then.
+
+    Args:
+        alpha: growth coefficient, in units of the learning rate, above 0.
+        base: the shortest period in steps, at least 1.
+        lr_warmup: number of first steps in which the learning rate rises; no round runs past
+            their end.
+        initial: steps a round while the learning rate warms up; None: ``base``. The paper takes
+            the length of the first round after the warm-up.
+        total: number of steps of the whole run, at which the last round ends; None: unknown.
+        gradients: level at which gradients are averaged within a round.
+        parameters: level of the synchronization.
+
+    Raises:
+        ValueError: if ``alpha`` is not above 0, ``base``, ``initial`` or ``total`` is below 1,
+            or ``lr_warmup`` is negative.
+
+    Example:
+        >>> when = quadratic(alpha=0.02, base=4)
+        >>> [when(step=100, lr=lr).steps for lr in (0.01, 0.005, 0.001)]
+        [4, 16, 400]
+    """
+
+    alpha: float
+    base: int
+    lr_warmup: int = 0
+    initial: int | None = None
+    total: int | None = None
+    gradients: str = RANK
+    parameters: str = WORLD
+
+    def __post_init__(self) -> None:
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be above 0, got {self.alpha}")
+        _at_least_one("base", self.base)
+        if self.lr_warmup < 0:
+            raise ValueError(f"lr_warmup must be at least 0 steps, got {self.lr_warmup}")
+        for name, steps in (("initial", self.initial), ("total", self.total)):
+            if steps is not None:
+                _at_least_one(name, steps)
+
+    @property
+    def levels(self) -> frozenset[str]:
+        return Round(1, self.gradients, self.parameters).levels
+
+    def __call__(self, step: int, lr: float) -> Round:
+        return Round(self._period(step, lr), self.gradients, self.parameters)
+
+    def _period(self, step: int, lr: float) -> int:
+        if step < self.lr_warmup:
+            return min(self.initial or self.base, self.lr_warmup - step)
+        left = math.inf if self.total is None else max(1, self.total - step)
+        wanted = (self.alpha / lr) ** 2 if lr > 0 else math.inf
+        period = min(max(self.base, wanted), left)
+        # At a learning rate of zero and with no known end no period follows from the rule.
+        return self.base if math.isinf(period) else math.floor(period + 1e-9)
+
+
+def levels(schedule: Schedule) -> frozenset[str]:
+    """The levels a schedule communicates at, ``"rank"`` left out.
+
+    The schedules of this module know theirs; of any other callable only the first round is asked.
+
+    Example:
+        >>> sorted(levels(hierarchical({"node": 4, "world": 16})))
+        ['node', 'world']
+    """
+    known = getattr(schedule, "levels", None)
+    return schedule(0, 1.0).levels if known is None else frozenset(known)
+
+
+def rollout(
+    schedule: Schedule, steps: int, lr: float | Callable[[int], float] = 1.0
+) -> Iterator[tuple[int, Round]]:
+    """The rounds of a whole run, with no cluster and no training: pairs of start step and round.
+
+    Args:
+        schedule: the schedule.
+        steps: number of steps of the run; the last round is cut there.
+        lr: learning rate, a number or a function of the step.
+
+    Example:
+        >>> [start for start, _ in rollout(periodic(4), steps=10)]
+        [0, 4, 8]
+    """
+    step = 0
+    while step < steps:
+        current = schedule(step, lr(step) if callable(lr) else lr)
+        yield step, Round(min(current.steps, steps - step), current.gradients, current.parameters)
+        step += current.steps
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1 step, got {value}")

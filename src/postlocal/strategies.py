@@ -1,0 +1,130 @@
+"""Named algorithms, each a composition of schedule, wire, outer optimizer and guard.
+
+A `Strategy` is a frozen value. The functions below return one; `dataclasses.replace` varies it::
+
+    replace(diloco(period=100), wire=wire.bf16())
+
+Example:
+    >>> from postlocal import strategies
+    >>> strategies.diloco(period=500).schedule
+    periodic(period=500, gradients='rank', parameters='world')
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from postlocal import guard as guards
+from postlocal import outer as outers
+from postlocal import schedule as schedules
+from postlocal import wire as wires
+
+OptimizerState = Literal["keep", "average", "reset"]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """When replicas communicate, how values travel, and what is done with their mean.
+
+    ``outer``, ``wire`` and ``guard.scale`` act where all replicas meet, at level ``"world"``.
+    Synchronizations of narrower levels, over the fast links, are plain fp32 averages.
+
+    Args:
+        schedule: when, and with whom.
+        outer: what is done with the mean at level ``"world"``.
+        wire: how parameters travel at level ``"world"``.
+        gradient_wire: how gradients travel.
+        guard: weighs contributions and limits their mean.
+        optimizer_state: what happens to the inner optimizer's state at a synchronization:
+            ``"keep"`` it local, ``"average"`` it as well, or ``"reset"`` it.
+        name: for tables and messages.
+
+    Raises:
+        ValueError: if ``optimizer_state`` is none of the three.
+    """
+
+    schedule: schedules.Schedule
+    outer: outers.Outer = field(default_factory=outers.average)
+    wire: wires.Wire = field(default_factory=wires.fp32)
+    gradient_wire: wires.Wire = field(default_factory=wires.fp32)
+    guard: guards.Guard = field(default_factory=guards.non_finite)
+    optimizer_state: OptimizerState = "keep"
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        choices = get_args(OptimizerState)
+        if self.optimizer_state not in choices:
+            raise ValueError(
+                f"optimizer_state must be one of {choices}, got {self.optimizer_state!r}"
+            )
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the parameters last agreed on are kept, one fp32 copy of the model."""
+        plain = isinstance(self.outer, outers.average)
+        return not plain or self.wire.lossy or self.guard.anchored
+
+    @property
+    def fingerprint(self) -> str:
+        """All that ranks must have in common, as text."""
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(self))
+
+
+def ddp() -> Strategy:
+    """Plain data-parallel training: the control, bit-identical to torch's DDP."""
+    return Strategy(schedules.every_step(), name="ddp")
+
+
+def local_sgd(period: int = 16) -> Strategy:
+    """Local SGD: average parameters every ``period`` steps (Stich 2018, arXiv 1805.09767)."""
+    return Strategy(schedules.periodic(period), name="local_sgd")
+
+
+def post_local_sgd(warmup: int, period: int = 16, gradients: str = "node") -> Strategy:
+    """Post-local SGD: DDP for ``warmup`` steps, local SGD after (Lin et al., arXiv 1808.07217).
+
+    Args:
+        warmup: number of synchronous steps; the paper goes on until the first drop of the
+            learning rate.
+        period: steps a round after that; the paper uses 16 or 32.
+        gradients: level at which gradients are still averaged in each local step.
+    """
+    then = schedules.periodic(period, gradients)
+    return Strategy(schedules.post_local(warmup, then), name="post_local_sgd")
+
+
+def hierarchical(periods: Mapping[str, int], gradients: str = "rank") -> Strategy:
+    """Hierarchical local SGD: a period for each level (arXiv 2010.12998)."""
+    return Strategy(schedules.hierarchical(periods, gradients), name="hierarchical")
+
+
+def slowmo(period: int = 12, lr: float = 1.0, momentum: float = 0.6) -> Strategy:
+    """SlowMo: local steps, then momentum over rounds (Wang et al. 2019, arXiv 1910.00643).
+
+    The paper zeroes the inner momentum at a synchronization for SGD and keeps Adam's state;
+    for the former use ``replace(slowmo(), optimizer_state="reset")``.
+    """
+    outer = outers.slow_momentum(lr, momentum)
+    return Strategy(schedules.periodic(period), outer, name="slowmo")
+
+
+def diloco(period: int = 100, outer_lr: float = 0.7, outer_momentum: float = 0.9) -> Strategy:
+    """DiLoCo: Nesterov momentum on pseudo-gradients (Douillard et al., arXiv 2311.08105)."""
+    outer = outers.nesterov(outer_lr, outer_momentum)
+    return Strategy(schedules.periodic(period), outer, name="diloco")
+
+
+def qsr(alpha: float, base: int = 4, lr_warmup: int = 0, total: int | None = None) -> Strategy:
+    """Quadratic synchronization rule: rounds grow as the learning rate falls (arXiv 2310.14423).
+
+    The paper's ViT-B: ``base`` 4 and ``alpha`` 0.0175 at a peak learning rate of 0.008.
+    """
+    return Strategy(schedules.quadratic(alpha, base, lr_warmup, total=total), name="qsr")
+
+
+NAMED = {
+    function.__name__: function
+    for function in (ddp, local_sgd, post_local_sgd, hierarchical, slowmo, diloco, qsr)
+}
+"""The functions above by name."""

@@ -1,0 +1,77 @@
+"""Tensors as they lie in memory: flat views of them, and sums over all of their elements."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_BLOCK = 2**14
+
+
+def flat_view(tensor: Tensor) -> Tensor | None:
+    """A dense tensor's memory as a 1-D view, whatever its memory format; None if it has gaps.
+
+    Example:
+        >>> flat_view(torch.zeros(2, 3).t()).shape
+        torch.Size([6])
+    """
+    size = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length == 1:
+            continue
+        if stride != size:
+            return None
+        size *= length
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def weigh_(tensors: Iterable[Tensor], weight: float) -> None:
+    """Multiply tensors by a weight; by 0 also where they hold infinities or NaN.
+
+    Example:
+        >>> values = torch.tensor([1.0, float("nan")])
+        >>> weigh_([values], 0.0)
+        >>> values
+        tensor([0., 0.])
+    """
+    if weight == 1:
+        return
+    for tensor in tensors:
+        tensor.zero_() if weight == 0 else tensor.mul_(weight)
+
+
+def squared_norm(tensors: Iterable[Tensor]) -> float:
+    """Sum of squares of all elements; not finite if one of them is not.
+
+    Blocks are summed in the tensors' own precision, then in fp64: exact enough to subtract.
+
+    Example:
+        >>> squared_norm([torch.full((3,), 2.0), torch.ones(2)])
+        14.0
+    """
+    total = 0.0
+    for tensor in tensors:
+        values = tensor.detach()
+        flat = flat_view(values)
+        flat = values.flatten() if flat is None else flat
+        whole = flat.numel() // _BLOCK * _BLOCK
+        rows = _norms(flat[:whole].view(-1, _BLOCK))
+        rest = _norms(flat[whole:].view(1, -1))
+        total += float(rows.square().sum() + rest.square().sum())
+    return total
+
+
+def _norms(rows: Tensor) -> Tensor:
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=wide)
+    return norms.double()
+
+
+def all_finite(tensors: Iterable[Tensor], squares: float) -> bool:
+    """Whether all elements are finite, given `squared_norm` of them.
+
+    The squares of large finite values can overflow; only then every element is looked at.
+    """
+    if squares < float("inf"):
+        return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

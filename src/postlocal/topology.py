@@ -1,0 +1,209 @@
+"""With whom ranks communicate: named levels, each a partition of the world into groups.
+
+A topology is a frozen recipe; `postlocal.attach` makes the process groups, all of them, before
+training starts. Two levels need no recipe: ``"rank"`` is a rank alone, ``"world"`` is everybody.
+
+Example:
+    >>> from postlocal import topology
+    >>> topology.nodes(size=4).partition(8)
+    {'node': ((0, 1, 2, 3), (4, 5, 6, 7)), 'world': ((0, 1, 2, 3, 4, 5, 6, 7),)}
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from postlocal.group import Alone, Group
+
+RANK = "rank"
+WORLD = "world"
+
+Partition = tuple[tuple[int, ...], ...]
+
+
+class Topology(Protocol):
+    """A recipe for the levels of a world."""
+
+    def partition(self, size: int) -> dict[str, Partition]:
+        """Level -> disjoint groups of the ranks 0 to ``size - 1``.
+
+        Levels go from the narrowest to ``"world"``, and each is nested in the next.
+
+        Raises:
+            ValueError: if the recipe does not fit a world of ``size`` ranks.
+        """
+        ...
+
+
+@dataclass(frozen=True, init=False)
+class nested:
+    """Levels of equal, contiguous blocks of ranks, each a multiple of the one before.
+
+    Args:
+        sizes: level -> number of ranks in one of its groups, from the narrowest to the widest.
+
+    Raises:
+        ValueError: if a level is named ``"rank"`` or ``"world"``, or sizes are not nested.
+
+    Example:
+        >>> nested({"node": 2, "rack": 4}).partition(8)["rack"]
+        ((0, 1, 2, 3), (4, 5, 6, 7))
+    """
+
+    sizes: tuple[tuple[str, int], ...]
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        object.__setattr__(self, "sizes", tuple(sizes.items()))
+        before = 1
+        for level, size in self.sizes:
+            if level in (RANK, WORLD):
+                raise ValueError(f"level {level!r} is always there and cannot be given a size")
+            if size < 1 or size % before:
+                raise ValueError(
+                    f"{level} size must be a positive multiple of the level below it "
+                    f"({before}), got {size}"
+                )
+            before = size
+
+    def partition(self, size: int) -> dict[str, Partition]:
+        levels = {level: _blocks(size, level, block) for level, block in self.sizes}
+        return levels | {WORLD: (tuple(range(size)),)}
+
+
+def world() -> nested:
+    """No level but ``"rank"`` and ``"world"``.
+
+    Example:
+        >>> world().partition(2)
+        {'world': ((0, 1),)}
+    """
+    return nested({})
+
+
+@dataclass(frozen=True)
+class nodes:
+    """The level ``"node"``: ranks of one machine, on CPU as on accelerators.
+
+    Args:
+        size: ranks a node; None: what the launcher says (``LOCAL_WORLD_SIZE``, as torchrun sets).
+
+    Raises:
+        ValueError: if ``size`` is below 1; by `partition` if it is not known or does not divide
+            the world.
+
+    Example:
+        >>> nodes(size=2).partition(4)["node"]
+        ((0, 1), (2, 3))
+    """
+
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"size must be at least 1 rank a node, got {self.size}")
+
+    def partition(self, size: int) -> dict[str, Partition]:
+        return nested({"node": self.size or _local_world_size(size)}).partition(size)
+
+
+@dataclass(frozen=True, init=False)
+class from_mesh:
+    """The levels of a device mesh: each dimension but the outermost names a level.
+
+    A level holds the ranks of its own dimension and of all inner ones; the outermost dimension
+    is ``"world"``. Ranks count within the mesh.
+
+    Args:
+        mesh: a mesh with named dimensions, outermost first.
+
+    Raises:
+        ValueError: if the dimensions of the mesh have no names.
+
+    Example:
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> def levels_of_two_machines():  # to be called by each of 4 ranks
+        ...     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("machines", "node"))
+        ...     return from_mesh(mesh).partition(4)  # node: ((0, 1), (2, 3))
+    """
+
+    levels: tuple[tuple[str, Partition], ...]
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        names = mesh.mesh_dim_names
+        if not names:
+            raise ValueError("mesh must have named dimensions: pass mesh_dim_names")
+        ranks = mesh.mesh
+        index = {rank: position for position, rank in enumerate(sorted(ranks.flatten().tolist()))}
+        levels = []
+        for dimension in reversed(range(1, ranks.ndim)):
+            groups = ranks.flatten(start_dim=dimension).flatten(end_dim=-2).tolist()
+            partition = tuple(tuple(index[rank] for rank in group) for group in groups)
+            levels.append((names[dimension], partition))
+        object.__setattr__(self, "levels", tuple(levels))
+
+    def partition(self, size: int) -> dict[str, Partition]:
+        for level, groups in self.levels:
+            covered = sum(map(len, groups))
+            if covered != size:
+                raise ValueError(f"mesh level {level!r} has {covered} ranks, the world has {size}")
+        return dict(self.levels) | {WORLD: (tuple(range(size)),)}
+
+
+class Layout:
+    """This rank's group at each level, made when the layout is.
+
+    Args:
+        base: the world's group.
+        topology: the recipe.
+        given: groups that are there already, by level; no new ones are made for these levels.
+
+    Raises:
+        ValueError: if the recipe does not fit the world.
+    """
+
+    def __init__(
+        self, base: Group, topology: Topology, given: Mapping[str, Group] | None = None
+    ) -> None:
+        self._groups: dict[str, Group] = {RANK: Alone()}
+        given = given or {}
+        for level, partition in topology.partition(base.size).items():
+            self._groups[level] = given.get(level) or base.subgroup(partition)
+
+    def __getitem__(self, level: str) -> Group:
+        if level not in self._groups:
+            raise ValueError(unknown_level(level, self._groups))
+        return self._groups[level]
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Names of all levels, from ``"rank"`` to ``"world"``."""
+        return tuple(self._groups)
+
+
+def unknown_level(level: str, known: Iterable[str]) -> str:
+    """The message for a level that a schedule names and a topology lacks."""
+    return (
+        f"level must be one that the topology has ({', '.join(known)}), got {level!r}: pass a "
+        f"topology with it, such as topology.nested({{{level!r}: size}})"
+    )
+
+
+def _blocks(size: int, level: str, block: int) -> Partition:
+    if size == 1:
+        return ((0,),)  # a user who debugs on one process keeps the topology of the real run
+    if size % block:
+        raise ValueError(f"{level} size must divide the world size {size}, got {block}")
+    return tuple(tuple(range(start, start + block)) for start in range(0, size, block))
+
+
+def _local_world_size(size: int) -> int:
+    known = os.environ.get("LOCAL_WORLD_SIZE")
+    if known is None and size > 1:
+        raise ValueError(
+            "nodes() needs a size: LOCAL_WORLD_SIZE is not set; launch with torchrun, or pass "
+            "nodes(size=...)"
+        )
+    return int(known or 1)

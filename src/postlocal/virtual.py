@@ -1,0 +1,138 @@
+"""An in-process world: N workers as threads, to try a strategy without a cluster.
+
+Threads of one process exchange tensors through memory, by the same interface as processes do.
+It is meant for tests and for experiments with small models, not for speed.
+
+Example:
+    >>> import torch
+    >>> from postlocal import virtual
+    >>> def work(group):
+    ...     mine = torch.tensor([float(group.rank)])
+    ...     group.all_reduce(mine).wait()
+    ...     return mine.item()
+    >>> virtual.run(4, work)
+    [6.0, 6.0, 6.0, 6.0]
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, BrokenBarrierError
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from postlocal.errors import PeerError
+from postlocal.group import Alone, Done, Group, Operation, Work
+
+Result = TypeVar("Result")
+Value = TypeVar("Value")
+
+
+def run(workers: int, function: Callable[[Group], Result], timeout: float = 60.0) -> list[Result]:
+    """Call ``function(group)`` in ``workers`` threads that form one group.
+
+    Pass ``group`` to `postlocal.attach` as ``process_group``.
+
+    Args:
+        workers: number of threads, at least 1.
+        function: what each worker does.
+        timeout: seconds that a collective waits for the other workers.
+
+    Returns:
+        What the workers returned, in the order of ranks.
+
+    Raises:
+        ValueError: if ``workers`` is below 1.
+        Exception: the first one that a worker raised; the others are released.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    room = _Room(workers, timeout)
+
+    def work(rank: int) -> Result:
+        try:
+            return function(Threads(room, rank))
+        except BaseException:
+            room.leave()
+            raise
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work, rank) for rank in range(workers)]
+    errors = [error for future in futures if (error := future.exception())]
+    # Workers released by another one's failure raise PeerError; the cause tells more.
+    causes = [error for error in errors if not isinstance(error, PeerError)]
+    for error in causes + errors:
+        raise error
+    return [future.result() for future in futures]
+
+
+class Threads:
+    """Ranks that are threads of one process; see `run`."""
+
+    def __init__(self, room: "_Room", rank: int) -> None:
+        self._room = room
+        self.rank = rank
+        self.size = room.size
+
+    def all_reduce(self, tensor: Tensor, operation: Operation = "sum") -> Work:
+        stacked = torch.stack(self._room.exchange(self.rank, tensor.clone()))
+        tensor.copy_(stacked.sum(0) if operation == "sum" else stacked.amax(0))
+        return Done()
+
+    def all_gather(self, output: Tensor, tensor: Tensor) -> Work:
+        output.copy_(torch.cat(self._room.exchange(self.rank, tensor.clone())))
+        return Done()
+
+    def all_to_all(self, output: Tensor, tensor: Tensor) -> Work:
+        sent = self._room.exchange(self.rank, tensor.clone())
+        output.copy_(torch.cat([part.chunk(self.size)[self.rank] for part in sent]))
+        return Done()
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Work:
+        tensor.copy_(self._room.exchange(self.rank, tensor.clone())[source])
+        return Done()
+
+    def all_gather_object(self, value: Value) -> list[Value]:
+        return self._room.exchange(self.rank, value)
+
+    def subgroup(self, partition: Sequence[Sequence[int]]) -> Group:
+        rooms = {tuple(part): _Room(len(part), self._room.timeout) for part in partition}
+        rooms = self._room.exchange(self.rank, rooms)[0]
+        members = next(part for part in rooms if self.rank in part)
+        if len(members) == 1:
+            return Alone()
+        return Threads(self._room.open(rooms[members]), members.index(self.rank))
+
+    def arrive(self, step: int) -> None:
+        return None
+
+
+class _Room:
+    """Where threads meet: each puts a value down, and all pick up all of them."""
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self.size = size
+        self.timeout = timeout
+        self._barrier = Barrier(size, timeout=timeout)
+        self._values: dict[int, Any] = {}
+        self._inner: list[_Room] = []
+
+    def exchange(self, rank: int, value: Value) -> list[Value]:
+        try:
+            self._values[rank] = value
+            self._barrier.wait()
+            values = [self._values[other] for other in range(self.size)]
+            self._barrier.wait()  # nobody puts the next value down before all have read this one
+        except BrokenBarrierError:
+            raise PeerError(f"a worker left, or did not come within {self.timeout} s") from None
+        return values
+
+    def open(self, inner: "_Room") -> "_Room":
+        self._inner.append(inner)
+        return inner
+
+    def leave(self) -> None:
+        self._barrier.abort()
+        for inner in self._inner:
+            inner.leave()
