@@ -1,7 +1,7 @@
 """Runs a function on several gloo ranks, each a process, and kills them all when time is up.
 
-A fork server imports torch (and torch._dynamo, which DDP imports late) once; ranks fork from it, so that a test costs little more than what
-it does. It is started before any test has run, with no thread and no process group in it.
+A fork server imports torch once (and torch._dynamo, which DDP imports late); ranks fork from it, so
+that a test costs little more than what it does. No thread and no process group is ever in it.
 """
 
 import multiprocessing
@@ -10,8 +10,10 @@ import pickle
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,13 @@ def run_ranks(
     timeout: float = 60.0,
     local_world_size: int | None = None,
     expect_dead: tuple[int, ...] = (),
+    **keywords: Any,
 ) -> list[Any]:
-    """Call ``function(rank, *args)`` on ``world`` ranks and return what they returned.
+    """Call ``function(rank, *args, **keywords)`` on ``world`` ranks and return what they returned.
 
     Ranks in ``expect_dead`` may end without an answer; they give None.
     """
+    bound = partial(function, **keywords)
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         pipes, processes = [], []
@@ -43,7 +47,7 @@ def run_ranks(
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(sender, rank, world, store, local_world_size or world, function, args),
+                args=(sender, rank, world, store, local_world_size or world, bound, args),
                 daemon=True,
             )
             process.start()
@@ -99,6 +103,7 @@ def _rank_main(
     os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    warnings.simplefilter("error")
     try:
         dist.init_process_group(
             "gloo",

@@ -141,9 +141,7 @@ class Processes:
 
     def all_gather(self, output: Tensor, tensor: Tensor) -> Work:
         return self._launch(
-            lambda: dist.all_gather_into_tensor(
-                output, tensor, group=self.process_group, async_op=True
-            )
+            lambda: dist.all_gather_single(output, tensor, group=self.process_group, async_op=True)
         )
 
     def all_to_all(self, output: Tensor, tensor: Tensor) -> Work:
