@@ -10,10 +10,11 @@ Example:
     periodic(period=500, gradients='rank', parameters='world')
 """
 
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from postlocal import guard as guards
 from postlocal import outer as outers
@@ -99,13 +100,13 @@ def hierarchical(periods: Mapping[str, int], gradients: str = "rank") -> Strateg
     return Strategy(schedules.hierarchical(periods, gradients), name="hierarchical")
 
 
-def slowmo(period: int = 12, lr: float = 1.0, momentum: float = 0.6) -> Strategy:
+def slowmo(period: int = 12, slow_lr: float = 1.0, slow_momentum: float = 0.6) -> Strategy:
     """SlowMo: local steps, then momentum over rounds (Wang et al. 2019, arXiv 1910.00643).
 
     The paper zeroes the inner momentum at a synchronization for SGD and keeps Adam's state;
     for the former use ``replace(slowmo(), optimizer_state="reset")``.
     """
-    outer = outers.slow_momentum(lr, momentum)
+    outer = outers.slow_momentum(slow_lr, slow_momentum)
     return Strategy(schedules.periodic(period), outer, name="slowmo")
 
 
@@ -123,8 +124,51 @@ def qsr(alpha: float, base: int = 4, lr_warmup: int = 0, total: int | None = Non
     return Strategy(schedules.quadratic(alpha, base, lr_warmup, total=total), name="qsr")
 
 
-NAMED = {
+NAMED: Mapping[str, Callable[..., Strategy]] = {
     function.__name__: function
     for function in (ddp, local_sgd, post_local_sgd, hierarchical, slowmo, diloco, qsr)
 }
 """The functions above by name."""
+
+
+def named(name: str, **parameters: Any) -> Strategy:
+    """A strategy by name, for configuration files and command lines.
+
+    Args:
+        name: one of `NAMED`.
+        parameters: of that function.
+
+    Raises:
+        ValueError: if the name or a parameter is unknown, one is missing, or a value is out of
+            range.
+
+    Example:
+        >>> named("local_sgd", period=8) == local_sgd(8)
+        True
+    """
+    known = parameters_of(name)
+    for parameter in parameters:
+        if parameter not in known:
+            raise ValueError(
+                f"{parameter} is not a parameter of {name}, which takes "
+                f"{', '.join(known) or 'none'}"
+            )
+    for parameter, details in known.items():
+        if details.default is details.empty and parameter not in parameters:
+            raise ValueError(f"{name} needs the parameter {parameter}")
+    return NAMED[name](**parameters)
+
+
+def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
+    """The parameters that a named strategy takes.
+
+    Raises:
+        ValueError: if the name is unknown.
+
+    Example:
+        >>> list(parameters_of("diloco"))
+        ['period', 'outer_lr', 'outer_momentum']
+    """
+    if name not in NAMED:
+        raise ValueError(f"strategy must be one of {', '.join(NAMED)}, got {name!r}")
+    return inspect.signature(NAMED[name]).parameters

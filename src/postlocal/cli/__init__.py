@@ -1,0 +1,71 @@
+"""The ``postlocal`` command."""
+
+import logging
+import os
+import signal
+import sys
+
+import typer
+
+from postlocal.cli.sample import sample
+from postlocal.cli.train import train
+from postlocal.errors import CheckpointError, DisagreementError, PostlocalError
+from postlocal.train import Interrupted
+
+app = typer.Typer(
+    help="Data-parallel PyTorch training that communicates seldom.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(train)
+app.command()(sample)
+
+
+@app.callback()
+def _version(
+    version: bool = typer.Option(False, "--version", help="Show the version and exit."),
+) -> None:
+    if version:
+        from postlocal import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command; a fault is one line on standard error, and an exit code.
+
+    Exit codes: 0 done, 1 a rank was lost, 2 bad input, 128 and the signal's number after a signal.
+    """
+    logging.basicConfig(format="postlocal: %(message)s", level=logging.WARNING)
+    try:
+        code = app(standalone_mode=False)
+    except Interrupted as interrupted:
+        _say(str(interrupted), everywhere=False)
+        code = 128 + interrupted.signal
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except (ValueError, DisagreementError, CheckpointError) as error:
+        # All ranks raise these together, with the same words or rank 0 quoting another one's.
+        _say(f"error: {error}", everywhere=False)
+        code = 2
+    except PostlocalError as error:
+        _say(f"error: {error}", everywhere=True)
+        code = 1
+    except typer.TyperException as error:
+        _say(f"error: {_message(error)}", everywhere=False)
+        code = 2
+    sys.exit(code or 0)
+
+
+def _message(error: typer.TyperException) -> str:
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    return f"{message} (see postlocal --help)"
+
+
+def _say(text: str, everywhere: bool) -> None:
+    rank = os.environ.get("RANK", "0")
+    if everywhere or rank == "0":
+        place = f" rank {rank}:" if everywhere and "RANK" in os.environ else ""
+        print(f"postlocal:{place} {text}", file=sys.stderr)

@@ -1,0 +1,139 @@
+"""What a training run is made of, checked before anything starts."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from postlocal import strategies, topology, wire
+from postlocal.strategies import Strategy
+from postlocal.train.model import SIZES
+
+Wire = Literal["fp32", "bf16", "fp16"]
+
+
+class TrainConfig(BaseModel):
+    """Settings of `postlocal train`; its flags, with the same names and defaults.
+
+    Raises:
+        ValueError: naming the setting, the value and the rule.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    workers: Annotated[int, Field(ge=1)] = 4
+    node_size: Annotated[int, Field(ge=1)] = 1
+    data: tuple[str, ...] = ()
+    model: str = "tiny"
+    strategy: str = "post_local_sgd"
+    parameters: dict[str, Any] = {}
+    wire: Wire = "fp32"
+    gradient_wire: Wire = "fp32"
+    optimizer_state: Literal["keep", "average", "reset"] = "keep"
+    steps: Annotated[int, Field(ge=1)] = 300
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    sequence_length: Annotated[int, Field(ge=2)] = 128
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-3
+    lr_warmup: Annotated[int | None, Field(ge=0)] = None
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    seed: Annotated[int, Field(ge=0)] = 0
+    out: Path = Path("runs/train")
+    resume: bool = False
+    overwrite: bool = False
+    checkpoint_every: Annotated[int, Field(ge=1)] = 100
+    keep: Annotated[int, Field(ge=1)] = 3
+    log_every: Annotated[int, Field(ge=1)] = 10
+    eval_every: Annotated[int | None, Field(ge=1)] = None
+    eval_sequences: Annotated[int, Field(ge=1)] = 256
+    compare: str | None = None
+    timeout: Annotated[float, Field(gt=0)] = 300.0
+
+    @property
+    def rising_steps(self) -> int:
+        """Steps in which the learning rate rises: a twentieth of the run unless given."""
+        return self.steps // 20 if self.lr_warmup is None else self.lr_warmup
+
+    @property
+    def eval_interval(self) -> int:
+        """Steps between evaluations: a tenth of the run unless given."""
+        return self.eval_every or max(1, self.steps // 10)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step: a linear rise, then a half cosine to a twentieth of the peak."""
+        if step < self.rising_steps:
+            return self.lr * (step + 1) / self.rising_steps
+        progress = (step - self.rising_steps) / max(1, self.steps - self.rising_steps)
+        return self.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+    def make_strategy(self) -> Strategy:
+        """The strategy by name, with the parameters given and defaults that suit the run.
+
+        Raises:
+            ValueError: if the name or a parameter is unknown, or a value out of its range.
+        """
+        suited = {"warmup": self.steps // 10, "lr_warmup": self.rising_steps, "total": self.steps}
+        taken = strategies.parameters_of(self.strategy)
+        given = {name: value for name, value in suited.items() if name in taken} | self.parameters
+        return replace(
+            strategies.named(self.strategy, **given),
+            wire=getattr(wire, self.wire)(),
+            gradient_wire=getattr(wire, self.gradient_wire)(),
+            optimizer_state=self.optimizer_state,
+        )
+
+    def make_topology(self) -> topology.Topology:
+        """Nodes of ``node_size`` ranks."""
+        return topology.nodes(self.node_size)
+
+    def compared(self) -> "TrainConfig":
+        """The run to compare with: the same training under another strategy."""
+        assert self.compare is not None
+        return self.model_copy(
+            update={
+                "strategy": self.compare,
+                "parameters": {},
+                "wire": "fp32",
+                "gradient_wire": "fp32",
+                "optimizer_state": "keep",
+                "out": self.out / "compare" / self.compare,
+                "compare": None,
+            }
+        )
+
+    def describe(self) -> list[str]:
+        """One line a setting that all ranks must have in common."""
+        local = {"out", "data", "resume", "overwrite"}
+        return [f"{name}: {value!r}" for name, value in self if name not in local]
+
+
+def make_config(**settings: Any) -> TrainConfig:
+    """A checked config, or an error of one line.
+
+    Raises:
+        ValueError: naming the first bad setting, its value and the rule.
+    """
+    try:
+        config = TrainConfig(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])).replace("_", "-")
+        rule = first["msg"].removeprefix("Input should be ")
+        raise ValueError(f"{name} must be {rule}, got {first['input']!r}") from None
+    _check(config)
+    return config
+
+
+def _check(config: TrainConfig) -> None:
+    if config.model not in SIZES:
+        raise ValueError(f"model must be one of {', '.join(SIZES)}, got {config.model!r}")
+    if config.batch_size % config.accumulate:
+        raise ValueError(
+            f"accumulate must divide the batch size {config.batch_size}, got {config.accumulate}"
+        )
+    config.make_strategy()
+    if config.compare is not None:
+        config.compared().make_strategy()

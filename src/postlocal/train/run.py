@@ -1,0 +1,378 @@
+"""The training run itself, on one rank."""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from postlocal import agreement, checkpoint, group
+from postlocal.group import Group
+from postlocal.packing import key_of
+from postlocal.replica import unwrap
+from postlocal.report import METRICS, PLOT, SUMMARY, Metrics, Summary, plot
+from postlocal.sync import attach
+from postlocal.train import view
+from postlocal.train.config import TrainConfig
+from postlocal.train.data import Corpus, Share, Windows, find_files
+from postlocal.train.model import SIZES, Transformer
+from postlocal.train.stop import Stop
+from postlocal.train.world import joined, restarted, store
+from postlocal.wire import fp32
+
+CHECKPOINTS = "checkpoints"
+WEIGHTS = "model.safetensors"
+
+
+class Interrupted(Exception):
+    """A signal ended the run; all ranks have saved a checkpoint of the same step."""
+
+    def __init__(self, step: int, signal: int, folder: Path) -> None:
+        super().__init__(f"stopped after step {step}; checkpoint in {folder}; go on with --resume")
+        self.signal = signal
+
+
+def train(config: TrainConfig) -> Summary:
+    """Train as configured, in the world that the launcher prepared, or alone.
+
+    Args:
+        config: the settings, the same on all ranks.
+
+    Returns:
+        What came out, on every rank.
+
+    Raises:
+        ValueError: if data or the output folder do not fit.
+        DisagreementError: if ranks were given different settings, or one of them cannot go on.
+        PeerError: if a rank is lost.
+        Interrupted: after SIGINT or SIGTERM to any rank, when a checkpoint is saved.
+    """
+    with joined(config.timeout) as device:
+        everyone = group.resolve(None, None)
+        agreement.check(everyone, {"arguments": config.describe()})
+        with Stop(everyone.rank, everyone.size, store()) as stop:
+            runs = [config] if config.compare is None else [config.compared(), config]
+            summaries = {run.strategy: _Run(run, everyone, device, stop).run() for run in runs}
+        if everyone.rank == 0:
+            _present(config, summaries)
+    return summaries[config.strategy]
+
+
+def _present(config: TrainConfig, summaries: dict[str, Summary]) -> None:
+    console = Console()
+    folders = {config.strategy: config.out}
+    if config.compare is not None:
+        folders = {config.compare: config.compared().out} | folders
+    plot(folders, config.out / PLOT)
+    console.print(view.results(summaries))
+    if config.compare is not None:
+        sentence = view.verdict(summaries[config.strategy], summaries[config.compare])
+        console.print(sentence, highlight=False, soft_wrap=True)
+    console.print(f"Plot: {config.out / PLOT}", highlight=False, soft_wrap=True)
+    console.print(f"Summary: {config.out / SUMMARY}", highlight=False, soft_wrap=True)
+
+
+class _Run:
+    """One run: model, data, clock, and what is logged of them."""
+
+    def __init__(
+        self, config: TrainConfig, everyone: Group, device: torch.device, stop: Stop
+    ) -> None:
+        self.config = config
+        self.everyone = everyone
+        self.device = device
+        self.stop = stop
+        self.resumes = config.resume or restarted()
+        with agreement.together(everyone):
+            windows = Windows(Corpus(find_files(config.data)), config.sequence_length)
+            self.share = Share(
+                windows, everyone.rank, everyone.size, config.batch_size, config.seed
+            )
+            if everyone.rank == 0:
+                prepare_folder(config.out, self.resumes, config.overwrite)
+        self.windows = windows
+        self.model = self._make_model()
+        self.optimizer = self._make_optimizer()
+        self.sync = attach(
+            self.model,
+            self.optimizer,
+            config.make_strategy(),
+            topology=config.make_topology(),
+            timeout=config.timeout,
+        )
+        self.metrics = Metrics(config.out)
+        self.train_seconds = 0.0
+        self.losses: list[float] = []
+        self.logged_syncs = 0
+        self.next_eval = 0
+
+    def run(self) -> Summary:
+        """Train to the end, from the newest checkpoint if the run is one to resume."""
+        console = Console()
+        with view.View(
+            console, self.config.strategy, self.config.steps, self.everyone.rank == 0
+        ) as self.view:
+            self._restore()
+            while self.sync.steps < self.config.steps:
+                self._step()
+                self._log()
+                self._evaluate_if_due()
+                self._save_if_due()
+            return self._finish()
+
+    def _make_model(self) -> nn.Module:
+        torch.manual_seed(self.config.seed)
+        model = Transformer(SIZES[self.config.model]).to(self.device)
+        return DistributedDataParallel(model) if dist.is_initialized() else model
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        parameters = list(self.model.parameters())
+        matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
+        vectors = [parameter for parameter in parameters if parameter.dim() < 2]
+        groups: list[dict[str, Any]] = [
+            {"params": matrices},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            groups,
+            lr=self.config.lr_at(0),
+            betas=(0.9, 0.95),
+            weight_decay=self.config.weight_decay,
+            fused=True,
+        )
+
+    def _restore(self) -> None:
+        restored = None
+        if self.resumes:
+            restored = checkpoint.restore(self.config.out / CHECKPOINTS, self.sync)
+        if restored is None:
+            if self.resumes:
+                self.view.note("no checkpoint to resume from: starting at step 0")
+        else:
+            self.train_seconds = restored.extra["train_seconds"]
+            self.losses = restored.extra["losses"]
+            self.next_eval = restored.extra["next_eval"]
+            self.view.note(f"resumed after step {restored.step} from {restored.path}")
+        self.logged_syncs = self.sync.meter.syncs
+        if self.everyone.rank == 0:
+            self.metrics.start(self.sync.steps)
+
+    def _step(self) -> None:
+        start = time.perf_counter()
+        step = self.sync.steps
+        for group_of_parameters in self.optimizer.param_groups:
+            group_of_parameters["lr"] = self.config.lr_at(step)
+        inputs, targets = self.share.batch(step)
+        count = self.config.accumulate
+        micro = zip(inputs.chunk(count), targets.chunk(count), strict=True)
+        loss = sum(
+            self._backward(x, y, last=index == count - 1) for index, (x, y) in enumerate(micro)
+        )
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.sync.step()
+        self.losses.append(loss / count)
+        self.train_seconds += time.perf_counter() - start
+
+    def _backward(self, inputs: Tensor, targets: Tensor, last: bool) -> float:
+        with nullcontext() if last else self._no_sync():
+            loss = cross_entropy(self.model, inputs.to(self.device), targets.to(self.device))
+            (loss / self.config.accumulate).backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def _no_sync(self) -> AbstractContextManager[None]:
+        if isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return nullcontext()
+
+    def _log(self) -> None:
+        step, meter = self.sync.steps, self.sync.meter
+        self.view.advance(step)
+        new = meter.syncs - self.logged_syncs
+        self.logged_syncs = meter.syncs
+        for record in list(meter.records)[len(meter.records) - new :]:
+            self.view.sync(record.drift)
+            if self.everyone.rank == 0:
+                self.metrics.add_sync(record)
+        if step % self.config.log_every and step != self.config.steps:
+            return
+        tokens = step * self._tokens_a_step()
+        entry = {
+            "loss": float(np.mean(self.losses)),
+            "lr": self.config.lr_at(step - 1),
+            "tokens": tokens,
+            "tokens_per_second": tokens / self.train_seconds,
+            "payload_bytes": meter.total_bytes,
+            "ddp_payload_bytes": self._ddp_bytes(),
+            "train_seconds": self.train_seconds,
+            "wait_seconds": meter.wait_seconds,
+        }
+        self.losses = []
+        if self.everyone.rank == 0:
+            self.metrics.add("step", step, **entry)
+        self.view.step(step, entry)
+
+    def _evaluate_if_due(self) -> None:
+        # Replicas agree only now and then; all ranks see the same clock and so the same moment.
+        if self.sync.agreed and self.next_eval <= self.sync.steps < self.config.steps:
+            self._evaluate()
+            interval = self.config.eval_interval
+            self.next_eval = self.sync.steps - self.sync.steps % interval + interval
+
+    def _evaluate(self) -> float:
+        loss = self._held_out_loss()
+        self.view.evaluated(loss)
+        if self.everyone.rank == 0:
+            self.metrics.add(
+                "eval",
+                self.sync.steps,
+                val_loss=loss,
+                payload_bytes=self.sync.meter.total_bytes,
+                train_seconds=self.train_seconds,
+            )
+        return loss
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> float:
+        """Mean over evenly spaced held-out windows; each rank takes some of them."""
+        held_out = self.windows.held_out
+        count = min(self.config.eval_sequences, len(held_out))
+        chosen = held_out[np.linspace(0, len(held_out) - 1, count).astype(int)]
+        own = chosen[self.everyone.rank :: self.everyone.size]
+        model = unwrap(self.model)
+        total = torch.zeros(2, device=self.device, dtype=torch.float64)
+        for start in range(0, len(own), self.config.batch_size):
+            inputs, targets = self.windows.batch(own[start : start + self.config.batch_size])
+            loss = cross_entropy(model, inputs.to(self.device), targets.to(self.device))
+            total += torch.tensor([float(loss) * len(inputs), len(inputs)], device=self.device)
+        self.everyone.all_reduce(total).wait()
+        return float(total[0] / total[1])
+
+    def _save_if_due(self) -> None:
+        step = self.sync.steps
+        stopping = self.stop.due(step) and step < self.config.steps
+        if stopping or (step % self.config.checkpoint_every == 0 and step < self.config.steps):
+            path = self._save()
+            if stopping:
+                assert self.stop.signal is not None
+                raise Interrupted(step, self.stop.signal, path)
+
+    def _save(self) -> Path:
+        extra = {
+            "train_seconds": self.train_seconds,
+            "losses": self.losses,
+            "next_eval": self.next_eval,
+        }
+        return checkpoint.save(self.config.out / CHECKPOINTS, self.sync, extra, self.config.keep)
+
+    def _finish(self) -> Summary:
+        start = time.perf_counter()
+        self.sync.finish()
+        self.train_seconds += time.perf_counter() - start
+        self._log_last_sync()
+        loss = self._evaluate()
+        self._save()
+        summary = self._summarize(loss)
+        self.sync.close()
+        if self.everyone.rank == 0:
+            save_weights(unwrap(self.model), self.config, self.config.out / WEIGHTS)
+            summary.write(self.config.out)
+        return summary
+
+    def _log_last_sync(self) -> None:
+        if self.sync.meter.syncs > self.logged_syncs and self.everyone.rank == 0:
+            self.metrics.add_sync(self.sync.meter.records[-1])
+
+    def _summarize(self, loss: float) -> Summary:
+        meter = self.sync.meter
+        digests = self.everyone.all_gather_object(list(self._digests()))
+        return Summary(
+            strategy=self.config.strategy,
+            strategy_details=self.sync.strategy.fingerprint,
+            workers=self.everyone.size,
+            model=self.config.model,
+            parameters=self._parameters(),
+            steps=self.sync.steps,
+            tokens=self.sync.steps * self._tokens_a_step(),
+            seed=self.config.seed,
+            train_seconds=self.train_seconds,
+            wait_seconds=meter.wait_seconds,
+            payload_bytes=meter.total_bytes,
+            payload_bytes_by_purpose=dict(meter.payload_bytes),
+            ddp_payload_bytes=self._ddp_bytes(),
+            syncs=meter.syncs,
+            final_val_loss=loss,
+            replicas_equal=all(theirs == digests[0] for theirs in digests),
+            versions={name: version(name) for name in ("postlocal", "torch", "numpy")},
+        )
+
+    def _digests(self) -> Iterator[str]:
+        for parameter in self.model.parameters():
+            yield key_of(parameter)
+
+    def _parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def _tokens_a_step(self) -> int:
+        return self.everyone.size * self.config.batch_size * self.config.sequence_length
+
+    def _ddp_bytes(self) -> int:
+        return self.sync.steps * fp32().payload_bytes(self._parameters(), self.everyone.size)
+
+
+def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss in nats a byte, a 0-d tensor; inputs and targets are ``(batch, length)``."""
+    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+
+def save_weights(model: nn.Module, config: TrainConfig, path: Path) -> None:
+    """Write parameters as safetensors, whole or not at all."""
+    aside = path.with_name(f".{path.name}.partial")
+    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    save_file(
+        tensors,
+        aside,
+        {"model": config.model, "sequence_length": str(config.sequence_length)},
+    )
+    aside.rename(path)
+
+
+def prepare_folder(folder: Path, resumes: bool, overwrite: bool) -> None:
+    """Make the output folder; an earlier run in it is resumed, removed if asked for, or kept.
+
+    Raises:
+        ValueError: if it cannot be written, or holds a run that is neither resumed nor to go.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"out must be a folder that can be written, got {folder} ({error.strerror})"
+        ) from None
+    if resumes or not (folder / METRICS).exists():
+        return
+    if not overwrite:
+        raise ValueError(
+            f"out must not hold an earlier run, got {folder}: pass --resume to continue it, "
+            "--overwrite to replace it, or another folder"
+        )
+    for name in (METRICS, SUMMARY, PLOT, WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
+    for name in (CHECKPOINTS, "compare"):
+        shutil.rmtree(folder / name, ignore_errors=True)
