@@ -7,6 +7,7 @@ that a test costs little more than what it does. No thread and no process group 
 import multiprocessing
 import os
 import pickle
+import socket
 import tempfile
 import time
 import traceback
@@ -33,15 +34,17 @@ def run_ranks(
     timeout: float = 60.0,
     local_world_size: int | None = None,
     expect_dead: tuple[int, ...] = (),
+    join: bool = True,
     **keywords: Any,
 ) -> list[Any]:
     """Call ``function(rank, *args, **keywords)`` on ``world`` ranks and return what they returned.
 
-    Ranks in ``expect_dead`` may end without an answer; they give None.
+    Ranks in ``expect_dead`` may end without an answer; they give None. With ``join=False`` they are
+    not made a process group.
     """
     bound = partial(function, **keywords)
     with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / "store"
+        store = Path(folder) / "store" if join else None
         pipes, processes = [], []
         for rank in range(world):
             receiver, sender = context.Pipe(duplex=False)
@@ -60,6 +63,14 @@ def run_ranks(
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def free_port() -> int:
+    """A port on loopback that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _collect(pipes: list[Connection], deadline: float, expect_dead: tuple[int, ...]) -> list[Any]:
@@ -91,7 +102,7 @@ def _rank_main(
     sender: Connection,
     rank: int,
     world: int,
-    store: Path,
+    store: Path | None,
     local_world_size: int,
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -105,15 +116,17 @@ def _rank_main(
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     try:
-        dist.init_process_group(
-            "gloo",
-            store=FileStore(str(store), world),
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=30),
-        )
+        if store is not None:
+            dist.init_process_group(
+                "gloo",
+                store=FileStore(str(store), world),
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=30),
+            )
         # Plain pickle: the one of multiprocessing would share memory with a rank that ends.
         sender.send_bytes(pickle.dumps((True, function(rank, *args))))
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except BaseException:
         sender.send_bytes(pickle.dumps((False, traceback.format_exc())))

@@ -86,7 +86,7 @@ def test_diloco_equals_the_papers_algorithm_in_one_process(ranks: Ranks, wrap: b
 
 def test_slowmo_without_momentum_equals_averaging(ranks: Ranks) -> None:
     averaged = ranks(2, train, strategies.local_sgd(period=4), 16, "momentum")
-    slow = ranks(2, train, strategies.slowmo(period=4, lr=1.0, momentum=0.0), 16, "momentum")
+    slow = ranks(2, train, strategies.slowmo(period=4, slow_lr=1.0, slow_momentum=0.0), 16, "momentum")
     assert distance(averaged[0][-1], slow[0][-1]) < 1e-6
 
 
@@ -111,7 +111,7 @@ def slowmo_reference(world: int, steps: int, period: int, beta: float) -> list[T
 
 
 def test_slowmo_equals_the_papers_algorithm_in_one_process(ranks: Ranks) -> None:
-    ours = ranks(2, train, strategies.slowmo(period=4, momentum=0.5), 16, "sgd")
+    ours = ranks(2, train, strategies.slowmo(period=4, slow_momentum=0.5), 16, "sgd")
     assert distance(ours[0][-1], slowmo_reference(2, 16, 4, 0.5)) < 1e-6
 
 

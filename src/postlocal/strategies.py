@@ -82,7 +82,13 @@ def local_sgd(period: int = 16) -> Strategy:
     return Strategy(schedules.periodic(period), name="local_sgd")
 
 
-def post_local_sgd(warmup: int, period: int = 16, gradients: str = "node") -> Strategy:
+def post_local_sgd(
+    warmup: int,
+    period: int = 16,
+    gradients: str = "node",
+    outer_lr: float = 1.0,
+    outer_momentum: float = 0.0,
+) -> Strategy:
     """Post-local SGD: DDP for ``warmup`` steps, local SGD after (Lin et al., arXiv 1808.07217).
 
     Args:
@@ -90,9 +96,14 @@ def post_local_sgd(warmup: int, period: int = 16, gradients: str = "node") -> St
             learning rate.
         period: steps a round after that; the paper uses 16 or 32.
         gradients: level at which gradients are still averaged in each local step.
+        outer_lr: outer learning rate; 1 with no momentum is the paper's averaging.
+        outer_momentum: Nesterov momentum over rounds, which helps where local steps are noisy.
     """
     then = schedules.periodic(period, gradients)
-    return Strategy(schedules.post_local(warmup, then), name="post_local_sgd")
+    outer: outers.Outer = outers.nesterov(outer_lr, outer_momentum)
+    if (outer_lr, outer_momentum) == (1.0, 0.0):
+        outer = outers.average()
+    return Strategy(schedules.post_local(warmup, then), outer, name="post_local_sgd")
 
 
 def hierarchical(periods: Mapping[str, int], gradients: str = "rank") -> Strategy:

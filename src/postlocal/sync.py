@@ -100,7 +100,7 @@ def attach(
         _check_ddp(ddp, everyone)
         inner = Inner(optimizer, replica)
         partitions = topology.partition(everyone.size)
-        _check_levels(strategy, partitions)
+        check_levels(strategy, partitions)
         first = strategy.schedule(0, inner.lr)
     agreement.check(
         everyone,
@@ -382,7 +382,16 @@ def _drift(mean_square: float, square_of_mean: float, scale: float) -> float:
     return math.sqrt(max(0.0, mean_square - square_of_mean) / scale)
 
 
-def _check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> None:
+def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> None:
+    """Check that a strategy's levels are there, and warn of one that is the whole world.
+
+    Args:
+        strategy: its schedule names levels.
+        partitions: what `Topology.partition` gives for the world.
+
+    Raises:
+        ValueError: naming the level that is missing.
+    """
     for level in sorted(schedule.levels(strategy.schedule)):
         if level not in partitions:
             raise ValueError(unknown_level(level, partitions))

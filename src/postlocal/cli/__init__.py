@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from importlib.metadata import version
 
 import typer
 
@@ -22,15 +23,19 @@ app.command()(train)
 app.command()(sample)
 
 
-@app.callback()
-def _version(
-    version: bool = typer.Option(False, "--version", help="Show the version and exit."),
-) -> None:
-    if version:
-        from postlocal import __version__
-
-        typer.echo(__version__)
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("postlocal"))
         raise typer.Exit
+
+
+@app.callback(help="Data-parallel PyTorch training that communicates seldom.")
+def _common(
+    show_version: bool = typer.Option(
+        False, "--version", help="Show the version and exit.", is_eager=True, callback=_show_version
+    ),
+) -> None:
+    """Take options that come before a command."""
 
 
 def main() -> None:

@@ -11,9 +11,8 @@ from postlocal.strategies import NAMED
 from postlocal.train import make_config
 from postlocal.train import train as run
 from postlocal.train.config import TrainConfig
-from postlocal.train.data import Corpus, find_files
 from postlocal.train.model import SIZES
-from postlocal.train.run import prepare_folder
+from postlocal.train.run import check_before_launch
 from postlocal.train.world import launch, launched
 
 
@@ -113,8 +112,7 @@ def train(
     if launched() or workers == 1:
         run(config)
         return
-    Corpus(find_files(config.data))
-    prepare_folder(config.out, config.resume, config.overwrite)
+    check_before_launch(config)
     code = launch(workers, sys.argv[1:])
     if code:
         raise typer.Exit(code)

@@ -23,7 +23,7 @@ from postlocal.group import Group
 from postlocal.packing import key_of
 from postlocal.replica import unwrap
 from postlocal.report import METRICS, PLOT, SUMMARY, Metrics, Summary, plot
-from postlocal.sync import attach
+from postlocal.sync import attach, check_levels
 from postlocal.train import view
 from postlocal.train.config import TrainConfig
 from postlocal.train.data import Corpus, Share, Windows, find_files
@@ -96,13 +96,9 @@ class _Run:
         self.stop = stop
         self.resumes = config.resume or restarted()
         with agreement.together(everyone):
-            windows = Windows(Corpus(find_files(config.data)), config.sequence_length)
-            self.share = Share(
-                windows, everyone.rank, everyone.size, config.batch_size, config.seed
-            )
+            self.windows, self.share = open_data(config, everyone.rank, everyone.size)
             if everyone.rank == 0:
                 prepare_folder(config.out, self.resumes, config.overwrite)
-        self.windows = windows
         self.model = self._make_model()
         self.optimizer = self._make_optimizer()
         self.sync = attach(
@@ -348,6 +344,28 @@ def save_weights(model: nn.Module, config: TrainConfig, path: Path) -> None:
         {"model": config.model, "sequence_length": str(config.sequence_length)},
     )
     aside.rename(path)
+
+
+def open_data(config: TrainConfig, rank: int, world: int) -> tuple[Windows, Share]:
+    """The corpus, and one rank's share of it.
+
+    Raises:
+        ValueError: if there is no data, or too little.
+    """
+    windows = Windows(Corpus(find_files(config.data)), config.sequence_length)
+    return windows, Share(windows, rank, world, config.batch_size, config.seed)
+
+
+def check_before_launch(config: TrainConfig) -> None:
+    """Find what would go wrong in the workers while there are none yet.
+
+    Raises:
+        ValueError: if data, levels or the output folder do not fit.
+    """
+    partitions = config.make_topology().partition(config.workers)
+    check_levels(config.make_strategy(), partitions)
+    open_data(config, 0, config.workers)
+    prepare_folder(config.out, config.resume, config.overwrite)
 
 
 def prepare_folder(folder: Path, resumes: bool, overwrite: bool) -> None:

@@ -1,8 +1,10 @@
 """The ranks of a training run: joining them, and starting them where nobody did."""
 
+import hashlib
 import logging
 import os
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,11 +12,14 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import distributed_c10d
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.rendezvous import rendezvous
+
+from postlocal.errors import PeerError
 
 
 def launched() -> bool:
@@ -74,13 +79,51 @@ def joined(timeout: float) -> Iterator[torch.device]:
     if not launched():
         yield device
         return
+    backend = dist.get_default_backend_for_device(device)
+    met, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
     dist.init_process_group(
-        dist.get_default_backend_for_device(device), timeout=timedelta(seconds=timeout)
+        backend,
+        store=PrefixStore(_name_of_start(met, rank, world, timeout), met),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout),
     )
     try:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def _name_of_start(met: Store, rank: int, world: int, timeout: float) -> str:
+    """A name that all workers of this start agree on, and no earlier start had.
+
+    torchrun's store outlives the workers: after a restart it still holds the addresses of dead
+    ones, and who reads those cannot connect. So each worker signs in with a word made up anew; rank
+    0 publishes the list of all, each acknowledges a list that has its own word, and rank 0 lets a
+    list pass that all have acknowledged. Words of an earlier start never do.
+    """
+    word = uuid.uuid4().hex[:12]
+    met.set(f"word/{rank}", word)
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if rank == 0 and (words := _read(met, "word", world)):
+            met.set("words", ",".join(words))
+        published = met.get("words").decode() if met.check(["words"]) else ""
+        if word in published.split(","):
+            met.set(f"seen/{rank}", published)
+            if rank == 0 and set(_read(met, "seen", world)) == {published}:
+                met.set(f"start/{published}", "1")
+            if met.check([f"start/{published}"]):
+                return hashlib.blake2b(published.encode(), digest_size=8).hexdigest()
+        time.sleep(0.02)
+    missing = [r for r in range(world) if not met.check([f"word/{r}"])]
+    raise PeerError(f"not all {world} workers started within {timeout:g} s; missing: {missing}")
+
+
+def _read(met: Store, what: str, world: int) -> list[str]:
+    """What each rank wrote, or nothing while one has not."""
+    keys = [f"{what}/{rank}" for rank in range(world)]
+    return [met.get(key).decode() for key in keys] if met.check(keys) else []
 
 
 def store() -> Store | None:

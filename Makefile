@@ -1,0 +1,44 @@
+# Set-up, the main job and the checks. `make` alone prints the targets.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check docs clean
+
+help: ## Print the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1|\2/' | column -t -s '|'
+
+install: $(INSTALLED) ## Make the environment in .venv
+
+# torch goes first and pinned: what depends on it would otherwise bring a build for accelerators.
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "== Environment in $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install ## Train a language model with 4 workers, post-local SGD against DDP
+	@echo "== Post-local SGD against DDP: 4 workers, into runs/demo"
+	$(BIN)/postlocal train --workers 4 --strategy post_local_sgd --compare ddp --out runs/demo --overwrite
+
+test: install ## Run the tests
+	@echo "== Tests"
+	$(BIN)/python -m pytest
+
+check: install ## Check style and types
+	@echo "== Style and types"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: install ## Build the documentation
+	@echo "== Documentation"
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
+clean: ## Remove the environment and all that was built
+	rm -rf $(VENV) docs/_build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
