@@ -3,7 +3,7 @@
 from importlib.metadata import version as installed
 
 project = "postlocal"
-copyright = "2026, the postlocal authors"  # noqa: A001
+copyright = "2026, the postlocal authors"
 author = "the postlocal authors"
 release = version = installed("postlocal")
 

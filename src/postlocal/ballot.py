@@ -6,7 +6,7 @@ from torch import Tensor
 from postlocal.errors import DisagreementError
 from postlocal.group import Group
 
-_FIELDS = ("weight", "square", "step", "planned", "lr", "layout")
+_FIELDS = ("weight", "buffer_weight", "square", "step", "planned", "lr", "layout")
 BYTES = 8 * len(_FIELDS)
 """Bytes that one rank tells each other one."""
 
@@ -18,6 +18,7 @@ class Ballot:
         group: who synchronizes.
         device: where collectives of the group take tensors from.
         weight: of this rank's contribution in the mean.
+        buffer_weight: of this rank's buffers in theirs.
         square: squared norm of this rank's contribution.
         step: steps this rank has taken.
         planned: steps of the round that this rank plans next.
@@ -31,6 +32,7 @@ class Ballot:
         device: torch.device,
         *,
         weight: float,
+        buffer_weight: float,
         square: float,
         step: int,
         planned: int,
@@ -38,7 +40,9 @@ class Ballot:
         layout: int,
     ) -> None:
         self.weight = weight
-        row = torch.tensor([weight, square, step, planned, lr, layout], dtype=torch.float64)
+        self.buffer_weight = buffer_weight
+        values = [weight, buffer_weight, square, step, planned, lr, layout]
+        row = torch.tensor(values, dtype=torch.float64)
         self._output = torch.empty(group.size * len(_FIELDS), dtype=torch.float64, device=device)
         self._work = group.all_gather(self._output, row.to(device))
         self._rows: Tensor | None = None
@@ -46,6 +50,10 @@ class Ballot:
     def total_weight(self) -> float:
         """Sum of all weights; 1 where all are 0 (and so is the sum of the contributions)."""
         return float(self._column("weight").sum()) or 1.0
+
+    def total_buffer_weight(self) -> float:
+        """The same of the buffers' weights."""
+        return float(self._column("buffer_weight").sum()) or 1.0
 
     @property
     def excluded(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -43,6 +44,23 @@ class Replica:
     def tensors(self) -> dict[str, Tensor]:
         """Everything: parameters, frozen ones and buffers."""
         return self.parameters | self.frozen | self.buffers
+
+    def float_buffers(self) -> list[Tensor]:
+        """Buffers of floating point; complex ones as pairs of floats, in their memory."""
+        return [
+            torch.view_as_real(buffer) if buffer.is_complex() else buffer
+            for buffer in self.buffers.values()
+            if buffer.is_floating_point() or buffer.is_complex()
+        ]
+
+    def other_buffers(self) -> list[Tensor]:
+        """Buffers of integers and booleans."""
+        floats = (torch.is_floating_point, torch.is_complex)
+        return [b for b in self.buffers.values() if not any(kind(b) for kind in floats)]
+
+    def has_nan_buffer(self) -> bool:
+        """Whether a buffer holds NaN; infinities are what masks are made of."""
+        return any(bool(torch.isnan(buffer).any()) for buffer in self.float_buffers())
 
     def describe(self) -> list[str]:
         """One line a tensor, equal on all ranks that hold the same model."""

@@ -309,13 +309,21 @@ class Sync:
         parameters = list(self.replica.parameters.values())
         ballot = self._mean(parameters, group, fp32(), following)
         if len(ballot.excluded) == group.size:
+            self._lose(parameters, record.level)
+            return ballot
+        square = squared_norm(parameters)
+        record.drift = _drift(ballot.mean_square(), square, square)
+        return ballot
+
+    def _lose(self, parameters: list[Tensor], level: str) -> None:
+        if level == WORLD:
             raise NonFiniteError(
                 f"after step {self._steps} the parameters of every replica hold infinities or "
                 "NaN: resume from a checkpoint, with a lower learning rate"
             )
-        square = squared_norm(parameters)
-        record.drift = _drift(ballot.mean_square(), square, square)
-        return ballot
+        # Other groups may be well: they leave this one out where they meet, if it stays marked.
+        for parameter in parameters:
+            parameter.fill_(math.nan)
 
     def _move(self, anchor: Anchor, group: Group, following: Round, record: SyncRecord) -> Ballot:
         scale = squared_norm(anchor.tensors.values())
@@ -340,6 +348,7 @@ class Sync:
             group,
             tensors[0].device,
             weight=self.strategy.guard.weight(all_finite(tensors, square)),
+            buffer_weight=self.strategy.guard.weight(not self.replica.has_nan_buffer()),
             square=square,
             step=self._steps,
             planned=following.steps,
@@ -351,15 +360,10 @@ class Sync:
         return ballot
 
     def _average_buffers(self, group: Group, ballot: Ballot) -> None:
-        buffers = [
-            torch.view_as_real(buffer) if buffer.is_complex() else buffer
-            for buffer in self.replica.buffers.values()
-        ]
-        floats = [buffer for buffer in buffers if buffer.is_floating_point()]
-        others = [buffer for buffer in buffers if not buffer.is_floating_point()]
-        weigh_(floats, ballot.weight)
-        sent = mean_(floats, group, fp32(), ballot.total_weight) + maximum_(others, group)
-        self.meter.count("buffers", sent)
+        floats, others = self.replica.float_buffers(), self.replica.other_buffers()
+        weigh_(floats, ballot.buffer_weight)
+        sent = mean_(floats, group, fp32(), ballot.total_buffer_weight)
+        self.meter.count("buffers", sent + maximum_(others, group))
 
     def _settle_optimizer(self, group: Group, ballot: Ballot) -> None:
         match self.strategy.optimizer_state:

@@ -25,6 +25,17 @@ def flat_view(tensor: Tensor) -> Tensor | None:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
+def whole_storage(tensor: Tensor) -> Tensor:
+    """All of the memory that a tensor is part of, as a flat view of its dtype.
+
+    Example:
+        >>> whole_storage(torch.zeros(8)[2:4]).shape
+        torch.Size([8])
+    """
+    numel = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return tensor.as_strided((numel,), (1,), 0)
+
+
 def weigh_(tensors: Iterable[Tensor], weight: float) -> None:
     """Multiply tensors by a weight; by 0 also where they hold infinities or NaN.
 
@@ -46,7 +57,7 @@ def squared_norm(tensors: Iterable[Tensor]) -> float:
     Blocks are summed in the tensors' own precision, then in fp64: exact enough to subtract.
 
     Example:
-        >>> squared_norm([torch.full((3,), 2.0), torch.ones(2)])
+        >>> round(squared_norm([torch.full((3,), 2.0), torch.ones(2)]), 3)
         14.0
     """
     total = 0.0

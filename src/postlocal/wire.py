@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from postlocal.group import Group, Work
-from postlocal.tensors import flat_view, weigh_
+from postlocal.tensors import flat_view, weigh_, whole_storage
 
 CHUNK = 2 * 2**20
 """Greatest number of elements that travel in one collective."""
@@ -50,7 +50,7 @@ class Wire(Protocol):
         """Bytes each of ``size`` ranks sends for the mean of ``numel`` elements of ``dtype``."""
         ...
 
-    def launch(self, chunk: Tensor, group: Group, divisor: Divisor) -> Exchange:
+    def launch(self, chunk: Tensor, group: Group, divisor: Divisor, staging: "Staging") -> Exchange:
         """Start to replace ``chunk`` by the sum over the group divided by ``divisor()``.
 
         All ranks end with identical bits.
@@ -60,8 +60,37 @@ class Wire(Protocol):
                 and the same on all ranks.
             group: who takes part.
             divisor: gives the sum of the weights of all contributions.
+            staging: where memory for what travels comes from.
         """
         ...
+
+
+class Staging:
+    """Buffers that are used again: what one chunk travelled in serves the next.
+
+    Example:
+        >>> staging = Staging()
+        >>> first = staging.take(4, torch.zeros(()))
+        >>> staging.give(first)
+        >>> staging.take(3, torch.zeros(())).data_ptr() == first.data_ptr()
+        True
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, numel: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A flat tensor of ``numel`` elements on the device of ``like``, with any content."""
+        dtype = dtype or like.dtype
+        for index, buffer in enumerate(self._free):
+            if buffer.dtype == dtype and buffer.device == like.device and buffer.numel() >= numel:
+                return self._free.pop(index)[:numel]
+        return like.new_empty(numel, dtype=dtype)
+
+    def give(self, *buffers: Tensor) -> None:
+        """Take buffers back; their content is no longer needed."""
+        # A buffer taken for a small chunk was cut to its size, and comes back whole.
+        self._free.extend(whole_storage(buffer) for buffer in buffers)
 
 
 @dataclass(frozen=True)
@@ -71,10 +100,10 @@ class _Exact:
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
         return _exchanged_bytes(numel, size, dtype)
 
-    def launch(self, chunk: Tensor, group: Group, divisor: Divisor) -> Exchange:
+    def launch(self, chunk: Tensor, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
         if group.size in (2, 4):
             return _AllReduced(chunk, group, divisor)
-        return _Owned(chunk, group, divisor, chunk.dtype)
+        return _Owned(chunk, group, divisor, chunk.dtype, staging)
 
 
 @dataclass(frozen=True)
@@ -85,8 +114,8 @@ class _Cast:
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
         return _exchanged_bytes(numel, size, self.dtype)
 
-    def launch(self, chunk: Tensor, group: Group, divisor: Divisor) -> Exchange:
-        return _Owned(chunk, group, divisor, self.dtype)
+    def launch(self, chunk: Tensor, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
+        return _Owned(chunk, group, divisor, self.dtype, staging)
 
 
 def _exchanged_bytes(numel: int, size: int, dtype: torch.dtype) -> int:
@@ -149,23 +178,31 @@ class _Owned:
     once on the way out and once on the way back, and all take the owner's bits.
     """
 
-    def __init__(self, chunk: Tensor, group: Group, divisor: Divisor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, chunk: Tensor, group: Group, divisor: Divisor, dtype: torch.dtype, staging: Staging
+    ) -> None:
         self._chunk = chunk
         self._group = group
         self._divisor = divisor
-        share = math.ceil(chunk.numel() / group.size)
-        self._sent = chunk.new_zeros(share * group.size, dtype=dtype)
+        self._staging = staging
+        padded = math.ceil(chunk.numel() / group.size) * group.size
+        self._sent = staging.take(padded, chunk, dtype)
+        self._received = staging.take(padded, chunk, dtype)
+        self._sent[chunk.numel() :].zero_()
         _cast(chunk, self._sent[: chunk.numel()])
-        self._received = torch.empty_like(self._sent)
         self._work: Work = group.all_to_all(self._received, self._sent)
 
     def wait(self) -> None:
         self._work.wait()
         parts = self._received.view(self._group.size, -1)
-        mean = parts.sum(0, dtype=torch.float64).div_(self._divisor())
-        owned = _cast(mean, parts[0])
+        total = self._staging.take(parts.shape[1], parts, torch.float64)
+        total.copy_(parts[0])
+        for part in parts[1:]:
+            total.add_(part)
+        owned = _cast(total.div_(self._divisor()), parts[0])
         self._group.all_gather(self._sent, owned).wait()
         self._chunk.copy_(self._sent[: self._chunk.numel()])
+        self._staging.give(self._sent, self._received, total)
 
 
 def _cast(values: Tensor, out: Tensor) -> Tensor:
@@ -201,12 +238,13 @@ def mean_(
         weigh_(tensors, 1 / divisor())
         return 0
     sent = 0
+    staging = Staging()
     under_way: deque[tuple[_Chunk, Exchange]] = deque()
-    for chunk in _chunks([tensor.detach() for tensor in tensors if tensor.numel()]):
+    for chunk in _chunks([tensor.detach() for tensor in tensors if tensor.numel()], staging):
         if len(under_way) == _UNDER_WAY:
             _land(*under_way.popleft())
         flat = chunk.pack()
-        under_way.append((chunk, wire.launch(flat, group, divisor)))
+        under_way.append((chunk, wire.launch(flat, group, divisor, staging)))
         sent += wire.payload_bytes(flat.numel(), group.size, flat.dtype)
     while under_way:
         _land(*under_way.popleft())
@@ -247,9 +285,10 @@ def _land(chunk: "_Chunk", exchange: Exchange) -> None:
 class _Chunk:
     """Pieces of tensors that travel together, as ``dtype``."""
 
-    def __init__(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, pieces: Sequence[Tensor], dtype: torch.dtype, staging: Staging) -> None:
         self._pieces = pieces
         self._dtype = dtype
+        self._staging = staging
         self._flat: Tensor | None = None
 
     def pack(self) -> Tensor:
@@ -257,32 +296,40 @@ class _Chunk:
         first = self._pieces[0]
         if len(self._pieces) == 1 and first.dtype == self._dtype and first.is_contiguous():
             return first.view(-1)
-        self._flat = torch.cat([piece.flatten().to(self._dtype) for piece in self._pieces])
+        numel = sum(piece.numel() for piece in self._pieces)
+        self._flat = self._staging.take(numel, first, self._dtype)
+        for piece, part in self._parts(self._flat):
+            part.copy_(piece)
         return self._flat
 
     def unpack(self) -> None:
-        if self._flat is None:
-            return
-        parts = torch.split(self._flat, [piece.numel() for piece in self._pieces])
+        """Give the pieces what the flat tensor holds."""
+        if self._flat is not None:
+            for piece, part in self._parts(self._flat):
+                piece.copy_(part)
+            self._staging.give(self._flat)
+            self._flat = None
+
+    def _parts(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        parts = torch.split(flat, [piece.numel() for piece in self._pieces])
         for piece, part in zip(self._pieces, parts, strict=True):
-            piece.copy_(part.view(piece.shape))
-        self._flat = None
+            yield piece, part.view(piece.shape)
 
 
-def _chunks(tensors: Sequence[Tensor]) -> Iterator[_Chunk]:
+def _chunks(tensors: Sequence[Tensor], staging: Staging) -> Iterator[_Chunk]:
     """Large tensors in parts of their own, small ones packed; in one order on all ranks."""
     for dtype in (torch.float32, torch.float64):
         packed: list[Tensor] = []
         for piece in _pieces(tensors, dtype):
             if piece.numel() >= _IN_PLACE and piece.dtype == dtype:
-                yield _Chunk([piece], dtype)
+                yield _Chunk([piece], dtype, staging)
                 continue
             if packed and sum(map(torch.numel, packed)) + piece.numel() > CHUNK:
-                yield _Chunk(packed, dtype)
+                yield _Chunk(packed, dtype, staging)
                 packed = []
             packed.append(piece)
         if packed:
-            yield _Chunk(packed, dtype)
+            yield _Chunk(packed, dtype, staging)
 
 
 def _pieces(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:

@@ -1,0 +1,174 @@
+"""The meter counts what is sent, by purpose and by synchronization."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import postlocal
+from postlocal import strategies, virtual
+from postlocal.group import Group
+from postlocal.meter import Meter, Purpose
+from tests.models import batches, mlp, sgd, train_step
+
+Ranks = Callable[..., list[Any]]
+
+PURPOSES: list[Purpose] = ["gradients", "parameters", "buffers", "optimizer", "control"]
+counts = st.lists(st.tuples(st.sampled_from(PURPOSES), st.integers(0, 10**12)))
+
+
+@given(outside=counts, inside=counts)
+def test_totals_are_sums_and_a_record_holds_what_was_sent_within_it(
+    outside: list[tuple[Purpose, int]], inside: list[tuple[Purpose, int]]
+) -> None:
+    meter = Meter()
+    for purpose, size in outside:
+        meter.count(purpose, size)
+    with meter.sync(step=3, level="world") as record:
+        for purpose, size in inside:
+            meter.count(purpose, size)
+    meter.count("gradients", 1)
+    within = sum(size for _, size in inside)
+    assert sum(record.payload_bytes.values()) == within
+    assert meter.total_bytes == sum(size for _, size in outside) + within + 1
+
+
+def test_only_the_latest_records_are_kept_and_all_are_counted() -> None:
+    meter = Meter(history=2)
+    for step in range(5):
+        with meter.sync(step, "world") as record:
+            record.excluded = (0, 2)
+    assert [record.step for record in meter.records] == [3, 4]
+    assert (meter.syncs, meter.excluded) == (5, 10)
+
+
+def test_a_sync_that_fails_is_no_record_and_leaves_nothing_open() -> None:
+    meter = Meter()
+    with pytest.raises(KeyError), meter.sync(4, "world") as record:
+        raise KeyError
+    meter.count("control", 7)
+    assert (meter.syncs, len(meter.records), record.payload_bytes) == (0, 0, {})
+
+
+def test_counting_goes_on_after_a_resume() -> None:
+    meter, again = Meter(), Meter()
+    with meter.sync(4, "node") as record:
+        meter.count("parameters", 100)
+        record.excluded = (1,)
+    again.load_state_dict(meter.state_dict())
+    again.count("parameters", 11)
+    with again.sync(8, "node"):
+        again.wait(1.0)
+    assert again.payload_bytes == {"parameters": 111}
+    assert meter.payload_bytes == {"parameters": 100}
+    assert (again.syncs, again.excluded, len(again.records)) == (2, 1, 1)
+    assert again.wait_seconds > 1.0 + meter.wait_seconds
+
+
+WIDE = 2**18 + 3
+
+
+def wide() -> nn.Module:
+    """A tensor that travels on its own, and small ones that share a chunk."""
+    return nn.ParameterList([torch.zeros(7), torch.zeros(WIDE), torch.zeros(3, 5)])
+
+
+def parameter_bytes(rank: int) -> list[dict[str, int]]:
+    model = wide()
+    sync = postlocal.attach(model, sgd(model), strategies.local_sgd(1))
+    for _ in range(2):
+        sync.step()
+    return [record.payload_bytes for record in sync.meter.records]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_parameters_cost_what_a_ring_sends_for_each_chunk(ranks: Ranks, world: int) -> None:
+    expected = sum(2 * (world - 1) * math.ceil(numel / world) * 4 for numel in (WIDE, 7 + 15))
+    for records in ranks(world, parameter_bytes):
+        assert [record["parameters"] for record in records] == [expected, expected]
+
+
+def gradient_bytes(rank: int, micro_batches: int, skip: bool) -> tuple[list[int], int, float]:
+    """Sizes of DDP's buckets at each reduction, gradient bytes of two steps, seconds waited."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(
+        nn.Sequential(nn.Linear(8, 300), nn.Linear(300, 300), nn.Linear(300, 4)),
+        bucket_cap_mb=0.1,  # type: ignore[arg-type]
+    )
+    optimizer = sgd(model)
+    sync = postlocal.attach(model, optimizer, strategies.ddp())
+    where: Any = sync._gradients
+    sizes, reduce = [], where.reduce
+
+    def spy(bucket: Any) -> Any:
+        sizes.append(bucket.buffer().numel())
+        return reduce(bucket)
+
+    where.reduce = spy
+    stream = batches(rank, 2 * micro_batches)
+    for _ in range(2):
+        for micro in range(micro_batches):
+            model.require_backward_grad_sync = not skip or micro == micro_batches - 1
+            x, y = next(stream)
+            nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        sync.step()
+    return sizes, sync.meter.payload_bytes["gradients"], sync.meter.wait_seconds
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("micro_batches", "skip"), [(1, False), (2, False), (2, True)])
+def test_gradients_cost_what_their_buckets_hold(
+    ranks: Ranks, world: int, micro_batches: int, skip: bool
+) -> None:
+    numel = 8 * 300 + 300 + 300 * 300 + 300 + 300 * 4 + 4
+    for sizes, sent, waited in ranks(world, gradient_bytes, micro_batches, skip):
+        assert len(sizes) > 2
+        assert sum(sizes) == numel * 2 * (1 if skip else micro_batches)
+        assert sent == sum(2 * (world - 1) * math.ceil(size / world) * 4 for size in sizes)
+        assert waited > 0
+
+
+def test_local_steps_send_nothing() -> None:
+    models = [mlp(), mlp()]
+
+    def work(group: Group) -> list[int]:
+        model = models[group.rank]
+        optimizer = sgd(model)
+        sync = postlocal.attach(model, optimizer, strategies.local_sgd(4), process_group=group)
+        totals = []
+        for x, y in batches(group.rank, 8):
+            train_step(model, optimizer, x, y)
+            sync.step()
+            totals.append(sync.meter.total_bytes)
+        return totals
+
+    for totals in virtual.run(2, work):
+        assert totals[:3] == [0, 0, 0]
+        assert totals[3] == totals[6] > 0
+        assert totals[7] == 2 * totals[3]
+
+
+def test_drift_is_zero_where_replicas_agree_and_unknown_where_none_is_finite() -> None:
+    models = [mlp(), mlp()]
+
+    def work(group: Group) -> list[float]:
+        model = models[group.rank]
+        strategy = strategies.diloco(1)
+        sync = postlocal.attach(model, sgd(model), strategy, process_group=group)
+        sync.step()
+        with torch.no_grad():
+            next(model.parameters()).fill_(math.nan)
+        sync.step()
+        return [record.drift for record in sync.meter.records]
+
+    for agreed, unknown in virtual.run(2, work):
+        assert agreed == 0
+        assert math.isnan(unknown)
