@@ -1,5 +1,6 @@
 """Ranks find out before training that they were given different things."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -214,9 +215,7 @@ def test_one_odd_rank_is_an_error_on_every_rank(ranks: Ranks, case: str) -> None
     for rank, (kind, message) in enumerate(ranks(3, attach_odd, case)):
         mine = everywhere or (rank == 1 and own)
         assert kind in (("ValueError", "TypeError") if mine else ("DisagreementError",))
-        assert pytest.raises(PostlocalError, match=own if mine else others), message
-        with pytest.raises(PostlocalError, match=own if mine else others):
-            raise PostlocalError(message)
+        assert re.search(own if mine else others, message), message
 
 
 def forgetful(rank: int) -> tuple[str, bool]:
@@ -246,7 +245,7 @@ def refused(rank: int) -> str:
     model = mlp()
     if rank == 2:
         with torch.no_grad():
-            model[2].bias.add_(1.0)  # type: ignore[index, operator, union-attr]
+            model[2].bias.add_(1.0)  # type: ignore[index]
     with pytest.raises(DisagreementError) as caught:
         postlocal.attach(model, sgd(model), strategies.local_sgd(2), initial="refuse")
     return str(caught.value)

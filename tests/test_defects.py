@@ -501,16 +501,16 @@ class Normed(nn.Module):
 
 
 def one_sync_of_buffers(
-    rank: int, strategy: Strategy, bad_buffer: int | None, bad: tuple[int, ...]
+    rank: int, strategy: Strategy, bad_buffer: tuple[int, ...], bad: tuple[int, ...]
 ) -> dict[str, Tensor]:
-    """Two steps; buffers of rank ``bad_buffer``, parameters of ranks ``bad`` turn NaN."""
+    """Two steps; a buffer of ranks ``bad_buffer``, parameters of ranks ``bad`` turn NaN."""
     model = Normed()
     optimizer = sgd(model)
     sync = postlocal.attach(model, optimizer, strategy)
     for x, y in batches(rank, 2):
         train_step(model, optimizer, x, y)
         with torch.no_grad():
-            if rank == bad_buffer:
+            if rank in bad_buffer:
                 assert model.norm.running_mean is not None
                 model.norm.running_mean.fill_(math.nan)
             if rank in bad:
@@ -527,18 +527,26 @@ def check_buffers(buffers: dict[str, Tensor]) -> None:
 
 
 def test_09_buffers_survive_where_one_rank_is_left_out(ranks: Ranks) -> None:
-    for buffers in ranks(2, one_sync_of_buffers, strategies.local_sgd(2), None, (1,)):
+    for buffers in ranks(2, one_sync_of_buffers, strategies.local_sgd(2), (), (1,)):
         check_buffers(buffers)
 
 
 def test_09_nan_in_one_ranks_buffers_does_not_become_everybodys(ranks: Ranks) -> None:
-    for buffers in ranks(2, one_sync_of_buffers, strategies.local_sgd(2), 1, ()):
+    for buffers in ranks(2, one_sync_of_buffers, strategies.local_sgd(2), (1,), ()):
         check_buffers(buffers)
 
 
 def test_09_buffers_survive_where_all_ranks_are_taken_back(ranks: Ranks) -> None:
-    for buffers in ranks(2, one_sync_of_buffers, strategies.diloco(2), None, (0, 1)):
+    for buffers in ranks(2, one_sync_of_buffers, strategies.diloco(2), (), (0, 1)):
         check_buffers(buffers)
+
+
+@pytest.mark.parametrize("bad", [(), (0, 1)], ids=["parameters finite", "parameters NaN too"])
+def test_09_a_buffer_that_is_nan_on_all_ranks_takes_no_other_buffer_with_it(
+    ranks: Ranks, bad: tuple[int, ...]
+) -> None:
+    for buffers in ranks(2, one_sync_of_buffers, strategies.diloco(2), (0, 1), bad):
+        check_buffers(buffers | {"norm.running_mean": torch.zeros(8)})
 
 
 def node_of_nan(rank: int) -> tuple[list[tuple[int, ...]], bool, list[Tensor]]:

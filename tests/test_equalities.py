@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+import postlocal
 from postlocal import guard, outer, schedule, strategies, topology, wire
 from postlocal.strategies import Strategy
 from tests.models import (
@@ -196,3 +199,37 @@ def test_a_lossy_gradient_wire_stays_close_to_ddp_and_replicas_equal(ranks: Rank
     ours = ranks(3, train, strategy, 12, "sgd")
     assert equal(ours[0][-1], ours[2][-1])
     assert 0 < distance(plain[0], ours[0][-1]) < 1e-2
+
+
+def train_with(rank: int, options: dict[str, bool]) -> tuple[list[Tensor], list[bool]]:
+    """Local rounds first, then gradients that meet at every step."""
+    model = DistributedDataParallel(mlp(), **options)  # type: ignore[arg-type]
+    optimizer = OPTIMIZERS["sgd"](model)
+    late = [schedule.Round(3, "rank", "world")] * 2 + [schedule.Round(1)] * 6
+    sync = postlocal.attach(
+        model, optimizer, Strategy(lambda step, lr: late[min(step // 3, 2)]), topology=None
+    )
+    agreed = []
+    for x, y in batches(rank, 9):
+        train_step(model, optimizer, x, y)
+        sync.step()
+        agreed.append(equal_everywhere(values(model)))
+    return values(model), agreed
+
+
+def equal_everywhere(tensors: list[Tensor]) -> bool:
+    copies = [tensor.clone() for tensor in tensors]
+    for copy in copies:
+        dist.broadcast(copy, 0)
+    verdict = torch.tensor(float(equal(copies, tensors)))
+    dist.all_reduce(verdict, dist.ReduceOp.MIN)
+    return bool(verdict)
+
+
+@pytest.mark.parametrize("option", ["static_graph", "gradient_as_bucket_view", "plain"])
+def test_local_rounds_can_come_before_synchronous_ones(ranks: Ranks, option: str) -> None:
+    options = {} if option == "plain" else {option: True}
+    plain = ranks(2, train_with, {})
+    for (result, agreed), (expected, _) in zip(ranks(2, train_with, options), plain, strict=True):
+        assert agreed == [False, False, True, False, False, True, True, True, True]
+        assert equal(result, expected)

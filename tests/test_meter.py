@@ -99,7 +99,7 @@ def gradient_bytes(rank: int, micro_batches: int, skip: bool) -> tuple[list[int]
     torch.manual_seed(0)
     model = DistributedDataParallel(
         nn.Sequential(nn.Linear(8, 300), nn.Linear(300, 300), nn.Linear(300, 4)),
-        bucket_cap_mb=0.1,  # type: ignore[arg-type]
+        bucket_cap_mb=0.1,
     )
     optimizer = sgd(model)
     sync = postlocal.attach(model, optimizer, strategies.ddp())

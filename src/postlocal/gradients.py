@@ -83,7 +83,9 @@ class Reduced:
     def use(self, level: str) -> None:
         """Reduce gradients at ``level`` from the next backward pass on."""
         self._group = self._layout[level]
-        self._reducing = level != RANK
+        # A static graph has to be seen by the reducer from the first pass on: there the hook is
+        # called in local rounds too, and leaves gradients as they are.
+        self._reducing = level != RANK or self._model.static_graph
         self._model.require_backward_grad_sync = self._reducing
         self._model.broadcast_buffers = self._syncs_buffers and level == WORLD
 
