@@ -23,7 +23,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: install ## Train a language model with 4 workers, post-local SGD against DDP
 	@echo "== Post-local SGD against DDP: 4 workers, into runs/demo"
-	$(BIN)/postlocal train --workers 4 --strategy post_local_sgd --compare ddp --out runs/demo --overwrite
+	$(BIN)/postlocal train --workers 4 --strategy post_local_sgd --compare ddp \
+		--out runs/demo --overwrite
 
 test: install ## Run the tests
 	@echo "== Tests"

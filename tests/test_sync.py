@@ -390,3 +390,17 @@ def finish_and_go_on(rank: int) -> list[int]:
     marks += [record.step for record in list(sync.meter.records)[2:]]
     assert dist.is_initialized()
     return marks
+
+
+def attach_with_one_node(rank: int) -> str:
+    model = DistributedDataParallel(mlp())
+    strategy = strategies.post_local_sgd(warmup=2, period=2)
+    with pytest.warns(UserWarning, match="level 'node'") as warned:
+        postlocal.attach(model, sgd(model), strategy, topology=topology.nodes())
+    return str(warned[0].message)
+
+
+def test_a_node_that_is_the_whole_world_is_warned_of(ranks: Ranks) -> None:
+    message = ranks(2, attach_with_one_node)[0]
+    assert "holds all 2 ranks" in message
+    assert "topology.nodes(size=1)" in message

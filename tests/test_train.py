@@ -151,7 +151,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 
 def test_strategies_get_defaults_that_suit_the_run() -> None:
-    assert make_config(steps=100).make_strategy().schedule.warmup == 10  # type: ignore[attr-defined]
+    assert make_config(steps=100).make_strategy().schedule.warmup == 30  # type: ignore[attr-defined]
     config = make_config(steps=100, strategy="qsr", parameters={"alpha": 0.01})
     assert config.make_strategy().schedule.total == 100  # type: ignore[attr-defined]
 

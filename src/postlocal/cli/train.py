@@ -50,7 +50,7 @@ def train(
     period: Annotated[int | None, _axis("Steps a round.")] = None,
     warmup: Annotated[
         int | None,
-        _axis("Synchronous steps of post_local_sgd.", show_default="a tenth"),
+        _axis("Synchronous steps of post_local_sgd.", show_default="three tenths"),
     ] = None,
     gradients: Annotated[
         str | None, _axis("Level at which gradients meet in a round: rank, node.")
@@ -78,7 +78,7 @@ def train(
     lr: Annotated[float, _fit("Peak learning rate of AdamW.")] = _D.lr,
     lr_warmup: Annotated[
         int | None,
-        _fit("Steps in which it rises.", show_default="a twentieth"),
+        _fit("Steps in which it rises.", show_default="a tenth"),
     ] = None,
     weight_decay: Annotated[float, _fit("Of AdamW.")] = _D.weight_decay,
     clip: Annotated[float, _fit("Largest gradient norm.")] = _D.clip,

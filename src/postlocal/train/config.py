@@ -29,11 +29,11 @@ class TrainConfig(BaseModel):
     model: str = "tiny"
     strategy: str = "post_local_sgd"
     parameters: dict[str, Any] = {}
-    wire: Wire = "fp32"
-    gradient_wire: Wire = "fp32"
+    wire: Wire = "bf16"
+    gradient_wire: Wire = "bf16"
     optimizer_state: Literal["keep", "average", "reset"] = "keep"
-    steps: Annotated[int, Field(ge=1)] = 300
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    steps: Annotated[int, Field(ge=1)] = 100
+    batch_size: Annotated[int, Field(ge=1)] = 32
     accumulate: Annotated[int, Field(ge=1)] = 1
     sequence_length: Annotated[int, Field(ge=2)] = 128
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-3
@@ -44,7 +44,7 @@ class TrainConfig(BaseModel):
     out: Path = Path("runs/train")
     resume: bool = False
     overwrite: bool = False
-    checkpoint_every: Annotated[int, Field(ge=1)] = 100
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50
     keep: Annotated[int, Field(ge=1)] = 3
     log_every: Annotated[int, Field(ge=1)] = 10
     eval_every: Annotated[int | None, Field(ge=1)] = None
@@ -54,8 +54,8 @@ class TrainConfig(BaseModel):
 
     @property
     def rising_steps(self) -> int:
-        """Steps in which the learning rate rises: a twentieth of the run unless given."""
-        return self.steps // 20 if self.lr_warmup is None else self.lr_warmup
+        """Steps in which the learning rate rises: a tenth of the run unless given."""
+        return self.steps // 10 if self.lr_warmup is None else self.lr_warmup
 
     @property
     def eval_interval(self) -> int:
@@ -75,7 +75,11 @@ class TrainConfig(BaseModel):
         Raises:
             ValueError: if the name or a parameter is unknown, or a value out of its range.
         """
-        suited = {"warmup": self.steps // 10, "lr_warmup": self.rising_steps, "total": self.steps}
+        suited = {
+            "warmup": 3 * self.steps // 10,
+            "lr_warmup": self.rising_steps,
+            "total": self.steps,
+        }
         taken = strategies.parameters_of(self.strategy)
         given = {name: value for name, value in suited.items() if name in taken} | self.parameters
         return replace(

@@ -144,7 +144,7 @@ class _Run:
         return torch.optim.AdamW(
             groups,
             lr=self.config.lr_at(0),
-            betas=(0.9, 0.95),
+            betas=(0.9, 0.99),
             weight_decay=self.config.weight_decay,
             fused=True,
         )
