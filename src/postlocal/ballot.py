@@ -40,7 +40,7 @@ class Ballot:
         layout: int,
     ) -> None:
         self.weight = weight
-        self.buffer_weight = buffer_weight
+        self._buffer_weight = buffer_weight
         values = [weight, buffer_weight, square, step, planned, lr, layout]
         row = torch.tensor(values, dtype=torch.float64)
         self._output = torch.empty(group.size * len(_FIELDS), dtype=torch.float64, device=device)
@@ -51,9 +51,10 @@ class Ballot:
         """Sum of all weights; 1 where all are 0 (and so is the sum of the contributions)."""
         return float(self._column("weight").sum()) or 1.0
 
-    def total_buffer_weight(self) -> float:
-        """The same of the buffers' weights."""
-        return float(self._column("buffer_weight").sum()) or 1.0
+    def buffer_weights(self) -> tuple[float, float]:
+        """This rank's buffers' weight and the sum of all; all are 1 where none is above 0."""
+        total = float(self._column("buffer_weight").sum())
+        return (self._buffer_weight, total) if total else (1.0, float(len(self._wait())))
 
     @property
     def excluded(self) -> tuple[int, ...]:

@@ -87,12 +87,12 @@ def attach(
         >>> sync.steps, sync.agreed
         (3, True)
     """
-    if timeout is not None and not timeout > 0:
-        raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
     everyone = group.resolve(process_group, timedelta(seconds=timeout) if timeout else None)
     everyone.arrive(0)
     topology = topology or world()
     with agreement.together(everyone):
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
         if initial not in ("broadcast", "refuse"):
             raise ValueError(f"initial must be 'broadcast' or 'refuse', got {initial!r}")
         replica = Replica(model)
@@ -361,8 +361,9 @@ class Sync:
 
     def _average_buffers(self, group: Group, ballot: Ballot) -> None:
         floats, others = self.replica.float_buffers(), self.replica.other_buffers()
-        weigh_(floats, ballot.buffer_weight)
-        sent = mean_(floats, group, fp32(), ballot.total_buffer_weight)
+        weight, total = ballot.buffer_weights()
+        weigh_(floats, weight)
+        sent = mean_(floats, group, fp32(), lambda: total)
         self.meter.count("buffers", sent + maximum_(others, group))
 
     def _settle_optimizer(self, group: Group, ballot: Ballot) -> None:
