@@ -404,3 +404,17 @@ def test_a_node_that_is_the_whole_world_is_warned_of(ranks: Ranks) -> None:
     message = ranks(2, attach_with_one_node)[0]
     assert "holds all 2 ranks" in message
     assert "topology.nodes(size=1)" in message
+
+
+@pytest.mark.parametrize("name", ["ddp", "post_local_sgd", "local_sgd", "slowmo", "diloco"])
+def test_every_strategy_runs_with_one_process_and_no_process_group(name: str) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    strategy = strategies.named(name, **({"warmup": 2} if name == "post_local_sgd" else {}))
+    sync = postlocal.attach(model, optimizer, strategy, topology=topology.nodes(4))
+    for x, y in batches(0, 20):
+        train_step(model, optimizer, x, y)
+        sync.step()
+    sync.finish()
+    assert sync.agreed
+    assert sync.meter.total_bytes == 0

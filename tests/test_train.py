@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from postlocal import DisagreementError
 from postlocal.meter import SyncRecord
-from postlocal.report import Metrics, plot
+from postlocal.report import Metrics, Summary, plot
 from postlocal.train import make_config, train
 from postlocal.train.data import Corpus, Share, Windows, find_files
 from postlocal.train.model import SIZES, Transformer
@@ -240,6 +240,17 @@ def test_one_process_alone_trains_too_and_accumulation_does_not_change_it(tmp_pa
         losses.append(summary.final_val_loss)
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
     assert losses[0] < math.log(256)
+
+
+def test_a_run_that_replaces_an_earlier_one_keeps_what_it_compares_with(tmp_path: Path) -> None:
+    write(tmp_path, bytes(range(256)) * 20)
+    config = config_of(tmp_path, strategy="local_sgd", compare="ddp", overwrite=True)
+    for _ in range(2):
+        train(config)
+        assert Summary.read(tmp_path / "out").strategy == "local_sgd"
+        assert Summary.read(tmp_path / "out" / "compare" / "ddp").strategy == "ddp"
+    with pytest.raises(ValueError, match="out must not hold an earlier run"):
+        train(config.model_copy(update={"overwrite": False}))
 
 
 def train_differently(rank: int, folder: Path, port: int) -> str:

@@ -22,15 +22,22 @@ from postlocal.wire import Wire, mean_
 
 
 class Local:
-    """Gradients of a model that nothing reduces: they stay on their rank."""
+    """Gradients of a model that nothing reduces: they stay on their rank.
+
+    Args:
+        layout: this rank's groups.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
 
     def use(self, level: str) -> None:
-        """Refuse any level but ``"rank"``.
+        """Refuse a level at which there is anybody to meet.
 
         Raises:
             ValueError: naming the level and the fix.
         """
-        if level != RANK:
+        if self._layout[level].size > 1:
             raise ValueError(
                 f"the schedule averages gradients at level {level!r}, and model has nothing that "
                 "reduces gradients: wrap it in torch.nn.parallel.DistributedDataParallel, or "

@@ -116,7 +116,7 @@ def attach(
     layout = Layout(everyone, topology)
     meter = Meter()
     with agreement.together(everyone):
-        where = _gradients(ddp, strategy, topology, everyone, meter)
+        where = _gradients(ddp, strategy, topology, everyone, layout, meter)
         where.use(first.gradients)
     _agree_on_start(layout[WORLD], replica, initial)
     return Sync(strategy, replica, inner, layout, where, meter)
@@ -414,10 +414,11 @@ def _gradients(
     strategy: Strategy,
     topology: Topology,
     everyone: Group,
+    layout: Layout,
     meter: Meter,
 ) -> Local | Reduced:
     if ddp is None:
-        return Local()
+        return Local(layout)
     given = {WORLD: Processes(ddp.process_group)}
     return Reduced(ddp, Layout(everyone, topology, given), strategy.gradient_wire, meter)
 

@@ -64,6 +64,10 @@ def train(config: TrainConfig) -> Summary:
         agreement.check(everyone, {"arguments": config.describe()})
         with Stop(everyone.rank, everyone.size, store()) as stop:
             runs = [config] if config.compare is None else [config.compared(), config]
+            with agreement.together(everyone):
+                if everyone.rank == 0:
+                    for run in reversed(runs):  # the outer folder first: it holds the other one
+                        prepare_folder(run.out, _resumes(run), run.overwrite)
             summaries = {run.strategy: _Run(run, everyone, device, stop).run() for run in runs}
         if everyone.rank == 0:
             _present(config, summaries)
@@ -94,11 +98,8 @@ class _Run:
         self.everyone = everyone
         self.device = device
         self.stop = stop
-        self.resumes = config.resume or restarted()
         with agreement.together(everyone):
             self.windows, self.share = open_data(config, everyone.rank, everyone.size)
-            if everyone.rank == 0:
-                prepare_folder(config.out, self.resumes, config.overwrite)
         self.model = self._make_model()
         self.optimizer = self._make_optimizer()
         self.sync = attach(
@@ -151,10 +152,10 @@ class _Run:
 
     def _restore(self) -> None:
         restored = None
-        if self.resumes:
+        if _resumes(self.config):
             restored = checkpoint.restore(self.config.out / CHECKPOINTS, self.sync)
         if restored is None:
-            if self.resumes:
+            if _resumes(self.config):
                 self.view.note("no checkpoint to resume from: starting at step 0")
         else:
             self.train_seconds = restored.extra["train_seconds"]
@@ -327,6 +328,10 @@ class _Run:
 
     def _ddp_bytes(self) -> int:
         return self.sync.steps * fp32().payload_bytes(self._parameters(), self.everyone.size)
+
+
+def _resumes(config: TrainConfig) -> bool:
+    return config.resume or restarted()
 
 
 def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
