@@ -12,7 +12,7 @@ from torch import Tensor
 from postlocal import virtual, wire
 from postlocal.group import Group
 from postlocal.tensors import all_finite, flat_view, squared_norm, weigh_
-from postlocal.wire import CHUNK, Wire, maximum_, mean_
+from postlocal.wire import Wire, maximum_, mean_
 
 Ranks = Callable[..., list[Any]]
 
@@ -83,12 +83,13 @@ def test_identical_replicas_are_a_fixed_point_of_the_exact_wire(
 @pytest.mark.parametrize("workers", [2, 3])
 def test_payload_is_what_the_wire_predicts(name: str, workers: int) -> None:
     carrier = WIRES[name]
-    sizes = [CHUNK + 5, 11, 300_000]
+    whole = carrier.chunk(workers)
+    sizes = [whole + 5, 11, 300_000]
 
     def work(group: Group) -> int:
         return mean_([torch.zeros(size) for size in sizes], group, carrier)
 
-    chunks = [CHUNK, 300_000, 5 + 11]
+    chunks = [whole, 5 + 11 + 300_000]
     expected = sum(carrier.payload_bytes(numel, workers) for numel in chunks)
     assert virtual.run(workers, work) == [expected] * workers
     width = {"fp32": 4, "bf16": 2, "fp16": 2}[name]

@@ -16,10 +16,11 @@ from torch import Tensor
 from postlocal.group import Group, Work
 from postlocal.tensors import flat_view, weigh_, whole_storage
 
-CHUNK = 2 * 2**20
-"""Greatest number of elements that travel in one collective."""
-
-_IN_PLACE = 2**18  # tensors of at least so many elements are worth a collective of their own
+# A collective costs milliseconds before the first byte moves (gloo, a few ranks on a few cores), so
+# chunks are as large as memory for two of them under way allows: at most 64 MiB in all.
+_REDUCED = 2**22  # elements in one all-reduce
+_OWNED = 2**21  # elements in one exchange of parts, which needs staging both ways
+_IN_PLACE = 2**20  # tensors of at least so many elements are worth a collective of their own
 _UNDER_WAY = 2
 
 Divisor = Callable[[], float]
@@ -48,6 +49,10 @@ class Wire(Protocol):
 
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes each of ``size`` ranks sends for the mean of ``numel`` elements of ``dtype``."""
+        ...
+
+    def chunk(self, size: int) -> int:
+        """Greatest number of elements of a chunk that ``size`` ranks exchange."""
         ...
 
     def launch(self, chunk: Tensor, group: Group, divisor: Divisor, staging: "Staging") -> Exchange:
@@ -93,6 +98,10 @@ class Staging:
         self._free.extend(whole_storage(buffer) for buffer in buffers)
 
 
+# The numbers of ranks for which the sum of equal fp32 values, divided again, is the value itself.
+_ALL_REDUCED = (2, 4)
+
+
 @dataclass(frozen=True)
 class _Exact:
     lossy = False
@@ -100,8 +109,11 @@ class _Exact:
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
         return _exchanged_bytes(numel, size, dtype)
 
+    def chunk(self, size: int) -> int:
+        return _REDUCED if size in _ALL_REDUCED else _OWNED
+
     def launch(self, chunk: Tensor, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
-        if group.size in (2, 4):
+        if group.size in _ALL_REDUCED:
             return _AllReduced(chunk, group, divisor)
         return _Owned(chunk, group, divisor, chunk.dtype, staging)
 
@@ -113,6 +125,9 @@ class _Cast:
 
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
         return _exchanged_bytes(numel, size, self.dtype)
+
+    def chunk(self, size: int) -> int:
+        return _OWNED
 
     def launch(self, chunk: Tensor, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
         return _Owned(chunk, group, divisor, self.dtype, staging)
@@ -240,7 +255,8 @@ def mean_(
     sent = 0
     staging = Staging()
     under_way: deque[tuple[_Chunk, Exchange]] = deque()
-    for chunk in _chunks([tensor.detach() for tensor in tensors if tensor.numel()], staging):
+    pieces = [tensor.detach() for tensor in tensors if tensor.numel()]
+    for chunk in _chunks(pieces, wire.chunk(group.size), staging):
         if len(under_way) == _UNDER_WAY:
             _land(*under_way.popleft())
         flat = chunk.pack()
@@ -316,15 +332,15 @@ class _Chunk:
             yield piece, part.view(piece.shape)
 
 
-def _chunks(tensors: Sequence[Tensor], staging: Staging) -> Iterator[_Chunk]:
+def _chunks(tensors: Sequence[Tensor], limit: int, staging: Staging) -> Iterator[_Chunk]:
     """Large tensors in parts of their own, small ones packed; in one order on all ranks."""
     for dtype in (torch.float32, torch.float64):
         packed: list[Tensor] = []
-        for piece in _pieces(tensors, dtype):
+        for piece in _pieces(tensors, limit, dtype):
             if piece.numel() >= _IN_PLACE and piece.dtype == dtype:
                 yield _Chunk([piece], dtype, staging)
                 continue
-            if packed and sum(map(torch.numel, packed)) + piece.numel() > CHUNK:
+            if packed and sum(map(torch.numel, packed)) + piece.numel() > limit:
                 yield _Chunk(packed, dtype, staging)
                 packed = []
             packed.append(piece)
@@ -332,12 +348,12 @@ def _chunks(tensors: Sequence[Tensor], staging: Staging) -> Iterator[_Chunk]:
             yield _Chunk(packed, dtype, staging)
 
 
-def _pieces(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+def _pieces(tensors: Sequence[Tensor], limit: int, dtype: torch.dtype) -> Iterator[Tensor]:
     for tensor in tensors:
         if _exact_dtype(tensor.dtype) == dtype:
             flat = flat_view(tensor)
             # A tensor with gaps in memory is rare: it is copied whole.
-            yield from [tensor] if flat is None else torch.split(flat, CHUNK)
+            yield from [tensor] if flat is None else torch.split(flat, limit)
 
 
 def _exact_dtype(dtype: torch.dtype) -> torch.dtype:
