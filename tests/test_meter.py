@@ -71,7 +71,7 @@ def test_counting_goes_on_after_a_resume() -> None:
     assert again.wait_seconds > 1.0 + meter.wait_seconds
 
 
-WIDE = 2**18 + 3
+WIDE = 2**20 + 3
 
 
 def wide() -> nn.Module:
