@@ -1,10 +1,12 @@
 """Fixtures of the whole suite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from tests.launcher import run_ranks
 
@@ -18,3 +20,11 @@ def one_thread() -> None:
 def ranks() -> Callable[..., list[Any]]:
     """``ranks(world, function, *args)``: what ``function(rank, *args)`` returns on each rank."""
     return run_ranks
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process only."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """Runs a function on several gloo ranks, each a process, and kills them all when time is up.
 
-A fork server imports torch once (and torch._dynamo, which DDP imports late); ranks fork from it, so
+A fork server imports torch once (and torch._dynamo, which DDP imports late, and torch's distributed
+optimizers, which warn when they are imported); ranks fork from it, so
 that a test costs little more than what it does. No thread and no process group is ever in it.
 """
 
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["postlocal", "torch._dynamo", "tests.models"])
+context.set_forkserver_preload(
+    ["postlocal", "torch._dynamo", "torch.distributed.optim", "tests.models"]
+)
 
 
 class RankError(AssertionError):

@@ -237,7 +237,7 @@ def forgetful(rank: int) -> tuple[str, bool]:
 def test_a_call_of_step_that_one_rank_left_out_is_noticed_at_the_next_sync(ranks: Ranks) -> None:
     for message, taken_back in ranks(3, forgetful):
         assert "rank 2 of the group has taken 5 steps, rank 0 6" in message
-        assert "call sync.step() once an iteration on every rank" in message
+        assert "count each iteration once on every rank (sync.step()" in message
         assert taken_back
 
 

@@ -11,14 +11,14 @@ SOURCE = Path(postlocal.__file__).parent
 
 ROWS = (
     {"errors"},
-    {"group", "tensors", "schedule", "outer", "guard", "meter", "packing"},
-    {"topology", "virtual", "replica", "agreement", "ballot", "anchor"},
-    {"wire"},
+    {"group", "tensors", "schedule", "outer", "guard", "meter", "packing", "codec"},
+    {"topology", "virtual", "replica", "agreement", "ballot", "anchor", "courier"},
+    {"wire", "powersgd"},
     {"inner", "strategies", "gradients"},
     {"sync"},
     {"checkpoint", "report"},
-    {"train"},
-    {"cli"},
+    {"train", "ddp_comm_hooks", "model_averaging"},
+    {"cli", "optim"},
     {"__init__", "__main__"},
 )
 ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}

@@ -87,8 +87,9 @@ class Ballot:
         if (rank := _odd_one(steps)) is not None:
             raise DisagreementError(
                 f"ranks are not at the same step: rank {rank} of the group has taken "
-                f"{steps[rank]:.0f} steps, rank 0 {steps[0]:.0f}; call sync.step() once an "
-                "iteration on every rank, also where the optimizer was skipped"
+                f"{steps[rank]:.0f} steps, rank 0 {steps[0]:.0f}; count each "
+                "iteration once on every rank (sync.step(), or that of the averager), also where "
+                "the optimizer was skipped"
             )
         if (rank := _odd_one(planned)) is not None:
             raise DisagreementError(

@@ -6,14 +6,13 @@ No `from __future__ import annotations` here: torch checks the hook's annotation
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from postlocal.courier import Courier
 from postlocal.group import Group, Processes
 from postlocal.meter import Meter
 from postlocal.schedule import RANK, WORLD
@@ -78,7 +77,7 @@ class Reduced:
         self._group: Group = layout[WORLD]
         self._syncs_buffers = model.broadcast_buffers
         self._reducing = True
-        self._courier = ThreadPoolExecutor(1, "postlocal-gradients") if wire.lossy else None
+        self._courier = Courier() if wire.lossy else None
         try:
             model.register_comm_hook(self, _hook)
         except RuntimeError as error:
@@ -111,7 +110,7 @@ class Reduced:
     def close(self) -> None:
         """End the communication thread, if there is one."""
         if self._courier is not None:
-            self._courier.shutdown()
+            self._courier.close()
 
     def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         """Start the mean of one bucket over the group of the round."""
@@ -138,23 +137,12 @@ class Reduced:
         return future.then(lambda done: done.value()[0])
 
     def _exchange(self, buffer: Tensor, group: Group) -> Future[Tensor]:
-        # Exchanges of several legs run on one thread: in one order on all ranks, beside backward.
         assert self._courier is not None
-        devices: list[int | str | torch.device] = (
-            [] if buffer.device.type == "cpu" else [buffer.device]
-        )
-        future = Future[Tensor](devices=devices)
 
         def exchange() -> None:
-            try:
-                with torch.no_grad():
-                    self._meter.count("gradients", mean_([buffer], group, self._wire))
-                future.set_result(buffer)
-            except Exception as error:
-                future.set_exception(error)  # type: ignore[arg-type]
+            self._meter.count("gradients", mean_([buffer], group, self._wire))
 
-        self._courier.submit(exchange)
-        return future
+        return self._courier.send(buffer, exchange)
 
     def _waited(self, start: float) -> Callable[[Future[Tensor]], Tensor]:
         def stop(done: Future[Tensor]) -> Tensor:

@@ -4,10 +4,11 @@
 `Alone` is a world of one rank, and `postlocal.virtual` has the third, an in-process one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -166,12 +167,19 @@ class Processes:
         members = next(part for part in partition if self.rank in part)
         if len(members) == 1:
             return Alone()
+        group = Processes.__new__(Processes)
+        group._adopt(self.torch_subgroup(partition), self._timeout, self._roll)
+        return group
+
+    def torch_subgroup(self, partition: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+        """The part of this group that holds this rank, as a new process group of torch."""
+        members = next(part for part in partition if self.rank in part)
         ranks = [dist.get_global_rank(self.process_group, member) for member in members]
         with self._naming_the_missing():
-            created = dist.new_group(ranks, timeout=self._timeout, use_local_synchronization=True)
-        group = Processes.__new__(Processes)
-        group._adopt(created, self._timeout, self._roll)
-        return group
+            created: dist.ProcessGroup = dist.new_group(
+                ranks, timeout=self._timeout, use_local_synchronization=True
+            )
+        return created
 
     def arrive(self, step: int) -> None:
         self._roll.arrive(step)
@@ -208,11 +216,12 @@ class _Roll:
     awaited), and a rank whose collective failed reads there who did not.
     """
 
-    _opened = 0
+    _opened: ClassVar[Counter[str]] = Counter()
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
-        _Roll._opened += 1
-        prefix = f"postlocal/{process_group.group_name}/{_Roll._opened}/"
+        name = process_group.group_name
+        _Roll._opened[name] += 1
+        prefix = f"postlocal/{name}/{_Roll._opened[name]}/"
         self._store = PrefixStore(prefix, distributed_c10d._get_default_store())
         self._step = 0
 
@@ -243,6 +252,23 @@ class _Roll:
 
 def _place(step: int) -> str:
     return f"the synchronization after step {step}" if step else "attach"
+
+
+def torch_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The process group of torch that a caller means: the default one for None.
+
+    Raises:
+        ValueError: if it is None and there is no default group.
+    """
+    if process_group is not None:
+        return process_group
+    if not dist.is_initialized():
+        raise ValueError(
+            "process_group is None and there is no default process group: call "
+            "torch.distributed.init_process_group() first"
+        )
+    default: dist.ProcessGroup = distributed_c10d._get_default_group()
+    return default
 
 
 def resolve(process_group: dist.ProcessGroup | Group | None, timeout: timedelta | None) -> Group:

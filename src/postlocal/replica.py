@@ -30,10 +30,10 @@ class Replica:
 
     def __init__(self, model: nn.Module) -> None:
         module = unwrap(model)
-        parameters = _once(module.named_parameters())
+        parameters = once(module.named_parameters())
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
-        self.buffers = _once(module.named_buffers())
+        self.buffers = once(module.named_buffers())
         if not self.parameters:
             raise ValueError("model must have a parameter that requires grad, got none")
         for name, parameter in parameters.items():
@@ -97,7 +97,8 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
         yield from _layers(inner)
 
 
-def _once(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def once(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors by name, those in the same memory once, under their first name."""
     seen = set()
     tensors = {}
     for name, tensor in named:

@@ -419,7 +419,8 @@ def _gradients(
 ) -> Local | Reduced:
     if ddp is None:
         return Local(layout)
-    given = {WORLD: Processes(ddp.process_group)}
+    # What travels in several legs runs beside the backward pass, where DDP may communicate too.
+    given = {} if strategy.gradient_wire.lossy else {WORLD: Processes(ddp.process_group)}
     return Reduced(ddp, Layout(everyone, topology, given), strategy.gradient_wire, meter)
 
 

@@ -10,10 +10,12 @@ Example:
 """
 
 import os
+import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from postlocal.group import Alone, Group
@@ -150,6 +152,34 @@ class from_mesh:
             if covered != size:
                 raise ValueError(f"mesh level {level!r} has {covered} ranks, the world has {size}")
         return dict(self.levels) | {WORLD: (tuple(range(size)),)}
+
+
+def by_node(group: Group) -> Partition:
+    """The ranks of a group by machine, found out together; nodes may differ in size.
+
+    Two ranks share a machine if the launcher says so (``GROUP_RANK`` or ``LOCAL_WORLD_SIZE``, as
+    torchrun sets), or else if its name is the same.
+
+    Args:
+        group: who asks; collective.
+
+    Example:
+        >>> by_node(Alone())
+        ((0,),)
+    """
+    members: dict[str, list[int]] = {}
+    for rank, node in enumerate(group.all_gather_object(_node(group))):
+        members.setdefault(node, []).append(rank)
+    return tuple(tuple(ranks) for ranks in members.values())
+
+
+def _node(group: Group) -> str:
+    if "GROUP_RANK" in os.environ:
+        return f"node {os.environ['GROUP_RANK']} of the launcher"
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        rank = dist.get_rank() if dist.is_initialized() else group.rank
+        return f"node {rank // int(os.environ['LOCAL_WORLD_SIZE'])}"
+    return socket.gethostname()
 
 
 class Layout:

@@ -6,13 +6,15 @@ where they lie), and a `Wire` takes the mean of each chunk. Two chunks are under
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from postlocal.codec import Codec, cast, exact
 from postlocal.group import Group, Work
 from postlocal.tensors import flat_view, weigh_, whole_storage
 
@@ -30,8 +32,8 @@ Divisor = Callable[[], float]
 class Exchange(Protocol):
     """A mean under way."""
 
-    def wait(self) -> None:
-        """Block until the chunk holds the mean.
+    def wait(self) -> float:
+        """Block until the chunk holds the mean, but for a division by the number returned.
 
         Raises:
             PeerError: if a rank did not take part in time.
@@ -55,7 +57,14 @@ class Wire(Protocol):
         """Greatest number of elements of a chunk that ``size`` ranks exchange."""
         ...
 
-    def launch(self, chunk: Tensor, group: Group, divisor: Divisor, staging: "Staging") -> Exchange:
+    def launch(
+        self,
+        chunk: Tensor,
+        group: Group,
+        divisor: Divisor,
+        staging: "Staging",
+        residual: Tensor | None = None,
+    ) -> Exchange:
         """Start to replace ``chunk`` by the sum over the group divided by ``divisor()``.
 
         All ranks end with identical bits.
@@ -66,6 +75,7 @@ class Wire(Protocol):
             group: who takes part.
             divisor: gives the sum of the weights of all contributions.
             staging: where memory for what travels comes from.
+            residual: shape and dtype of ``chunk``; takes what this rank's values lost on the way.
         """
         ...
 
@@ -107,34 +117,54 @@ class _Exact:
     lossy = False
 
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
-        return _exchanged_bytes(numel, size, dtype)
+        return _exchanged_bytes(exact(), numel, size, dtype)
 
     def chunk(self, size: int) -> int:
         return _REDUCED if size in _ALL_REDUCED else _OWNED
 
-    def launch(self, chunk: Tensor, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
+    def launch(
+        self,
+        chunk: Tensor,
+        group: Group,
+        divisor: Divisor,
+        staging: Staging,
+        residual: Tensor | None = None,
+    ) -> Exchange:
         if group.size in _ALL_REDUCED:
             return _AllReduced(chunk, group, divisor)
-        return _Owned(chunk, group, divisor, chunk.dtype, staging)
+        return _Owned(chunk, group, divisor, exact(), staging)
 
 
 @dataclass(frozen=True)
-class _Cast:
-    dtype: torch.dtype
+class _Coded:
+    codec: Codec
     lossy = True
 
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
-        return _exchanged_bytes(numel, size, self.dtype)
+        return _exchanged_bytes(self.codec, numel, size, dtype)
 
     def chunk(self, size: int) -> int:
         return _OWNED
 
-    def launch(self, chunk: Tensor, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
-        return _Owned(chunk, group, divisor, self.dtype, staging)
+    def launch(
+        self,
+        chunk: Tensor,
+        group: Group,
+        divisor: Divisor,
+        staging: Staging,
+        residual: Tensor | None = None,
+    ) -> Exchange:
+        return _Owned(chunk, group, divisor, self.codec, staging, residual)
 
 
-def _exchanged_bytes(numel: int, size: int, dtype: torch.dtype) -> int:
-    return 2 * (size - 1) * math.ceil(numel / size) * dtype.itemsize
+def _exchanged_bytes(codec: Codec, numel: int, size: int, dtype: torch.dtype) -> int:
+    return 2 * (size - 1) * codec.nbytes(_part(codec, numel, size), dtype)
+
+
+def _part(codec: Codec, numel: int, size: int) -> int:
+    """Elements that each of ``size`` ranks owns of ``numel``, the last one perhaps fewer."""
+    part = math.ceil(numel / size)
+    return math.ceil(part / codec.block) * codec.block
 
 
 def fp32() -> Wire:
@@ -156,7 +186,7 @@ def bf16() -> Wire:
         >>> bf16().payload_bytes(numel=1000, size=2)
         2000
     """
-    return _Cast(torch.bfloat16)
+    return _Coded(cast(torch.bfloat16))
 
 
 def fp16() -> Wire:
@@ -166,69 +196,124 @@ def fp16() -> Wire:
         >>> fp16().lossy
         True
     """
-    return _Cast(torch.float16)
+    return _Coded(cast(torch.float16))
+
+
+def quantised(codec: Codec) -> Wire:
+    """Codes of a codec, 8 bits a value: each is encoded once on the way out and once back.
+
+    Args:
+        codec: such as `postlocal.codec.symmetric`.
+
+    Example:
+        >>> from postlocal import codec
+        >>> quantised(codec.symmetric(block=256)).payload_bytes(numel=2**20, size=2)
+        1064960
+    """
+    return _Coded(codec)
 
 
 class _AllReduced:
-    """One all-reduce, then a division.
+    """One all-reduce; the division is left to whoever reads the sums.
 
     Used where the sum of that many equal fp32 values, divided again, is the value itself: for 2
     and 4 ranks. For others it can differ in the last bit, and replicas that agree would move.
     """
 
     def __init__(self, chunk: Tensor, group: Group, divisor: Divisor) -> None:
-        self._chunk = chunk
         self._divisor = divisor
         self._work = group.all_reduce(chunk)
 
-    def wait(self) -> None:
+    def wait(self) -> float:
         self._work.wait()
-        self._chunk.div_(self._divisor())
+        return self._divisor()
 
 
 class _Owned:
-    """All-to-all of parts, mean of each part by the rank that owns it, all-gather of the means.
+    """All-to-all of coded parts, mean of each part by the rank that owns it, all-gather of those.
 
-    Each rank sends as many bytes as in a ring all-reduce of the same dtype, each value is rounded
-    once on the way out and once on the way back, and all take the owner's bits.
+    Each rank sends as many bytes as in a ring all-reduce of the codes, each value is coded once on
+    the way out and once on the way back, and all take the owner's bits.
+
+    What coding loses is left in ``residual``, if there is one: by this rank on the way out, and by
+    all ranks on the way back with the one that owned the part, so that the mean over ranks of
+    contribution minus residual is what all received.
     """
 
     def __init__(
-        self, chunk: Tensor, group: Group, divisor: Divisor, dtype: torch.dtype, staging: Staging
+        self,
+        chunk: Tensor,
+        group: Group,
+        divisor: Divisor,
+        codec: Codec,
+        staging: Staging,
+        residual: Tensor | None = None,
     ) -> None:
         self._chunk = chunk
         self._group = group
         self._divisor = divisor
+        self._codec = codec
         self._staging = staging
-        padded = math.ceil(chunk.numel() / group.size) * group.size
-        self._sent = staging.take(padded, chunk, dtype)
-        self._received = staging.take(padded, chunk, dtype)
-        self._sent[chunk.numel() :].zero_()
-        _cast(chunk, self._sent[: chunk.numel()])
+        self._residual = residual
+        self._part = _part(codec, chunk.numel(), group.size)
+        payload = group.size * codec.nbytes(self._part, chunk.dtype)
+        self._sent = staging.take(payload, chunk, torch.uint8)
+        self._received = staging.take(payload, chunk, torch.uint8)
+        for index, row in enumerate(self._rows(self._sent)):
+            codec.encode(self._owned_by(index, chunk), row)
+        if residual is not None:
+            self._keep_what_was_lost(chunk, residual)
         self._work: Work = group.all_to_all(self._received, self._sent)
 
-    def wait(self) -> None:
+    def wait(self) -> float:
         self._work.wait()
-        parts = self._received.view(self._group.size, -1)
-        total = self._staging.take(parts.shape[1], parts, torch.float64)
-        total.copy_(parts[0])
-        for part in parts[1:]:
-            total.add_(part)
-        owned = _cast(total.div_(self._divisor()), parts[0])
-        self._group.all_gather(self._sent, owned).wait()
-        self._chunk.copy_(self._sent[: self._chunk.numel()])
-        self._staging.give(self._sent, self._received, total)
+        mean = self._owned_by(self._group.rank, self._chunk)
+        self._take_mean(mean)
+        row = self._rows(self._received)[0]  # all of them have been read
+        self._codec.encode(mean, row)
+        if self._residual is not None:
+            lost = self._lost(mean, row).mul_(self._divisor())
+            self._owned_by(self._group.rank, self._residual).add_(lost)
+            self._staging.give(lost)
+        self._group.all_gather(self._sent, row).wait()
+        for index, payload in enumerate(self._rows(self._sent)):
+            self._codec.decode(payload, self._owned_by(index, self._chunk))
+        self._staging.give(self._sent, self._received)
+        return 1.0
 
+    def _take_mean(self, mean: Tensor) -> None:
+        total = self._staging.take(mean.numel(), mean, torch.float64).zero_()
+        values = self._staging.take(mean.numel(), mean)
+        for payload in self._rows(self._received):
+            self._codec.decode(payload, values)
+            total.add_(values)
+        torch.div(total, self._divisor(), out=mean)
+        self._staging.give(total, values)
 
-def _cast(values: Tensor, out: Tensor) -> Tensor:
-    if out.dtype == torch.float16:
-        limit = torch.finfo(torch.float16).max
-        values = values.clamp(-limit, limit)
-    return out.copy_(values)
+    def _keep_what_was_lost(self, chunk: Tensor, residual: Tensor) -> None:
+        for index, row in enumerate(self._rows(self._sent)):
+            lost = self._lost(self._owned_by(index, chunk), row)
+            self._owned_by(index, residual).copy_(lost)
+            self._staging.give(lost)
+
+    def _lost(self, values: Tensor, payload: Tensor) -> Tensor:
+        decoded = self._staging.take(values.numel(), values)
+        self._codec.decode(payload, decoded)
+        return torch.sub(values, decoded, out=decoded)
+
+    def _owned_by(self, rank: int, flat: Tensor) -> Tensor:
+        return flat[rank * self._part : (rank + 1) * self._part]
+
+    def _rows(self, payload: Tensor) -> Sequence[Tensor]:
+        return payload.chunk(self._group.size)
 
 
 def mean_(
-    tensors: Sequence[Tensor], group: Group, wire: Wire, divisor: Divisor | None = None
+    tensors: Sequence[Tensor],
+    group: Group,
+    wire: Wire,
+    divisor: Divisor | None = None,
+    residuals: Sequence[Tensor] | None = None,
 ) -> int:
     """Replace tensors by their mean over a group; all ranks end with identical bits.
 
@@ -241,6 +326,9 @@ def mean_(
         group: who takes part.
         wire: how values travel.
         divisor: gives the sum of the weights; None: the size of the group.
+        residuals: error feedback: what a lossy wire lost of this rank's values, added to them
+            before they travel, and then replaced by what is lost this time. Of the tensors'
+            shapes and strides, in the dtype that they travel in: fp32, or fp64 for fp64 tensors.
 
     Returns:
         Bytes of payload that this rank sent.
@@ -255,12 +343,12 @@ def mean_(
     sent = 0
     staging = Staging()
     under_way: deque[tuple[_Chunk, Exchange]] = deque()
-    pieces = [tensor.detach() for tensor in tensors if tensor.numel()]
-    for chunk in _chunks(pieces, wire.chunk(group.size), staging):
+    pairs = zip(tensors, residuals if residuals else repeat(None), strict=residuals is not None)
+    for chunk in _chunks(pairs, wire.chunk(group.size), staging):
         if len(under_way) == _UNDER_WAY:
             _land(*under_way.popleft())
-        flat = chunk.pack()
-        under_way.append((chunk, wire.launch(flat, group, divisor, staging)))
+        flat, residual = chunk.pack()
+        under_way.append((chunk, wire.launch(flat, group, divisor, staging, residual)))
         sent += wire.payload_bytes(flat.numel(), group.size, flat.dtype)
     while under_way:
         _land(*under_way.popleft())
@@ -294,12 +382,37 @@ def maximum_(tensors: Sequence[Tensor], group: Group, device: torch.device | Non
 
 
 def _land(chunk: "_Chunk", exchange: Exchange) -> None:
-    exchange.wait()
-    chunk.unpack()
+    chunk.unpack(exchange.wait())
+
+
+Piece = tuple[Tensor, Tensor | None]
+"""Part of a tensor, and of its residual."""
 
 
 class _Chunk:
     """Pieces of tensors that travel together, as ``dtype``."""
+
+    def __init__(self, pieces: Sequence[Piece], dtype: torch.dtype, staging: Staging) -> None:
+        self._values = _Packed([values for values, _ in pieces], dtype, staging)
+        residuals = [residual for _, residual in pieces if residual is not None]
+        self._residual = _Packed(residuals, dtype, staging) if residuals else None
+
+    def pack(self) -> tuple[Tensor, Tensor | None]:
+        """Values to send, residual added; and the flat residual that takes the loss."""
+        if self._residual is None:
+            return self._values.pack(), None
+        residual = self._residual.pack()
+        return self._values.pack().add_(residual), residual
+
+    def unpack(self, divisor: float) -> None:
+        """Give the pieces what has come, divided."""
+        self._values.unpack(divisor)
+        if self._residual is not None:
+            self._residual.unpack(1.0)
+
+
+class _Packed:
+    """Pieces as one flat tensor: where they lie, if that is one already."""
 
     def __init__(self, pieces: Sequence[Tensor], dtype: torch.dtype, staging: Staging) -> None:
         self._pieces = pieces
@@ -308,7 +421,6 @@ class _Chunk:
         self._flat: Tensor | None = None
 
     def pack(self) -> Tensor:
-        """The pieces as one flat tensor: where they lie, if that is one already."""
         first = self._pieces[0]
         if len(self._pieces) == 1 and first.dtype == self._dtype and first.is_contiguous():
             return first.view(-1)
@@ -318,13 +430,15 @@ class _Chunk:
             part.copy_(piece)
         return self._flat
 
-    def unpack(self) -> None:
-        """Give the pieces what the flat tensor holds."""
-        if self._flat is not None:
-            for piece, part in self._parts(self._flat):
-                piece.copy_(part)
-            self._staging.give(self._flat)
-            self._flat = None
+    def unpack(self, divisor: float) -> None:
+        if self._flat is None:
+            if divisor != 1:
+                self._pieces[0].div_(divisor)
+            return
+        for piece, part in self._parts(self._flat):
+            torch.div(part, divisor, out=piece) if divisor != 1 else piece.copy_(part)
+        self._staging.give(self._flat)
+        self._flat = None
 
     def _parts(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         parts = torch.split(flat, [piece.numel() for piece in self._pieces])
@@ -332,29 +446,44 @@ class _Chunk:
             yield piece, part.view(piece.shape)
 
 
-def _chunks(tensors: Sequence[Tensor], limit: int, staging: Staging) -> Iterator[_Chunk]:
+def _chunks(pairs: Iterable[Piece], limit: int, staging: Staging) -> Iterator[_Chunk]:
     """Large tensors in parts of their own, small ones packed; in one order on all ranks."""
+    known = [(tensor.detach(), residual) for tensor, residual in pairs if tensor.numel()]
     for dtype in (torch.float32, torch.float64):
-        packed: list[Tensor] = []
-        for piece in _pieces(tensors, limit, dtype):
+        packed: list[Piece] = []
+        numel = 0
+        for piece, residual in _pieces(known, limit, dtype):
             if piece.numel() >= _IN_PLACE and piece.dtype == dtype:
-                yield _Chunk([piece], dtype, staging)
+                yield _Chunk([(piece, residual)], dtype, staging)
                 continue
-            if packed and sum(map(torch.numel, packed)) + piece.numel() > limit:
+            if packed and numel + piece.numel() > limit:
                 yield _Chunk(packed, dtype, staging)
-                packed = []
-            packed.append(piece)
+                packed, numel = [], 0
+            packed.append((piece, residual))
+            numel += piece.numel()
         if packed:
             yield _Chunk(packed, dtype, staging)
 
 
-def _pieces(tensors: Sequence[Tensor], limit: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    for tensor in tensors:
-        if _exact_dtype(tensor.dtype) == dtype:
-            flat = flat_view(tensor)
-            # A tensor with gaps in memory is rare: it is copied whole.
-            yield from [tensor] if flat is None else torch.split(flat, limit)
+def _pieces(pairs: Iterable[Piece], limit: int, dtype: torch.dtype) -> Iterator[Piece]:
+    for tensor, residual in pairs:
+        if travels_as(tensor.dtype) != dtype:
+            continue
+        flat = flat_view(tensor)
+        if flat is None:  # gaps in memory are rare: the tensor is copied whole
+            yield tensor, residual
+        elif residual is None:
+            yield from ((part, None) for part in torch.split(flat, limit))
+        else:
+            lost = residual.as_strided((residual.numel(),), (1,))
+            yield from zip(torch.split(flat, limit), torch.split(lost, limit), strict=True)
 
 
-def _exact_dtype(dtype: torch.dtype) -> torch.dtype:
+def travels_as(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which means of tensors of ``dtype`` are taken.
+
+    Example:
+        >>> travels_as(torch.bfloat16)
+        torch.float32
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,61 @@
+"""Exchanges of several legs beside a backward pass, on a thread of their own."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from torch.futures import Future
+
+
+def promise(tensor: Tensor) -> Future[Tensor]:
+    """A future for a tensor on the device of ``tensor``."""
+    return Future(devices=[] if tensor.device.type == "cpu" else [tensor.device])
+
+
+class Courier:
+    """Runs exchanges one after the other, in the order in which they were handed over.
+
+    Ranks that hand over exchanges in one order so run their collectives in one order. The groups
+    that the exchanges use must be used by nothing else meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "postlocal-courier")
+        self._side: torch.Stream | None = None
+
+    def send(self, tensor: Tensor, exchange: Callable[[], object]) -> Future[Tensor]:
+        """Run ``exchange``, which works on ``tensor`` in place, and promise the tensor."""
+        future = promise(tensor)
+        if tensor.device.type == "cpu":
+            self._thread.submit(_fulfil, future, tensor, exchange)
+            return future
+        self._side = self._side or torch.Stream(tensor.device)
+        ready = torch.accelerator.current_stream(tensor.device).record_event()
+        self._thread.submit(_fulfil_beside, self._side, ready, future, tensor, exchange)
+        return future
+
+    def close(self) -> None:
+        """End the thread, once it has done what it was given."""
+        self._thread.shutdown()
+
+
+def _fulfil(future: Future[Tensor], tensor: Tensor, exchange: Callable[[], object]) -> None:
+    try:
+        with torch.no_grad():
+            exchange()
+        future.set_result(tensor)
+    except Exception as error:
+        future.set_exception(error)  # type: ignore[arg-type]
+
+
+def _fulfil_beside(
+    stream: torch.Stream,
+    ready: torch.Event,
+    future: Future[Tensor],
+    tensor: Tensor,
+    exchange: Callable[[], object],
+) -> None:
+    with stream:  # the result is marked complete on it, after all that the exchange enqueues
+        stream.wait_event(ready)
+        _fulfil(future, tensor, exchange)

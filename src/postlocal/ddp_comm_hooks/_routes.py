@@ -1,0 +1,60 @@
+"""Where exchanges of several legs run: a process group of their own and a thread, one each a group.
+
+Hooks whose only state is a process group have no place to keep theirs.
+"""
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+from torch.futures import Future
+
+from postlocal.courier import Courier
+from postlocal.group import Group, Processes
+from postlocal.wire import Wire, mean_
+
+
+@dataclass
+class Route:
+    """Carries buckets over a wire, one after the other.
+
+    Attributes:
+        group: the process group that only these exchanges use.
+        courier: the thread that runs them.
+        passes: backward passes begun.
+    """
+
+    group: Group
+    courier: Courier
+    passes: int = 0
+
+    def mean(
+        self, bucket: GradBucket, wire: Wire, residual: Tensor | None = None
+    ) -> Future[Tensor]:
+        """Start the mean of a bucket over a wire, beside the backward pass."""
+        buffer = bucket.buffer()
+        residuals = None if residual is None else [residual]
+        if bucket.index() == 0:
+            self.passes += 1
+        step = self.passes
+
+        def exchange() -> None:
+            self.group.arrive(step)
+            mean_([buffer], self.group, wire, residuals=residuals)
+
+        return self.courier.send(buffer, exchange)
+
+
+_ROUTES: WeakKeyDictionary[dist.ProcessGroup, Route] = WeakKeyDictionary()
+
+
+def route(process_group: dist.ProcessGroup) -> Route:
+    """The route of a process group; collective the first time."""
+    known = _ROUTES.get(process_group)
+    if known is None:
+        base = Processes(process_group)
+        known = Route(base.subgroup([tuple(range(base.size))]), Courier())
+        _ROUTES[process_group] = known
+    return known

@@ -1,0 +1,118 @@
+"""Means of matrices by low-rank approximation: PowerSGD (arXiv 1905.13727, Algorithm 1).
+
+One step of power iteration a call, from where the last one ended: two all-reduces in all, whatever
+the number of matrices.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from postlocal.group import Group
+
+
+def mean_(
+    matrices: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    group: Group,
+    epsilon: float = 0.0,
+) -> list[Tensor]:
+    """Write low-rank means of matrices to ``outputs``, and replace ``exact`` by their means.
+
+    With ``M`` a matrix of this rank, ``mean`` over all ranks: ``P = orthogonal(mean(M Q))``, then
+    ``Q = mean(M^T P)``, and the output is ``P Q^T``.
+
+    Args:
+        matrices: batches of matrices, each of shape ``(b, n, m)``, all of one dtype and device.
+        starts: ``Q`` to start from, of shapes ``(b, m, r)`` with ``r`` at most ``n`` and ``m``;
+            equal on all ranks. Orthogonalised in place.
+        outputs: of the matrices' shapes; they may be the matrices themselves.
+        exact: tensors of the same dtype that are averaged as they are, along with ``P``.
+        group: who takes part.
+        epsilon: added to the norms of columns that are divided by them.
+
+    Returns:
+        ``Q`` of each batch, equal on all ranks: where to start from next time.
+
+    Raises:
+        PeerError: if a rank did not take part in time.
+
+    Example:
+        >>> from postlocal.group import Alone
+        >>> matrix = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0]))[None]
+        >>> output = torch.empty_like(matrix)
+        >>> _ = mean_([matrix], [torch.ones(1, 3, 1)], [output], [], Alone())
+        >>> torch.allclose(output, matrix)  # its rank is 1
+        True
+    """
+    shapes = [(len(m), m.shape[1], q.shape[2]) for m, q in zip(matrices, starts, strict=True)]
+    sizes = [b * n * r for b, n, r in shapes] + [tensor.numel() for tensor in exact]
+    like = exact[0] if exact else matrices[0]
+    flat = like.new_empty(sum(sizes))
+    parts = torch.split(flat, sizes)
+    ps = [part.view(shape) for part, shape in zip(parts, shapes, strict=False)]
+    for matrix, q, p in zip(matrices, starts, ps, strict=True):
+        orthogonalise_(q, epsilon)
+        torch.bmm(matrix, q, out=p)
+    for tensor, part in zip(exact, parts[len(ps) :], strict=True):
+        part.copy_(tensor.reshape(-1))
+    group.all_reduce(flat).wait()
+    for tensor, part in zip(exact, parts[len(ps) :], strict=True):
+        torch.div(part.view(tensor.shape), group.size, out=tensor)
+    if not matrices:
+        return []
+    return _second_leg(matrices, ps, outputs, group, epsilon)
+
+
+def _second_leg(
+    matrices: Sequence[Tensor],
+    ps: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    group: Group,
+    epsilon: float,
+) -> list[Tensor]:
+    shapes = [(len(m), m.shape[2], p.shape[2]) for m, p in zip(matrices, ps, strict=True)]
+    flat = ps[0].new_empty(sum(b * m * r for b, m, r in shapes))
+    parts = torch.split(flat, [b * m * r for b, m, r in shapes])
+    qs = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    for matrix, p, q in zip(matrices, ps, qs, strict=True):
+        orthogonalise_(p, epsilon)
+        torch.bmm(matrix.transpose(1, 2), p, out=q)
+    group.all_reduce(flat).wait()
+    flat.div_(group.size)
+    for p, q, output in zip(ps, qs, outputs, strict=True):
+        torch.bmm(p, q.transpose(1, 2), out=output)
+    return qs
+
+
+def orthogonalise_(matrices: Tensor, epsilon: float = 0.0) -> None:
+    """Replace columns by orthonormal ones that span the same space.
+
+    By QR, or by Gram-Schmidt where that is faster (at most 2 columns) or QR is missing (16 bits). A
+    column of zeros stays one.
+
+    Args:
+        matrices: shape ``(b, n, r)`` with ``r`` at most ``n``.
+        epsilon: added to the norms that columns are divided by, in Gram-Schmidt.
+
+    Example:
+        >>> columns = torch.tensor([[[3.0, 1.0], [4.0, 1.0]]])
+        >>> orthogonalise_(columns)
+        >>> torch.allclose(columns[0].T @ columns[0], torch.eye(2), atol=1e-6)
+        True
+    """
+    columns = matrices.shape[2]
+    if columns > 2 and matrices.dtype not in (torch.float16, torch.bfloat16):
+        matrices.copy_(torch.linalg.qr(matrices).Q)
+        return
+    for index in range(columns):
+        column = matrices[:, :, index : index + 1]
+        norm = torch.linalg.vector_norm(column, dim=1, keepdim=True)
+        norm = norm.add_(epsilon) if epsilon else norm.masked_fill_(norm == 0, 1)
+        column.div_(norm)
+        rest = matrices[:, :, index + 1 :]
+        if rest.shape[2]:
+            rest.sub_(column @ (column.transpose(1, 2) @ rest))
