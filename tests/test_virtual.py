@@ -55,11 +55,11 @@ def collectives(group: Group) -> dict[str, Any]:
     size, rank = group.size, group.rank
     mine = torch.arange(size, dtype=torch.float32) + 10 * rank
     total, largest, copied = mine.clone(), mine.clone(), mine.clone()
-    gathered, swapped = torch.empty(size * size), torch.empty(size)
+    gathered, swapped = torch.empty(size * size), torch.zeros(size)
     group.all_reduce(total).wait()
     group.all_reduce(largest, "max").wait()
     group.all_gather(gathered, mine).wait()
-    group.all_to_all(swapped, mine).wait()
+    group.exchange(mine.chunk(size), swapped.chunk(size)).wait()
     group.broadcast(copied, source=size - 1).wait()
     return {
         "sum": total.tolist(),

@@ -53,8 +53,11 @@ class Group(Protocol):
         """Concatenate all ranks' ``tensor``, shape ``(n,)``, into ``output``, ``(size * n,)``."""
         ...
 
-    def all_to_all(self, output: Tensor, tensor: Tensor) -> Work:
-        """Send the i-th of ``size`` equal parts of ``tensor`` to rank i; receive theirs."""
+    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> Work:
+        """Send ``sent[i]`` to rank i, and receive into ``received[i]`` what it sends here.
+
+        Contiguous tensors, one for each rank; empty ones, and those of this rank, do not travel.
+        """
         ...
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Work:
@@ -94,8 +97,7 @@ class Alone:
         output.copy_(tensor)
         return Done()
 
-    def all_to_all(self, output: Tensor, tensor: Tensor) -> Work:
-        output.copy_(tensor)
+    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> Work:
         return Done()
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Work:
@@ -145,10 +147,17 @@ class Processes:
             lambda: dist.all_gather_single(output, tensor, group=self.process_group, async_op=True)
         )
 
-    def all_to_all(self, output: Tensor, tensor: Tensor) -> Work:
-        return self._launch(
-            lambda: dist.all_to_all_single(output, tensor, group=self.process_group, async_op=True)
-        )
+    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> Work:
+        transfers = [
+            dist.P2POp(operation, tensor, group=self.process_group, group_peer=rank)
+            for operation, tensors in ((dist.irecv, received), (dist.isend, sent))
+            for rank, tensor in enumerate(tensors)
+            if rank != self.rank and tensor.numel()
+        ]
+        if not transfers:
+            return Done()
+        with self._naming_the_missing():
+            return _Pending(dist.batch_isend_irecv(transfers), self)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Work:
         return self._launch(
@@ -187,7 +196,7 @@ class Processes:
     def _launch(self, collective: Callable[[], dist.Work | None]) -> Work:
         with self._naming_the_missing():
             work = collective()
-        return Done() if work is None else _Pending(work, self)
+        return Done() if work is None else _Pending([work], self)
 
     @contextmanager
     def _naming_the_missing(self) -> Iterator[None]:
@@ -199,13 +208,14 @@ class Processes:
 
 
 class _Pending:
-    def __init__(self, work: dist.Work, group: Processes) -> None:
-        self._work = work
+    def __init__(self, works: Sequence[dist.Work], group: Processes) -> None:
+        self._works = works
         self._group = group
 
     def wait(self) -> None:
         with self._group._naming_the_missing():
-            self._work.wait()
+            for work in self._works:
+                work.wait()
 
 
 class _Roll:

@@ -84,9 +84,11 @@ class Threads:
         output.copy_(torch.cat(self._room.exchange(self.rank, tensor.clone())))
         return Done()
 
-    def all_to_all(self, output: Tensor, tensor: Tensor) -> Work:
-        sent = self._room.exchange(self.rank, tensor.clone())
-        output.copy_(torch.cat([part.chunk(self.size)[self.rank] for part in sent]))
+    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> Work:
+        everyones = self._room.exchange(self.rank, [tensor.clone() for tensor in sent])
+        for rank, tensor in enumerate(received):
+            if rank != self.rank:
+                tensor.copy_(everyones[rank][self.rank])
         return Done()
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Work:

@@ -1,7 +1,8 @@
 """How tensors travel: the mean of many tensors over a group, in place, with bounded memory.
 
 `mean_` cuts tensors into flat chunks of fp32 (small ones share a chunk, large ones travel from
-where they lie), and a `Wire` takes the mean of each chunk. Two chunks are under way at a time.
+where they lie), and a `Wire` takes the mean of each chunk: each rank owns a part of it, gets the
+contributions to it and sends their mean back. Three chunks are under way at a time.
 """
 
 import math
@@ -18,12 +19,14 @@ from postlocal.codec import Codec, cast, exact
 from postlocal.group import Group, Work
 from postlocal.tensors import flat_view, weigh_, whole_storage
 
-# A collective costs milliseconds before the first byte moves (gloo, a few ranks on a few cores), so
-# chunks are as large as memory for two of them under way allows: at most 64 MiB in all.
-_REDUCED = 2**22  # elements in one all-reduce
-_OWNED = 2**21  # elements in one exchange of parts, which needs staging both ways
-_IN_PLACE = 2**20  # tensors of at least so many elements are worth a collective of their own
-_UNDER_WAY = 2
+# An exchange costs milliseconds before the first byte moves (gloo, a few ranks on a few cores), so
+# chunks are as large as memory for three of them under way allows: at most 64 MiB in all.
+CHUNK = 2**22
+"""Greatest number of elements of a chunk."""
+_IN_PLACE = 2**20  # tensors of at least so many elements are worth an exchange of their own
+_TILE = 2**18  # elements summed at a time
+# The numbers of ranks for which the sum of equal fp32 values, divided again, is the value itself.
+_EXACT_IN_FP32 = (2, 4)
 
 Divisor = Callable[[], float]
 """The sum of the weights of all contributions; called when the first sums arrive, not before."""
@@ -32,8 +35,16 @@ Divisor = Callable[[], float]
 class Exchange(Protocol):
     """A mean under way."""
 
-    def wait(self) -> float:
-        """Block until the chunk holds the mean, but for a division by the number returned.
+    def turn(self) -> None:
+        """Block until all contributions are here, take the mean, and send it on its way back.
+
+        Raises:
+            PeerError: if a rank did not take part in time.
+        """
+        ...
+
+    def wait(self) -> None:
+        """Block until the chunk holds the mean.
 
         Raises:
             PeerError: if a rank did not take part in time.
@@ -50,11 +61,10 @@ class Wire(Protocol):
         ...
 
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes each of ``size`` ranks sends for the mean of ``numel`` elements of ``dtype``."""
-        ...
+        """Bytes each of ``size`` ranks sends for the mean of ``numel`` elements of ``dtype``.
 
-    def chunk(self, size: int) -> int:
-        """Greatest number of elements of a chunk that ``size`` ranks exchange."""
+        Parts that do not divide evenly count as the greatest of them.
+        """
         ...
 
     def launch(
@@ -108,19 +118,12 @@ class Staging:
         self._free.extend(whole_storage(buffer) for buffer in buffers)
 
 
-# The numbers of ranks for which the sum of equal fp32 values, divided again, is the value itself.
-_ALL_REDUCED = (2, 4)
-
-
 @dataclass(frozen=True)
 class _Exact:
     lossy = False
 
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
         return _exchanged_bytes(exact(), numel, size, dtype)
-
-    def chunk(self, size: int) -> int:
-        return _REDUCED if size in _ALL_REDUCED else _OWNED
 
     def launch(
         self,
@@ -130,9 +133,7 @@ class _Exact:
         staging: Staging,
         residual: Tensor | None = None,
     ) -> Exchange:
-        if group.size in _ALL_REDUCED:
-            return _AllReduced(chunk, group, divisor)
-        return _Owned(chunk, group, divisor, exact(), staging)
+        return _Direct(chunk, group, divisor, staging)
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,6 @@ class _Coded:
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
         return _exchanged_bytes(self.codec, numel, size, dtype)
 
-    def chunk(self, size: int) -> int:
-        return _OWNED
-
     def launch(
         self,
         chunk: Tensor,
@@ -154,17 +152,11 @@ class _Coded:
         staging: Staging,
         residual: Tensor | None = None,
     ) -> Exchange:
-        return _Owned(chunk, group, divisor, self.codec, staging, residual)
+        return _Encoded(chunk, group, divisor, self.codec, staging, residual)
 
 
 def _exchanged_bytes(codec: Codec, numel: int, size: int, dtype: torch.dtype) -> int:
-    return 2 * (size - 1) * codec.nbytes(_part(codec, numel, size), dtype)
-
-
-def _part(codec: Codec, numel: int, size: int) -> int:
-    """Elements that each of ``size`` ranks owns of ``numel``, the last one perhaps fewer."""
-    part = math.ceil(numel / size)
-    return math.ceil(part / codec.block) * codec.block
+    return 2 * (size - 1) * codec.nbytes(_part(numel, size, codec.block), dtype)
 
 
 def fp32() -> Wire:
@@ -213,30 +205,60 @@ def quantised(codec: Codec) -> Wire:
     return _Coded(codec)
 
 
-class _AllReduced:
-    """One all-reduce; the division is left to whoever reads the sums.
+class _Direct:
+    """Parts travel from where they lie: to their owners, which take the means, and back.
 
-    Used where the sum of that many equal fp32 values, divided again, is the value itself: for 2
-    and 4 ranks. For others it can differ in the last bit, and replicas that agree would move.
+    Each rank sends as many bytes as in a ring all-reduce, and touches each value once for the sum
+    and the division together.
     """
 
-    def __init__(self, chunk: Tensor, group: Group, divisor: Divisor) -> None:
+    def __init__(self, chunk: Tensor, group: Group, divisor: Divisor, staging: Staging) -> None:
+        self._group = group
         self._divisor = divisor
-        self._work = group.all_reduce(chunk)
+        self._staging = staging
+        self._parts = _split(chunk, group.size)
+        own = self._parts[group.rank].numel()
+        self._received = staging.take((group.size - 1) * own, chunk)
+        others = list(torch.split(self._received, own)) if own else []
+        self._contributions = [others.pop() if others else chunk[:0] for _ in range(group.size - 1)]
+        self._work: Work = group.exchange(self._parts, _around(group, self._contributions))
 
-    def wait(self) -> float:
+    def turn(self) -> None:
         self._work.wait()
-        return self._divisor()
+        mean = self._parts[self._group.rank]
+        _take_mean(mean, self._contributions, self._divisor())
+        self._staging.give(self._received)
+        self._work = self._group.exchange([mean] * self._group.size, self._parts)
+
+    def wait(self) -> None:
+        self._work.wait()
 
 
-class _Owned:
-    """All-to-all of coded parts, mean of each part by the rank that owns it, all-gather of those.
+def _around(group: Group, others: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors for the other ranks, in their order, with an empty one for this rank."""
+    return [*others[: group.rank], others[0][:0], *others[group.rank :]]
 
-    Each rank sends as many bytes as in a ring all-reduce of the codes, each value is coded once on
-    the way out and once on the way back, and all take the owner's bits.
+
+def _take_mean(own: Tensor, others: Sequence[Tensor], divisor: float) -> None:
+    """Add contributions to one of them and divide, piece by piece within a processor's cache."""
+    exact = own.dtype == torch.float64 or len(others) + 1 in _EXACT_IN_FP32
+    total = own.new_empty(0 if exact else _TILE, dtype=torch.float64)
+    for start in range(0, own.numel(), _TILE):
+        mean = own[start : start + _TILE]
+        wide = mean if exact else total[: mean.numel()].copy_(mean)
+        for other in others:
+            wide.add_(other[start : start + _TILE])
+        torch.div(wide, divisor, out=mean)
+
+
+class _Encoded:
+    """Codes of parts travel: to their owners, which take the means, and codes of the means back.
+
+    Each value is coded once on the way out, unless its own rank owns it, and once on the way back.
+    All ranks take what the owner's codes stand for.
 
     What coding loses is left in ``residual``, if there is one: by this rank on the way out, and by
-    all ranks on the way back with the one that owned the part, so that the mean over ranks of
+    all ranks on the way back with the one that owns the part, so that the mean over ranks of
     contribution minus residual is what all received.
     """
 
@@ -249,63 +271,64 @@ class _Owned:
         staging: Staging,
         residual: Tensor | None = None,
     ) -> None:
-        self._chunk = chunk
         self._group = group
         self._divisor = divisor
         self._codec = codec
         self._staging = staging
-        self._residual = residual
-        self._part = _part(codec, chunk.numel(), group.size)
-        payload = group.size * codec.nbytes(self._part, chunk.dtype)
-        self._sent = staging.take(payload, chunk, torch.uint8)
-        self._received = staging.take(payload, chunk, torch.uint8)
-        for index, row in enumerate(self._rows(self._sent)):
-            codec.encode(self._owned_by(index, chunk), row)
-        if residual is not None:
-            self._keep_what_was_lost(chunk, residual)
-        self._work: Work = group.all_to_all(self._received, self._sent)
+        self._parts = _split(chunk, group.size, codec.block)
+        self._residuals = None if residual is None else _split(residual, group.size, codec.block)
+        sizes = [codec.nbytes(part.numel(), chunk.dtype) for part in self._parts]
+        self._sent = staging.take(sum(sizes), chunk, torch.uint8)
+        self._received = staging.take(group.size * sizes[group.rank], chunk, torch.uint8)
+        self._outgoing = torch.split(self._sent, sizes)
+        self._incoming = self._received.chunk(group.size)
+        for rank, (part, payload) in enumerate(zip(self._parts, self._outgoing, strict=True)):
+            self._send(rank, part, payload)
+        self._work: Work = group.exchange(self._outgoing, self._incoming)
 
-    def wait(self) -> float:
+    def turn(self) -> None:
         self._work.wait()
-        mean = self._owned_by(self._group.rank, self._chunk)
-        self._take_mean(mean)
-        row = self._rows(self._received)[0]  # all of them have been read
-        self._codec.encode(mean, row)
-        if self._residual is not None:
-            lost = self._lost(mean, row).mul_(self._divisor())
-            self._owned_by(self._group.rank, self._residual).add_(lost)
-            self._staging.give(lost)
-        self._group.all_gather(self._sent, row).wait()
-        for index, payload in enumerate(self._rows(self._sent)):
-            self._codec.decode(payload, self._owned_by(index, self._chunk))
-        self._staging.give(self._sent, self._received)
-        return 1.0
+        rank = self._group.rank
+        mean, payload = self._parts[rank], self._outgoing[rank]
+        divisor = self._divisor()
+        decoded = self._staging.take(mean.numel(), mean)
+        for other, incoming in enumerate(self._incoming):
+            if other != rank:
+                self._codec.decode(incoming, decoded)
+                mean.add_(decoded)
+        self._staging.give(decoded, self._received)
+        mean.div_(divisor)
+        self._codec.encode(mean, payload)
+        if self._residuals is not None:
+            self._residuals[rank].copy_(self._lost(mean, payload)).mul_(divisor)
+        self._work = self._group.exchange([payload] * self._group.size, self._outgoing)
 
-    def _take_mean(self, mean: Tensor) -> None:
-        total = self._staging.take(mean.numel(), mean, torch.float64).zero_()
-        values = self._staging.take(mean.numel(), mean)
-        for payload in self._rows(self._received):
-            self._codec.decode(payload, values)
-            total.add_(values)
-        torch.div(total, self._divisor(), out=mean)
-        self._staging.give(total, values)
+    def wait(self) -> None:
+        self._work.wait()
+        for part, payload in zip(self._parts, self._outgoing, strict=True):
+            self._codec.decode(payload, part)
+        self._staging.give(self._sent)
 
-    def _keep_what_was_lost(self, chunk: Tensor, residual: Tensor) -> None:
-        for index, row in enumerate(self._rows(self._sent)):
-            lost = self._lost(self._owned_by(index, chunk), row)
-            self._owned_by(index, residual).copy_(lost)
-            self._staging.give(lost)
+    def _send(self, rank: int, part: Tensor, payload: Tensor) -> None:
+        if rank != self._group.rank:
+            self._codec.encode(part, payload)
+            if self._residuals is not None:
+                self._residuals[rank].copy_(self._lost(part, payload))
 
     def _lost(self, values: Tensor, payload: Tensor) -> Tensor:
-        decoded = self._staging.take(values.numel(), values)
+        decoded = torch.empty_like(values)
         self._codec.decode(payload, decoded)
         return torch.sub(values, decoded, out=decoded)
 
-    def _owned_by(self, rank: int, flat: Tensor) -> Tensor:
-        return flat[rank * self._part : (rank + 1) * self._part]
 
-    def _rows(self, payload: Tensor) -> Sequence[Tensor]:
-        return payload.chunk(self._group.size)
+def _split(flat: Tensor, size: int, block: int = 1) -> list[Tensor]:
+    """The parts of a chunk that ``size`` ranks own, the last ones perhaps shorter or empty."""
+    part = _part(flat.numel(), size, block)
+    return [flat[rank * part : (rank + 1) * part] for rank in range(size)]
+
+
+def _part(numel: int, size: int, block: int) -> int:
+    return math.ceil(math.ceil(numel / size) / block) * block
 
 
 def mean_(
@@ -342,16 +365,18 @@ def mean_(
         return 0
     sent = 0
     staging = Staging()
-    under_way: deque[tuple[_Chunk, Exchange]] = deque()
+    outbound: deque[tuple[_Chunk, Exchange]] = deque()
+    homebound: deque[tuple[_Chunk, Exchange]] = deque()
     pairs = zip(tensors, residuals if residuals else repeat(None), strict=residuals is not None)
-    for chunk in _chunks(pairs, wire.chunk(group.size), staging):
-        if len(under_way) == _UNDER_WAY:
-            _land(*under_way.popleft())
+    for chunk in _chunks(pairs, staging):
+        if len(outbound) == 2:
+            _turn(outbound, homebound)
         flat, residual = chunk.pack()
-        under_way.append((chunk, wire.launch(flat, group, divisor, staging, residual)))
+        outbound.append((chunk, wire.launch(flat, group, divisor, staging, residual)))
         sent += wire.payload_bytes(flat.numel(), group.size, flat.dtype)
-    while under_way:
-        _land(*under_way.popleft())
+    while outbound:
+        _turn(outbound, homebound)
+    _land(homebound)
     return sent
 
 
@@ -381,8 +406,21 @@ def maximum_(tensors: Sequence[Tensor], group: Group, device: torch.device | Non
     return sent
 
 
-def _land(chunk: "_Chunk", exchange: Exchange) -> None:
-    chunk.unpack(exchange.wait())
+def _turn(
+    outbound: deque[tuple["_Chunk", Exchange]], homebound: deque[tuple["_Chunk", Exchange]]
+) -> None:
+    """Send the first means back, once those sent before have landed."""
+    chunk, exchange = outbound.popleft()
+    exchange.turn()
+    _land(homebound)
+    homebound.append((chunk, exchange))
+
+
+def _land(homebound: deque[tuple["_Chunk", Exchange]]) -> None:
+    while homebound:
+        chunk, exchange = homebound.popleft()
+        exchange.wait()
+        chunk.unpack()
 
 
 Piece = tuple[Tensor, Tensor | None]
@@ -404,11 +442,11 @@ class _Chunk:
         residual = self._residual.pack()
         return self._values.pack().add_(residual), residual
 
-    def unpack(self, divisor: float) -> None:
-        """Give the pieces what has come, divided."""
-        self._values.unpack(divisor)
+    def unpack(self) -> None:
+        """Give the pieces what has come."""
+        self._values.unpack()
         if self._residual is not None:
-            self._residual.unpack(1.0)
+            self._residual.unpack()
 
 
 class _Packed:
@@ -430,15 +468,12 @@ class _Packed:
             part.copy_(piece)
         return self._flat
 
-    def unpack(self, divisor: float) -> None:
-        if self._flat is None:
-            if divisor != 1:
-                self._pieces[0].div_(divisor)
-            return
-        for piece, part in self._parts(self._flat):
-            torch.div(part, divisor, out=piece) if divisor != 1 else piece.copy_(part)
-        self._staging.give(self._flat)
-        self._flat = None
+    def unpack(self) -> None:
+        if self._flat is not None:
+            for piece, part in self._parts(self._flat):
+                piece.copy_(part)
+            self._staging.give(self._flat)
+            self._flat = None
 
     def _parts(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         parts = torch.split(flat, [piece.numel() for piece in self._pieces])
@@ -446,17 +481,17 @@ class _Packed:
             yield piece, part.view(piece.shape)
 
 
-def _chunks(pairs: Iterable[Piece], limit: int, staging: Staging) -> Iterator[_Chunk]:
+def _chunks(pairs: Iterable[Piece], staging: Staging) -> Iterator[_Chunk]:
     """Large tensors in parts of their own, small ones packed; in one order on all ranks."""
     known = [(tensor.detach(), residual) for tensor, residual in pairs if tensor.numel()]
     for dtype in (torch.float32, torch.float64):
         packed: list[Piece] = []
         numel = 0
-        for piece, residual in _pieces(known, limit, dtype):
+        for piece, residual in _pieces(known, dtype):
             if piece.numel() >= _IN_PLACE and piece.dtype == dtype:
                 yield _Chunk([(piece, residual)], dtype, staging)
                 continue
-            if packed and numel + piece.numel() > limit:
+            if packed and numel + piece.numel() > CHUNK:
                 yield _Chunk(packed, dtype, staging)
                 packed, numel = [], 0
             packed.append((piece, residual))
@@ -465,7 +500,7 @@ def _chunks(pairs: Iterable[Piece], limit: int, staging: Staging) -> Iterator[_C
             yield _Chunk(packed, dtype, staging)
 
 
-def _pieces(pairs: Iterable[Piece], limit: int, dtype: torch.dtype) -> Iterator[Piece]:
+def _pieces(pairs: Iterable[Piece], dtype: torch.dtype) -> Iterator[Piece]:
     for tensor, residual in pairs:
         if travels_as(tensor.dtype) != dtype:
             continue
@@ -473,10 +508,10 @@ def _pieces(pairs: Iterable[Piece], limit: int, dtype: torch.dtype) -> Iterator[
         if flat is None:  # gaps in memory are rare: the tensor is copied whole
             yield tensor, residual
         elif residual is None:
-            yield from ((part, None) for part in torch.split(flat, limit))
+            yield from ((part, None) for part in torch.split(flat, CHUNK))
         else:
             lost = residual.as_strided((residual.numel(),), (1,))
-            yield from zip(torch.split(flat, limit), torch.split(lost, limit), strict=True)
+            yield from zip(torch.split(flat, CHUNK), torch.split(lost, CHUNK), strict=True)
 
 
 def travels_as(dtype: torch.dtype) -> torch.dtype:

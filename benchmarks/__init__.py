@@ -1,0 +1,1 @@
+"""Measurements: ratios from one run, never bare times. Records lie in ``records``."""

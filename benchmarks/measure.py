@@ -1,0 +1,154 @@
+"""What all benchmarks share: ranks, paired rounds, counters of the machine, and records."""
+
+import json
+import multiprocessing
+import os
+import platform
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+RECORDS = Path(__file__).parent / "records"
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function(rank, *args)`` on gloo ranks over loopback; returns what rank 0 returned."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    processes = [
+        context.Process(target=_rank, args=(rank, world, port, sender, function, args))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        while not receiver.poll(0.5):
+            if any(process.exitcode for process in processes):
+                raise RuntimeError("a rank failed; its traceback is above")
+        return receiver.recv()
+    finally:
+        for process in processes:
+            process.join(30)
+            process.kill()
+
+
+def _rank(
+    rank: int, world: int, port: int, sender: Any, function: Callable[..., Any], args: Any
+) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    result = function(rank, *args)
+    if rank == 0:
+        sender.send(result)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def paired(
+    cases: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds that each case takes, once a round, all ranks starting together."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    names = list(cases)
+    for index in range(warmup + rounds):
+        # Another case begins each round, so that none always follows the same one.
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            dist.barrier()
+            start = time.perf_counter()
+            cases[name]()
+            dist.barrier()
+            if index >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, list[float]], case: str, base: str) -> dict[str, float]:
+    """Median and quartiles of one case's time over another's, round by round."""
+    values = [a / b for a, b in zip(seconds[case], seconds[base], strict=True)]
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": middle, "lower": low, "upper": high}
+
+
+def loopback_bytes() -> int:
+    """Bytes sent so far through the loopback interface, frames included."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        if line.strip().startswith("lo:"):
+            return int(line.split()[9])
+    raise RuntimeError("there is no loopback interface in /proc/net/dev")
+
+
+def bytes_of(case: Callable[[], object], times: int = 3) -> float:
+    """Bytes a rank sends through the interface in one call, measured over a few."""
+    dist.barrier()
+    before = loopback_bytes()
+    for _ in range(times):
+        case()
+    dist.barrier()
+    return (loopback_bytes() - before) / times / dist.get_world_size()
+
+
+def extra_memory(case: Callable[[], object]) -> int:
+    """Bytes of resident memory that one call needs beyond what the process holds before it."""
+    dist.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status("VmRSS")
+    case()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"there is no {field} in /proc/self/status")
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions, for a record."""
+    cpu = "unknown"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+            break
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "backend": "gloo over loopback, 1 thread a rank",
+        "command": "python -m " + " ".join([_module(), *sys.argv[1:]]),
+    }
+
+
+def _module() -> str:
+    return "benchmarks." + Path(sys.argv[0]).stem
+
+
+def write_record(name: str, title: str, content: dict[str, Any], text: str) -> Path:
+    """Write ``records/DATE-name.json`` and ``.md``; returns the path of the latter."""
+    about = machine()
+    RECORDS.mkdir(exist_ok=True)
+    path = RECORDS / f"{about['date']}-{name}"
+    path.with_suffix(".json").write_text(json.dumps({"machine": about, **content}, indent=1) + "\n")
+    facts = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in about.items())
+    path.with_suffix(".md").write_text(f"# {title}\n\n{facts}\n\n{text}")
+    return path.with_suffix(".md")
