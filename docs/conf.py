@@ -1,6 +1,9 @@
 """Configuration of the documentation."""
 
+import re
 from importlib.metadata import version as installed
+
+from sphinx.application import Sphinx
 
 project = "postlocal"
 copyright = "2026, the postlocal authors"
@@ -18,6 +21,7 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"postlocal {release}"
 myst_heading_anchors = 3
+myst_enable_extensions = ["deflist"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -26,3 +30,26 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # A word in single backquotes is a name of this package where there is one, else plain code.
 default_role = "code"
+
+
+def index_arguments(
+    app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]
+) -> None:
+    """Put every documented argument into the index, under its name, with whose it is."""
+    owner = name.removeprefix("postlocal.").rsplit(".", 1)[-1]
+    inside = False
+    entries = []
+    for line in lines:
+        if line.strip() in ("Args:", "Attributes:"):
+            inside, kind = True, "argument" if line.strip() == "Args:" else "attribute"
+        elif inside and line and not line.startswith(" "):
+            inside = False
+        elif inside and (found := re.fullmatch(r"    (\w+): .*", line)):
+            entries.append(f"   single: {found[1]} ({kind} of {owner})")
+    if entries:
+        lines += ["", ".. index::", *entries, ""]
+
+
+def setup(app: Sphinx) -> None:
+    """Sphinx calls this. The index is made before napoleon rewrites the arguments."""
+    app.connect("autodoc-process-docstring", index_arguments, priority=100)

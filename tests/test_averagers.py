@@ -181,7 +181,7 @@ def test_ranks_that_counted_different_steps_are_told(ranks: Ranks) -> None:
 def all_broken(rank: int) -> str:
     model = mlp()
     next(model.parameters()).data.fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match="every rank"):
+    with pytest.raises(NonFiniteError, match="on every rank"):
         average_parameters(model.parameters(), None)
     return "raised"
 

@@ -19,6 +19,8 @@ from postlocal.errors import PeerError
 
 Value = TypeVar("Value")
 Operation = Literal["sum", "max"]
+Parts = Sequence[Sequence[Tensor]]
+"""Tensors for or from each rank of a group."""
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -53,10 +55,11 @@ class Group(Protocol):
         """Concatenate all ranks' ``tensor``, shape ``(n,)``, into ``output``, ``(size * n,)``."""
         ...
 
-    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> Work:
+    def exchange(self, sent: Parts, received: Parts) -> Work:
         """Send ``sent[i]`` to rank i, and receive into ``received[i]`` what it sends here.
 
-        Contiguous tensors, one for each rank; empty ones, and those of this rank, do not travel.
+        Contiguous tensors, any number for each rank, of the sizes that the other one expects. Those
+        of this rank do not travel.
         """
         ...
 
@@ -97,7 +100,7 @@ class Alone:
         output.copy_(tensor)
         return Done()
 
-    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> Work:
+    def exchange(self, sent: Parts, received: Parts) -> Work:
         return Done()
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Work:
@@ -147,11 +150,12 @@ class Processes:
             lambda: dist.all_gather_single(output, tensor, group=self.process_group, async_op=True)
         )
 
-    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> Work:
+    def exchange(self, sent: Parts, received: Parts) -> Work:
         transfers = [
             dist.P2POp(operation, tensor, group=self.process_group, group_peer=rank)
-            for operation, tensors in ((dist.irecv, received), (dist.isend, sent))
-            for rank, tensor in enumerate(tensors)
+            for operation, parts in ((dist.irecv, received), (dist.isend, sent))
+            for rank, tensors in enumerate(parts)
+            for tensor in tensors
             if rank != self.rank and tensor.numel()
         ]
         if not transfers:

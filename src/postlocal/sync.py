@@ -28,7 +28,7 @@ from postlocal.schedule import WORLD, Round
 from postlocal.strategies import Strategy
 from postlocal.tensors import all_finite, squared_norm, weigh_
 from postlocal.topology import Layout, Partition, Topology, unknown_level, world
-from postlocal.wire import Wire, fp32, maximum_, mean_
+from postlocal.wire import Staging, Wire, fp32, maximum_, mean_
 
 logger = logging.getLogger("postlocal")
 
@@ -149,6 +149,7 @@ class Sync:
         self.meter = meter
         self._gradients = where
         self._anchor = Anchor(replica.parameters, strategy.outer) if strategy.anchored else None
+        self._staging = Staging()
         self._steps = 0
         self._lr = inner.lr
         self._agreed_at = 0
@@ -356,7 +357,9 @@ class Sync:
             layout=self.inner.layout() if self.strategy.optimizer_state == "average" else 0,
         )
         weigh_(tensors, ballot.weight)
-        self.meter.count("parameters", mean_(tensors, group, wire, ballot.total_weight))
+        self.meter.count(
+            "parameters", mean_(tensors, group, wire, ballot.total_weight, staging=self._staging)
+        )
         return ballot
 
     def _average_buffers(self, group: Group, ballot: Ballot) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from postlocal.errors import PeerError
-from postlocal.group import Alone, Done, Group, Operation, Work
+from postlocal.group import Alone, Done, Group, Operation, Parts, Work
 
 Result = TypeVar("Result")
 Value = TypeVar("Value")
@@ -84,11 +84,13 @@ class Threads:
         output.copy_(torch.cat(self._room.exchange(self.rank, tensor.clone())))
         return Done()
 
-    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> Work:
-        everyones = self._room.exchange(self.rank, [tensor.clone() for tensor in sent])
-        for rank, tensor in enumerate(received):
+    def exchange(self, sent: Parts, received: Parts) -> Work:
+        copies = [[tensor.clone() for tensor in tensors] for tensors in sent]
+        everyones = self._room.exchange(self.rank, copies)
+        for rank, tensors in enumerate(received):
             if rank != self.rank:
-                tensor.copy_(everyones[rank][self.rank])
+                for tensor, theirs in zip(tensors, everyones[rank][self.rank], strict=True):
+                    tensor.copy_(theirs)
         return Done()
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Work:

@@ -2,7 +2,7 @@
 
 `mean_` cuts tensors into flat chunks of fp32 (small ones share a chunk, large ones travel from
 where they lie), and a `Wire` takes the mean of each chunk: each rank owns a part of it, gets the
-contributions to it and sends their mean back. Three chunks are under way at a time.
+contributions to it and sends their mean back. Several chunks are under way at a time.
 """
 
 import math
@@ -20,16 +20,22 @@ from postlocal.group import Group, Work
 from postlocal.tensors import flat_view, weigh_, whole_storage
 
 # An exchange costs milliseconds before the first byte moves (gloo, a few ranks on a few cores), so
-# chunks are as large as memory for three of them under way allows: at most 64 MiB in all.
+# as much is under way as memory for it allows.
 CHUNK = 2**22
 """Greatest number of elements of a chunk."""
-_IN_PLACE = 2**20  # tensors of at least so many elements are worth an exchange of their own
-_TILE = 2**18  # elements summed at a time
+_STAGED = 4 * CHUNK  # elements in memory of ours: 64 MiB
+_HOMEBOUND = 4 * CHUNK  # elements on their way back, which may need no memory
+_IN_PLACE = 2**16  # tensors of at least so many elements are worth messages of their own
+_TILE = 2**17  # elements summed at a time, that stay in a processor's cache
 # The numbers of ranks for which the sum of equal fp32 values, divided again, is the value itself.
 _EXACT_IN_FP32 = (2, 4)
 
 Divisor = Callable[[], float]
 """The sum of the weights of all contributions; called when the first sums arrive, not before."""
+
+
+Repair = Callable[[Tensor, Sequence[Tensor]], None]
+"""Replaces a contribution, given those of the others in their order, by a mean."""
 
 
 class Exchange(Protocol):
@@ -68,24 +74,17 @@ class Wire(Protocol):
         ...
 
     def launch(
-        self,
-        chunk: Tensor,
-        group: Group,
-        divisor: Divisor,
-        staging: "Staging",
-        residual: Tensor | None = None,
+        self, chunk: "Chunk", group: Group, divisor: Divisor, staging: "Staging"
     ) -> Exchange:
-        """Start to replace ``chunk`` by the sum over the group divided by ``divisor()``.
+        """Start to replace values by the sum over the group divided by ``divisor()``.
 
         All ranks end with identical bits.
 
         Args:
-            chunk: contiguous, fp32 (fp64 where the tensors are), shape ``(n,)``, ``n`` at least 1
-                and the same on all ranks.
+            chunk: the values, of the same sizes on all ranks.
             group: who takes part.
             divisor: gives the sum of the weights of all contributions.
             staging: where memory for what travels comes from.
-            residual: shape and dtype of ``chunk``; takes what this rank's values lost on the way.
         """
         ...
 
@@ -125,15 +124,8 @@ class _Exact:
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
         return _exchanged_bytes(exact(), numel, size, dtype)
 
-    def launch(
-        self,
-        chunk: Tensor,
-        group: Group,
-        divisor: Divisor,
-        staging: Staging,
-        residual: Tensor | None = None,
-    ) -> Exchange:
-        return _Direct(chunk, group, divisor, staging)
+    def launch(self, chunk: "Chunk", group: Group, divisor: Divisor, staging: Staging) -> Exchange:
+        return Direct(chunk.pieces, group, divisor, staging)
 
 
 @dataclass(frozen=True)
@@ -144,15 +136,9 @@ class _Coded:
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
         return _exchanged_bytes(self.codec, numel, size, dtype)
 
-    def launch(
-        self,
-        chunk: Tensor,
-        group: Group,
-        divisor: Divisor,
-        staging: Staging,
-        residual: Tensor | None = None,
-    ) -> Exchange:
-        return _Encoded(chunk, group, divisor, self.codec, staging, residual)
+    def launch(self, chunk: "Chunk", group: Group, divisor: Divisor, staging: Staging) -> Exchange:
+        flat, residual = chunk.pack()
+        return _Encoded(flat, group, divisor, self.codec, staging, residual)
 
 
 def _exchanged_bytes(codec: Codec, numel: int, size: int, dtype: torch.dtype) -> int:
@@ -205,50 +191,93 @@ def quantised(codec: Codec) -> Wire:
     return _Coded(codec)
 
 
-class _Direct:
+class Direct:
     """Parts travel from where they lie: to their owners, which take the means, and back.
 
     Each rank sends as many bytes as in a ring all-reduce, and touches each value once for the sum
     and the division together.
+
+    Args:
+        pieces: the values, flat.
+        group: who takes part.
+        divisor: gives the sum of the weights.
+        staging: where memory for contributions comes from.
+        repair: takes the mean instead, where the sum is not finite.
     """
 
-    def __init__(self, chunk: Tensor, group: Group, divisor: Divisor, staging: Staging) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[Tensor],
+        group: Group,
+        divisor: Divisor,
+        staging: Staging,
+        repair: Repair | None = None,
+    ) -> None:
         self._group = group
+        self._repair = repair
         self._divisor = divisor
         self._staging = staging
-        self._parts = _split(chunk, group.size)
-        own = self._parts[group.rank].numel()
-        self._received = staging.take((group.size - 1) * own, chunk)
-        others = list(torch.split(self._received, own)) if own else []
-        self._contributions = [others.pop() if others else chunk[:0] for _ in range(group.size - 1)]
-        self._work: Work = group.exchange(self._parts, _around(group, self._contributions))
+        self._parts = _divide(pieces, group.size)
+        own = self._parts[group.rank]
+        numel = sum(map(torch.numel, own))
+        self._received = staging.take((group.size - 1) * numel, pieces[0])
+        rows = iter(self._received.view(group.size - 1, numel))
+        sizes = [piece.numel() for piece in own]
+        self._contributions = [
+            () if rank == group.rank else torch.split(next(rows), sizes)
+            for rank in range(group.size)
+        ]
+        self._work: Work = group.exchange(self._parts, self._contributions)
 
     def turn(self) -> None:
         self._work.wait()
-        mean = self._parts[self._group.rank]
-        _take_mean(mean, self._contributions, self._divisor())
+        own = self._parts[self._group.rank]
+        divisor = self._divisor()
+        others = [pieces for pieces in self._contributions if pieces]
+        for index, mean in enumerate(own):
+            _take_mean(mean, [pieces[index] for pieces in others], divisor, self._repair)
         self._staging.give(self._received)
-        self._work = self._group.exchange([mean] * self._group.size, self._parts)
+        self._work = self._group.exchange([own] * self._group.size, self._parts)
 
     def wait(self) -> None:
         self._work.wait()
 
 
-def _around(group: Group, others: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors for the other ranks, in their order, with an empty one for this rank."""
-    return [*others[: group.rank], others[0][:0], *others[group.rank :]]
+def _divide(pieces: Sequence[Tensor], size: int) -> list[list[Tensor]]:
+    """What each of ``size`` ranks owns of pieces laid end to end, the last ones perhaps less."""
+    part = math.ceil(sum(map(torch.numel, pieces)) / size)
+    parts: list[list[Tensor]] = [[] for _ in range(size)]
+    position = 0
+    for piece in pieces:
+        start = 0
+        while start < piece.numel():
+            rank = position // part
+            stop = min(piece.numel(), start + (rank + 1) * part - position)
+            parts[rank].append(piece[start:stop])
+            position += stop - start
+            start = stop
+    return parts
 
 
-def _take_mean(own: Tensor, others: Sequence[Tensor], divisor: float) -> None:
-    """Add contributions to one of them and divide, piece by piece within a processor's cache."""
+def _take_mean(
+    own: Tensor, others: Sequence[Tensor], divisor: float, repair: Repair | None
+) -> None:
+    """Replace a contribution by the mean of all, tile by tile within a processor's cache."""
     exact = own.dtype == torch.float64 or len(others) + 1 in _EXACT_IN_FP32
-    total = own.new_empty(0 if exact else _TILE, dtype=torch.float64)
+    total = own.new_empty(min(_TILE, own.numel()), dtype=own.dtype if exact else torch.float64)
     for start in range(0, own.numel(), _TILE):
-        mean = own[start : start + _TILE]
-        wide = mean if exact else total[: mean.numel()].copy_(mean)
-        for other in others:
-            wide.add_(other[start : start + _TILE])
-        torch.div(wide, divisor, out=mean)
+        mean, first, *rest = (values[start : start + _TILE] for values in (own, *others))
+        summed = total[: mean.numel()]
+        if exact:
+            torch.add(mean, first, out=summed)
+        else:
+            summed.copy_(mean).add_(first)
+        for other in rest:
+            summed.add_(other)
+        if repair is not None and not math.isfinite(summed.sum()):
+            repair(mean, [first, *rest])
+        else:
+            torch.div(summed, divisor, out=mean)
 
 
 class _Encoded:
@@ -284,7 +313,7 @@ class _Encoded:
         self._incoming = self._received.chunk(group.size)
         for rank, (part, payload) in enumerate(zip(self._parts, self._outgoing, strict=True)):
             self._send(rank, part, payload)
-        self._work: Work = group.exchange(self._outgoing, self._incoming)
+        self._work: Work = group.exchange(_single(self._outgoing), _single(self._incoming))
 
     def turn(self) -> None:
         self._work.wait()
@@ -301,7 +330,8 @@ class _Encoded:
         self._codec.encode(mean, payload)
         if self._residuals is not None:
             self._residuals[rank].copy_(self._lost(mean, payload)).mul_(divisor)
-        self._work = self._group.exchange([payload] * self._group.size, self._outgoing)
+        sent = [[payload]] * self._group.size
+        self._work = self._group.exchange(sent, _single(self._outgoing))
 
     def wait(self) -> None:
         self._work.wait()
@@ -321,7 +351,11 @@ class _Encoded:
         return torch.sub(values, decoded, out=decoded)
 
 
-def _split(flat: Tensor, size: int, block: int = 1) -> list[Tensor]:
+def _single(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    return [[tensor] for tensor in tensors]
+
+
+def _split(flat: Tensor, size: int, block: int) -> list[Tensor]:
     """The parts of a chunk that ``size`` ranks own, the last ones perhaps shorter or empty."""
     part = _part(flat.numel(), size, block)
     return [flat[rank * part : (rank + 1) * part] for rank in range(size)]
@@ -337,11 +371,12 @@ def mean_(
     wire: Wire,
     divisor: Divisor | None = None,
     residuals: Sequence[Tensor] | None = None,
+    staging: Staging | None = None,
 ) -> int:
     """Replace tensors by their mean over a group; all ranks end with identical bits.
 
     Sums are taken in fp32 or better and divided after. Storage, strides and aliases of the tensors
-    stay as they are. Beside them it needs staging for two chunks at most.
+    stay as they are. Beside them it needs at most 64 MiB of staging.
 
     Args:
         tensors: floating point, of the same shapes, dtypes and strides on all ranks; no two
@@ -352,6 +387,7 @@ def mean_(
         residuals: error feedback: what a lossy wire lost of this rank's values, added to them
             before they travel, and then replaced by what is lost this time. Of the tensors'
             shapes and strides, in the dtype that they travel in: fp32, or fp64 for fp64 tensors.
+        staging: memory to use; give the same one again to save its allocation.
 
     Returns:
         Bytes of payload that this rank sent.
@@ -364,19 +400,14 @@ def mean_(
         weigh_(tensors, 1 / divisor())
         return 0
     sent = 0
-    staging = Staging()
-    outbound: deque[tuple[_Chunk, Exchange]] = deque()
-    homebound: deque[tuple[_Chunk, Exchange]] = deque()
+    staging = staging or Staging()
+    convoy = _Convoy(wire.lossy)
     pairs = zip(tensors, residuals if residuals else repeat(None), strict=residuals is not None)
     for chunk in _chunks(pairs, staging):
-        if len(outbound) == 2:
-            _turn(outbound, homebound)
-        flat, residual = chunk.pack()
-        outbound.append((chunk, wire.launch(flat, group, divisor, staging, residual)))
-        sent += wire.payload_bytes(flat.numel(), group.size, flat.dtype)
-    while outbound:
-        _turn(outbound, homebound)
-    _land(homebound)
+        convoy.make_room(chunk)
+        convoy.add(chunk, wire.launch(chunk, group, divisor, staging))
+        sent += wire.payload_bytes(chunk.numel, group.size, chunk.dtype)
+    convoy.arrive()
     return sent
 
 
@@ -406,112 +437,177 @@ def maximum_(tensors: Sequence[Tensor], group: Group, device: torch.device | Non
     return sent
 
 
-def _turn(
-    outbound: deque[tuple["_Chunk", Exchange]], homebound: deque[tuple["_Chunk", Exchange]]
-) -> None:
-    """Send the first means back, once those sent before have landed."""
-    chunk, exchange = outbound.popleft()
-    exchange.turn()
-    _land(homebound)
-    homebound.append((chunk, exchange))
+class _Convoy:
+    """Exchanges under way, which go on in one order on all ranks.
 
+    What it decides follows from the chunks alone, so that all ranks decide the same.
 
-def _land(homebound: deque[tuple["_Chunk", Exchange]]) -> None:
-    while homebound:
-        chunk, exchange = homebound.popleft()
+    Args:
+        coded: whether codes take memory on the way back, too.
+    """
+
+    def __init__(self, coded: bool) -> None:
+        self._coded = coded
+        self._outbound: deque[tuple[Chunk, Exchange]] = deque()
+        self._homebound: deque[tuple[Chunk, Exchange]] = deque()
+
+    def add(self, chunk: "Chunk", exchange: Exchange) -> None:
+        """Take along an exchange that was launched."""
+        self._outbound.append((chunk, exchange))
+
+    def make_room(self, chunk: "Chunk") -> None:
+        """Let exchanges go on until there is memory for one more."""
+        while self._homebound and self._numel_back() > _HOMEBOUND:
+            self._land()
+        while self._staged() + chunk.copied + chunk.numel > _STAGED:
+            if self._homebound and (self._homebound[0][0].copied or not self._outbound):
+                self._land()
+            elif self._outbound:
+                self._turn()
+            else:
+                return
+
+    def arrive(self) -> None:
+        """Let all exchanges end."""
+        while self._outbound:
+            self._turn()
+        while self._homebound:
+            self._land()
+
+    def _staged(self) -> int:
+        out = sum(chunk.copied + chunk.numel for chunk, _ in self._outbound)
+        back = sum(chunk.copied for chunk, _ in self._homebound)
+        return out + back + (self._numel_back() // 2 if self._coded else 0)
+
+    def _numel_back(self) -> int:
+        return sum(chunk.numel for chunk, _ in self._homebound)
+
+    def _turn(self) -> None:
+        chunk, exchange = self._outbound.popleft()
+        exchange.turn()
+        self._homebound.append((chunk, exchange))
+
+    def _land(self) -> None:
+        chunk, exchange = self._homebound.popleft()
         exchange.wait()
         chunk.unpack()
 
 
-Piece = tuple[Tensor, Tensor | None]
-"""Part of a tensor, and of its residual."""
+_Pair = tuple[Tensor, Tensor | None]
+"""A tensor, or a part of it, and its residual."""
 
 
-class _Chunk:
-    """Pieces of tensors that travel together, as ``dtype``."""
+class Chunk:
+    """Values that travel together.
 
-    def __init__(self, pieces: Sequence[Piece], dtype: torch.dtype, staging: Staging) -> None:
-        self._values = _Packed([values for values, _ in pieces], dtype, staging)
-        residuals = [residual for _, residual in pieces if residual is not None]
+    Attributes:
+        numel: how many there are.
+        dtype: what they travel as, before any coding: fp32, or fp64 for fp64 tensors.
+        copied: how many have to be copied, at the least, since they are no large flat tensors.
+    """
+
+    def __init__(self, pairs: Sequence[_Pair], dtype: torch.dtype, staging: Staging) -> None:
+        self.numel = sum(values.numel() for values, _ in pairs)
+        self.dtype = dtype
+        self._values = _Packed([values for values, _ in pairs], dtype, staging)
+        residuals = [residual for _, residual in pairs if residual is not None]
         self._residual = _Packed(residuals, dtype, staging) if residuals else None
+        self.copied = self._values.copied(_IN_PLACE)
+
+    @property
+    def pieces(self) -> list[Tensor]:
+        """The values, flat: large ones where they lie, small ones packed."""
+        return self._values.pack(_IN_PLACE)
 
     def pack(self) -> tuple[Tensor, Tensor | None]:
-        """Values to send, residual added; and the flat residual that takes the loss."""
+        """All values in one flat tensor, residual added; and a flat one that takes the loss."""
+        (values,) = self._values.pack(self.numel)
         if self._residual is None:
-            return self._values.pack(), None
-        residual = self._residual.pack()
-        return self._values.pack().add_(residual), residual
+            return values, None
+        (residual,) = self._residual.pack(self.numel)
+        return values.add_(residual), residual
 
     def unpack(self) -> None:
-        """Give the pieces what has come."""
+        """Give the tensors what has come, where it is not theirs already."""
         self._values.unpack()
         if self._residual is not None:
             self._residual.unpack()
 
 
 class _Packed:
-    """Pieces as one flat tensor: where they lie, if that is one already."""
+    """Tensors laid end to end, those copied that have to be."""
 
-    def __init__(self, pieces: Sequence[Tensor], dtype: torch.dtype, staging: Staging) -> None:
-        self._pieces = pieces
+    def __init__(self, tensors: Sequence[Tensor], dtype: torch.dtype, staging: Staging) -> None:
+        self._tensors = tensors
         self._dtype = dtype
         self._staging = staging
+        self._copied: list[Tensor] = []
         self._flat: Tensor | None = None
 
-    def pack(self) -> Tensor:
-        first = self._pieces[0]
-        if len(self._pieces) == 1 and first.dtype == self._dtype and first.is_contiguous():
-            return first.view(-1)
-        numel = sum(piece.numel() for piece in self._pieces)
-        self._flat = self._staging.take(numel, first, self._dtype)
-        for piece, part in self._parts(self._flat):
-            part.copy_(piece)
-        return self._flat
+    def copied(self, in_place: int) -> int:
+        return sum(t.numel() for t in self._tensors if not self._stays(t, in_place))
+
+    def pack(self, in_place: int) -> list[Tensor]:
+        """Those of at least ``in_place`` elements as they are, and the rest as one tensor."""
+        flats = [tensor.view(-1) for tensor in self._tensors if self._stays(tensor, in_place)]
+        self._copied = [tensor for tensor in self._tensors if not self._stays(tensor, in_place)]
+        if self._copied:
+            numel = sum(map(torch.numel, self._copied))
+            self._flat = self._staging.take(numel, self._copied[0], self._dtype)
+            for tensor, part in self._parts(self._flat):
+                part.copy_(tensor)
+            flats.append(self._flat)
+        return flats
 
     def unpack(self) -> None:
         if self._flat is not None:
-            for piece, part in self._parts(self._flat):
-                piece.copy_(part)
+            for tensor, part in self._parts(self._flat):
+                tensor.copy_(part)
             self._staging.give(self._flat)
             self._flat = None
 
+    def _stays(self, tensor: Tensor, in_place: int) -> bool:
+        fits = tensor.dtype == self._dtype and tensor.is_contiguous()
+        return fits and tensor.numel() >= in_place
+
     def _parts(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        parts = torch.split(flat, [piece.numel() for piece in self._pieces])
-        for piece, part in zip(self._pieces, parts, strict=True):
-            yield piece, part.view(piece.shape)
+        parts = torch.split(flat, [tensor.numel() for tensor in self._copied])
+        for tensor, part in zip(self._copied, parts, strict=True):
+            yield tensor, part.view(tensor.shape)
 
 
-def _chunks(pairs: Iterable[Piece], staging: Staging) -> Iterator[_Chunk]:
-    """Large tensors in parts of their own, small ones packed; in one order on all ranks."""
+def _chunks(pairs: Iterable[_Pair], staging: Staging) -> Iterator[Chunk]:
+    """Tensors in chunks of one dtype, cut where a chunk is full; in one order on all ranks."""
     known = [(tensor.detach(), residual) for tensor, residual in pairs if tensor.numel()]
     for dtype in (torch.float32, torch.float64):
-        packed: list[Piece] = []
-        numel = 0
-        for piece, residual in _pieces(known, dtype):
-            if piece.numel() >= _IN_PLACE and piece.dtype == dtype:
-                yield _Chunk([(piece, residual)], dtype, staging)
+        together: list[_Pair] = []
+        room = CHUNK
+        for pair in known:
+            if travels_as(pair[0].dtype) != dtype:
                 continue
-            if packed and numel + piece.numel() > CHUNK:
-                yield _Chunk(packed, dtype, staging)
-                packed, numel = [], 0
-            packed.append((piece, residual))
-            numel += piece.numel()
-        if packed:
-            yield _Chunk(packed, dtype, staging)
+            for piece in _cut(pair, room):
+                together.append(piece)
+                room -= piece[0].numel()
+                if room <= 0:
+                    yield Chunk(together, dtype, staging)
+                    together, room = [], CHUNK
+        if together:
+            yield Chunk(together, dtype, staging)
 
 
-def _pieces(pairs: Iterable[Piece], dtype: torch.dtype) -> Iterator[Piece]:
-    for tensor, residual in pairs:
-        if travels_as(tensor.dtype) != dtype:
-            continue
-        flat = flat_view(tensor)
-        if flat is None:  # gaps in memory are rare: the tensor is copied whole
-            yield tensor, residual
-        elif residual is None:
-            yield from ((part, None) for part in torch.split(flat, CHUNK))
-        else:
-            lost = residual.as_strided((residual.numel(),), (1,))
-            yield from zip(torch.split(flat, CHUNK), torch.split(lost, CHUNK), strict=True)
+def _cut(pair: _Pair, room: int) -> Iterator[_Pair]:
+    """A tensor as flat pieces: one that fills ``room`` elements, then as large as a chunk."""
+    tensor, residual = pair
+    flat = flat_view(tensor)
+    if flat is None:  # gaps in memory are rare: the tensor is copied whole
+        yield pair
+        return
+    lost = None if residual is None else residual.as_strided((residual.numel(),), (1,))
+    start = 0
+    while start < flat.numel():
+        stop = start + (room if start == 0 else CHUNK)
+        yield flat[start:stop], None if lost is None else lost[start:stop]
+        start = stop
 
 
 def travels_as(dtype: torch.dtype) -> torch.dtype:

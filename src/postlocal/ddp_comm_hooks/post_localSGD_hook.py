@@ -71,9 +71,6 @@ class PostLocalSGDState:
             pass, nor looks for unused parameters on all ranks where nothing is reduced; have the
             averager average its buffers.
 
-    Attributes:
-        iter: iterations so far; without a ``clock`` it stops at ``start_localSGD_iter``.
-
     Raises:
         ValueError: if a number is out of its range, or ``clock`` has another warm-up.
 
@@ -120,7 +117,7 @@ class PostLocalSGDState:
 
     @property
     def iter(self) -> int:
-        """Iterations so far."""
+        """Iterations so far; without a ``clock`` it stops at ``start_localSGD_iter``."""
         if self.clock is not None:
             return self.clock.step
         return self._passes // self.gradient_accumulation_steps

@@ -66,7 +66,6 @@ class PowerSGDState:
 
     Attributes:
         iter: backward passes so far.
-        errors: what this rank still owes of each parameter's gradient, flat.
 
     Raises:
         ValueError: if a number is out of its range.

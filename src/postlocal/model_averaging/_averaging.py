@@ -12,10 +12,9 @@ from torch.distributed.tensor import DTensor
 from postlocal import agreement
 from postlocal.ballot import Ballot
 from postlocal.errors import NonFiniteError
-from postlocal.group import Processes
+from postlocal.group import Group, Processes
 from postlocal.replica import once
-from postlocal.tensors import all_finite, squared_norm, weigh_
-from postlocal.wire import fp32, maximum_, mean_
+from postlocal.wire import Chunk, Direct, Divisor, Exchange, Staging, fp32, maximum_, mean_
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +28,7 @@ class Averaging:
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         self._group = Processes(process_group)
+        self._staging = Staging()
         self._count = 0
 
     def average_(
@@ -38,7 +38,7 @@ class Averaging:
 
         Args:
             parameters: the same on all ranks.
-            buffers: the same on all ranks; those with NaN have no weight.
+            buffers: the same on all ranks.
             step: steps of this rank, which all must agree on; None: the number of averagings.
         """
         if self._group.size == 1 or not parameters:
@@ -46,46 +46,73 @@ class Averaging:
         self._count += 1
         self._group.arrive(self._count)
         with torch.no_grad():
-            self._meet(parameters, buffers, self._count if step is None else step)
+            self._agree(parameters, buffers, self._count if step is None else step)
+            self._meet(_memory(parameters), _memory(buffers))
 
-    def _meet(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor], step: int) -> None:
+    def _agree(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor], step: int) -> None:
         lines = [_describe(tensor) for tensor in (*parameters, *buffers)]
-        tensors = _memory(parameters)
-        floats = [t for t in _memory(buffers) if t.is_floating_point()]
-        square = squared_norm(tensors)
         ballot = Ballot(
-            self._group,
-            tensors[0].device,
-            weight=float(all_finite(tensors, square)),
-            buffer_weight=float(not any(bool(torch.isnan(t).any()) for t in floats)),
-            square=square,
-            step=step,
-            planned=0,
-            lr=0.0,
-            layout=_digest(lines),
-        )
+            self._group, _memory(parameters[:1])[0].device, weight=1.0, buffer_weight=1.0,
+            square=0.0, step=step, planned=0, lr=0.0, layout=_digest(lines),
+        )  # fmt: skip
         if not ballot.unanimous:
             agreement.check(self._group, {"parameters to average": lines})
-        self._check_finite(ballot)
-        weigh_(tensors, ballot.weight)
-        mean_(tensors, self._group, fp32(), ballot.total_weight)
-        weight, total = ballot.buffer_weights()
-        weigh_(floats, weight)
-        mean_(floats, self._group, fp32(), lambda: total)
-        maximum_([t for t in _memory(buffers) if not t.is_floating_point()], self._group)
 
-    def _check_finite(self, ballot: Ballot) -> None:
-        excluded = ballot.excluded
-        if len(excluded) == self._group.size:
+    def _meet(self, parameters: list[Tensor], buffers: list[Tensor]) -> None:
+        finite = _FiniteMean(self._group)
+        mean_(parameters, self._group, finite, staging=self._staging)
+        floats = [t for t in buffers if t.is_floating_point()]
+        mean_(floats, self._group, _FiniteMean(self._group), staging=self._staging)
+        maximum_([t for t in buffers if not t.is_floating_point()], self._group)
+        finite.report(parameters[0].device)
+
+
+class _FiniteMean:
+    """The exact wire, with values that are not finite left out of their means."""
+
+    lossy = False
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._left_out = torch.zeros(group.size)
+        self._lost = False
+
+    def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
+        return fp32().payload_bytes(numel, size, dtype)
+
+    def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
+        return Direct(chunk.pieces, group, divisor, staging, self._repair)
+
+    def report(self, device: torch.device) -> None:
+        """Tell all ranks, which owned different parts, what was left out.
+
+        Raises:
+            NonFiniteError: on all ranks, if a value was finite on none.
+        """
+        found = torch.cat([self._left_out, torch.tensor([float(self._lost)])]).to(device)
+        self._group.all_reduce(found, "max").wait()
+        *left_out, lost = found.tolist()
+        if lost:
             raise NonFiniteError(
-                "the parameters of every rank hold infinities or NaN: resume from a checkpoint, "
-                "with a lower learning rate"
+                "parameters hold infinities or NaN on every rank: resume from a checkpoint, with a "
+                "lower learning rate"
             )
-        if excluded and (self._group.rank == 0 or self._group.rank in excluded):
+        ranks = [rank for rank, flag in enumerate(left_out) if flag]
+        if ranks and (self._group.rank == 0 or self._group.rank in ranks):
             logger.warning(
-                "the mean leaves out rank %s of the group: not finite",
-                ", ".join(map(str, excluded)),
+                "means leave out what is not finite on rank %s of the group",
+                ", ".join(map(str, ranks)),
             )
+
+    def _repair(self, mean: Tensor, others: Sequence[Tensor]) -> None:
+        everyones = list(others)
+        everyones.insert(self._group.rank, mean)
+        values = torch.stack(everyones)
+        finite = torch.isfinite(values)
+        self._left_out = self._left_out.maximum((~finite.all(dim=1)).float().cpu())
+        self._lost = self._lost or not bool(finite.any(dim=0).all())
+        total = values.where(finite, 0.0).sum(dim=0, dtype=torch.float64)
+        mean.copy_(total / finite.sum(dim=0))  # NaN where nobody has a finite value
 
 
 def _memory(tensors: Sequence[Tensor]) -> list[Tensor]:

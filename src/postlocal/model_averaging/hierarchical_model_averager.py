@@ -40,9 +40,6 @@ class HierarchicalModelAverager(ModelAverager):
         buffers: see `ModelAverager`.
         timeout: see `ModelAverager`.
 
-    Attributes:
-        period_process_group_dict: period -> this rank's process group.
-
     Raises:
         ValueError: if an argument is out of its range, or levels are not sorted and nested.
     """

@@ -39,8 +39,8 @@ def average_parameters(
 
     They are written in place: storage, strides, views and ties stay. Sums are taken in fp32 (fp64
     for fp64 parameters), with at most 64 MiB of memory beside them. Of a DTensor the local part is
-    averaged, with ranks that hold the same part. A rank that holds infinities or NaN is left out
-    and takes the others' mean, with a warning.
+    averaged, with ranks that hold the same part. Infinities and NaN of a rank are left out: it
+    takes the mean of the others there, with a warning.
 
     Args:
         params: the same on all ranks, in the same order.
@@ -49,7 +49,7 @@ def average_parameters(
     Raises:
         DisagreementError: on all ranks, if they do not have the same number of parameters with the
             same shapes, strides, dtypes and parts.
-        NonFiniteError: if no rank's parameters are finite.
+        NonFiniteError: on all ranks, if a value is finite on none.
         PeerError: if a rank does not come, within the timeout of the process group; names it.
     """
     if process_group is not None and dist.get_rank(process_group) < 0:
