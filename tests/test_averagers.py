@@ -156,6 +156,7 @@ def test_parameters_that_require_grad_are_chosen_from_models_and_groups() -> Non
 def outside_the_group(rank: int) -> Any:
     group = dist.new_group([0, 1])
     parameter = nn.Parameter(torch.full((2,), float(rank)))
+    PeriodicModelAverager(2, 0, group).average_parameters([parameter])
     average_parameters([parameter], group)
     average_parameters_or_parameter_groups([{"params": [parameter]}], group)
     return parameter.detach().tolist()

@@ -326,16 +326,20 @@ def test_08_parameters_are_averaged_after_zero_grad(ranks: Ranks, package: str) 
     assert ranks(2, without_gradients, package) == [[0.5] * 3] * 2
 
 
-def differing_sets(rank: int) -> str:
+def differing_sets(rank: int, sizes: tuple[int, int]) -> str:
     parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4))]
     with pytest.raises(DisagreementError) as caught:
-        classes("postlocal").Periodic(2).average_parameters(parameters[: 1 + rank])
+        classes("postlocal").Periodic(2).average_parameters(parameters[: sizes[rank]])
     return str(caught.value)
 
 
-def test_08_sets_that_differ_between_ranks_are_an_error_on_all(ranks: Ranks) -> None:
-    for message in ranks(2, differing_sets):
-        assert message == "ranks differ in parameters to average: rank 0 has 1 of them, rank 1 2"
+@pytest.mark.parametrize("sizes", [(1, 2), (0, 1)])
+def test_08_sets_that_differ_between_ranks_are_an_error_on_all(
+    ranks: Ranks, sizes: tuple[int, int]
+) -> None:
+    known = f"rank 0 has {sizes[0]} of them, rank 1 {sizes[1]}"
+    for message in ranks(2, differing_sets, sizes):
+        assert message == f"ranks differ in parameters to average: {known}"
 
 
 def one_nan(rank: int, package: str) -> list[float]:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_TILE = 2**16  # elements worked on at a time
+_TILE = 2**17  # elements worked on at a time
 
 
 class Codec(Protocol):
@@ -181,8 +181,8 @@ class affine:
         block = self.channel or max(1, values.numel())
         parameters, codes = _split(payload, values.numel(), block, 2)
         for first, tile, part in _tiles(values, block):
-            low, high = torch.aminmax(tile, dim=1, keepdim=True)
-            low, high = low.clamp_(max=0), high.clamp_(min=0)
+            low = tile.amin(dim=1, keepdim=True).clamp_(max=0)
+            high = tile.amax(dim=1, keepdim=True).clamp_(min=0)
             scales = (high - low).div_(255)
             divisors = torch.where(scales == 0, 1.0, scales)
             zeros = low.div_(divisors).neg_().round_().clamp_(0, 255)

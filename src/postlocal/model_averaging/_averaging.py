@@ -41,30 +41,32 @@ class Averaging:
             buffers: the same on all ranks.
             step: steps of this rank, which all must agree on; None: the number of averagings.
         """
-        if self._group.size == 1 or not parameters:
+        if self._group.size == 1:
             return
         self._count += 1
         self._group.arrive(self._count)
         with torch.no_grad():
-            self._agree(parameters, buffers, self._count if step is None else step)
-            self._meet(_memory(parameters), _memory(buffers))
+            tensors = _memory(parameters), _memory(buffers)
+            device = next((t.device for part in tensors for t in part), torch.device("cpu"))
+            lines = [_describe(tensor) for tensor in (*parameters, *buffers)]
+            self._agree(lines, self._count if step is None else step, device)
+            self._meet(*tensors, device)
 
-    def _agree(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor], step: int) -> None:
-        lines = [_describe(tensor) for tensor in (*parameters, *buffers)]
+    def _agree(self, lines: Sequence[str], step: int, device: torch.device) -> None:
         ballot = Ballot(
-            self._group, _memory(parameters[:1])[0].device, weight=1.0, buffer_weight=1.0,
+            self._group, device, weight=1.0, buffer_weight=1.0,
             square=0.0, step=step, planned=0, lr=0.0, layout=_digest(lines),
         )  # fmt: skip
         if not ballot.unanimous:
             agreement.check(self._group, {"parameters to average": lines})
 
-    def _meet(self, parameters: list[Tensor], buffers: list[Tensor]) -> None:
+    def _meet(self, parameters: list[Tensor], buffers: list[Tensor], device: torch.device) -> None:
         finite = _FiniteMean(self._group)
         mean_(parameters, self._group, finite, staging=self._staging)
         floats = [t for t in buffers if t.is_floating_point()]
         mean_(floats, self._group, _FiniteMean(self._group), staging=self._staging)
         maximum_([t for t in buffers if not t.is_floating_point()], self._group)
-        finite.report(parameters[0].device)
+        finite.report(device)
 
 
 class _FiniteMean:

@@ -33,7 +33,7 @@ class ModelAverager(ABC):
     """Base of averagers.
 
     Args:
-        process_group: who averages; None: torch's default group.
+        process_group: who averages; None: torch's default group. On other ranks nothing is done.
         warmup_steps: steps at the start without averaging, at least 0.
         buffers: averaged along with the parameters: those of floating point by their mean, others
             by their maximum. For BatchNorm statistics, where DDP does not broadcast them.
@@ -115,11 +115,16 @@ class ModelAverager(ABC):
 
     def _average(self, params: Parameters, process_group: dist.ProcessGroup) -> None:
         averaging = self._prepare(process_group)
+        if averaging is None:
+            return
         averaging.average_(get_params_to_average(params), self.buffers, self.step)
         if process_group is torch_group(self.process_group):
             self._averaged_at = self.step + 1
 
-    def _prepare(self, process_group: dist.ProcessGroup) -> Averaging:
+    def _prepare(self, process_group: dist.ProcessGroup) -> Averaging | None:
+        """What averages over a process group; None on ranks outside it."""
+        if dist.get_rank(process_group) < 0:
+            return None
         known = self._averagings.get(process_group)
         if known is None:
             chosen = process_group
