@@ -188,7 +188,9 @@ def _table(world: int, hooks: dict[str, Any], averaging: dict[str, Any]) -> str:
 
 def main(
     world: Annotated[list[int] | None, typer.Option(help="Numbers of ranks; repeatable.")] = None,
-    rounds: Annotated[int, typer.Option(min=4, help="Rounds; one step of each case a round.")] = 30,
+    rounds: Annotated[
+        int, typer.Option(min=4, help="Rounds of hooks; half as many of averaging.")
+    ] = 80,
     record: Annotated[bool, typer.Option(help="Write a record under benchmarks/records.")] = True,
 ) -> None:
     """Measure torch's hooks and averagers beside ours."""
@@ -199,7 +201,7 @@ def main(
         with console.status(f"{size} ranks: hooks"):
             hooks = run_ranks(size, measure_hooks, rounds)
         with console.status(f"{size} ranks: averaging"):
-            averaging = run_ranks(size, measure_averaging, rounds)
+            averaging = run_ranks(size, measure_averaging, max(4, rounds // 2))
         content[f"{size} ranks"] = {"hooks": hooks, "averaging": averaging}
         texts.append(_table(size, hooks, averaging))
         console.print(texts[-1], markup=False)

@@ -444,3 +444,29 @@ def test_a_clock_with_another_warmup_is_refused(wrapped: PostLocalSGDOptimizer) 
         with pytest.raises(ValueError, match="must be the warmup_steps of clock, got 5 and 0"):
             PostLocalSGDState(None, None, 5, clock=clock)
         assert PostLocalSGDState(None, None, 0, clock=clock).iter == 0
+
+
+def quiet_with_batch_norm(rank: int, averaged: bool) -> bool:
+    torch.manual_seed(rank)
+    net = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
+    model = DistributedDataParallel(net)
+    averager = PeriodicModelAverager(2, 1, buffers=net.buffers() if averaged else None)
+    subgroup = dist.new_group([rank], use_local_synchronization=True)
+    if not averaged:
+        with pytest.warns(UserWarning, match=r"buffers=model.buffers\(\)"):
+            PostLocalSGDState(None, subgroup, 1, clock=averager, model=model)
+        return True
+    state = PostLocalSGDState(None, subgroup, 1, clock=averager, model=model)
+    model.register_comm_hook(state, post_localSGD_hook)
+    optimizer = PostLocalSGDOptimizer(sgd(model), averager)
+    for x, y in batches(rank, 4):
+        train_step(model, optimizer, x, y)
+    mine = torch.cat([b.double().flatten() for b in (*net.buffers(), *values(model))])
+    everyones = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(everyones, mine)
+    return torch.equal(*everyones)  # step 3 averages
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_buffers_of_a_quiet_model_are_averaged_or_warned_of(ranks: Ranks, averaged: bool) -> None:
+    assert ranks(2, quiet_with_batch_norm, averaged) == [True, True]

@@ -22,8 +22,8 @@ from postlocal.tensors import flat_view, weigh_, whole_storage
 # An exchange costs milliseconds before the first byte moves (gloo, a few ranks on a few cores), so
 # as much is under way as memory for it allows.
 CHUNK = 2**22
-"""Greatest number of elements of a chunk."""
-_STAGED = 4 * CHUNK  # elements in memory of ours: 64 MiB
+"""Greatest number of elements of a chunk; a lossy wire, which copies more, takes half of it."""
+_STAGED = 3 * CHUNK  # elements in memory of ours: 48 MiB, and some more for what is small
 _HOMEBOUND = 4 * CHUNK  # elements on their way back, which may need no memory
 _IN_PLACE = 2**16  # tensors of at least so many elements are worth messages of their own
 _TILE = 2**17  # elements summed at a time, that stay in a processor's cache
@@ -402,8 +402,8 @@ def mean_(
     sent = 0
     staging = staging or Staging()
     convoy = _Convoy(wire.lossy)
-    pairs = zip(tensors, residuals if residuals else repeat(None), strict=residuals is not None)
-    for chunk in _chunks(pairs, staging):
+    pairs = zip(tensors, repeat(None) if residuals is None else residuals, strict=False)
+    for chunk in _chunks(pairs, CHUNK // 2 if wire.lossy else CHUNK, staging):
         convoy.make_room(chunk)
         convoy.add(chunk, wire.launch(chunk, group, divisor, staging))
         sent += wire.payload_bytes(chunk.numel, group.size, chunk.dtype)
@@ -459,8 +459,9 @@ class _Convoy:
         """Let exchanges go on until there is memory for one more."""
         while self._homebound and self._numel_back() > _HOMEBOUND:
             self._land()
-        while self._staged() + chunk.copied + chunk.numel > _STAGED:
-            if self._homebound and (self._homebound[0][0].copied or not self._outbound):
+        while self._staged() + self._outbound_cost(chunk) > _STAGED:
+            costs = self._homebound and self._homebound_cost(self._homebound[0][0])
+            if self._homebound and (costs or not self._outbound):
                 self._land()
             elif self._outbound:
                 self._turn()
@@ -475,9 +476,15 @@ class _Convoy:
             self._land()
 
     def _staged(self) -> int:
-        out = sum(chunk.copied + chunk.numel for chunk, _ in self._outbound)
-        back = sum(chunk.copied for chunk, _ in self._homebound)
-        return out + back + (self._numel_back() // 2 if self._coded else 0)
+        out = sum(self._outbound_cost(chunk) for chunk, _ in self._outbound)
+        return out + sum(self._homebound_cost(chunk) for chunk, _ in self._homebound)
+
+    def _outbound_cost(self, chunk: "Chunk") -> int:
+        # Codes are of 16 bits at most, sent and received; contributions are of 32.
+        return chunk.numel + self._homebound_cost(chunk)
+
+    def _homebound_cost(self, chunk: "Chunk") -> int:
+        return chunk.numel if self._coded else chunk.copied
 
     def _numel_back(self) -> int:
         return sum(chunk.numel for chunk, _ in self._homebound)
@@ -576,27 +583,27 @@ class _Packed:
             yield tensor, part.view(tensor.shape)
 
 
-def _chunks(pairs: Iterable[_Pair], staging: Staging) -> Iterator[Chunk]:
+def _chunks(pairs: Iterable[_Pair], limit: int, staging: Staging) -> Iterator[Chunk]:
     """Tensors in chunks of one dtype, cut where a chunk is full; in one order on all ranks."""
     known = [(tensor.detach(), residual) for tensor, residual in pairs if tensor.numel()]
     for dtype in (torch.float32, torch.float64):
         together: list[_Pair] = []
-        room = CHUNK
+        room = limit
         for pair in known:
             if travels_as(pair[0].dtype) != dtype:
                 continue
-            for piece in _cut(pair, room):
+            for piece in _cut(pair, room, limit):
                 together.append(piece)
                 room -= piece[0].numel()
                 if room <= 0:
                     yield Chunk(together, dtype, staging)
-                    together, room = [], CHUNK
+                    together, room = [], limit
         if together:
             yield Chunk(together, dtype, staging)
 
 
-def _cut(pair: _Pair, room: int) -> Iterator[_Pair]:
-    """A tensor as flat pieces: one that fills ``room`` elements, then as large as a chunk."""
+def _cut(pair: _Pair, room: int, limit: int) -> Iterator[_Pair]:
+    """A tensor as flat pieces: one that fills ``room`` elements, then of ``limit`` elements."""
     tensor, residual = pair
     flat = flat_view(tensor)
     if flat is None:  # gaps in memory are rare: the tensor is copied whole
@@ -605,7 +612,7 @@ def _cut(pair: _Pair, room: int) -> Iterator[_Pair]:
     lost = None if residual is None else residual.as_strided((residual.numel(),), (1,))
     start = 0
     while start < flat.numel():
-        stop = start + (room if start == 0 else CHUNK)
+        stop = start + (room if start == 0 else limit)
         yield flat[start:stop], None if lost is None else lost[start:stop]
         start = stop
 

@@ -17,6 +17,7 @@ Example:
 
 import copy
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -230,6 +231,8 @@ class _Quiet:
         self._state = state
         self._syncs_buffers = model.broadcast_buffers
         self._silent = False
+        if self._syncs_buffers and any(True for _ in model.buffers()):
+            _check_buffers(state.clock)
         model.register_forward_pre_hook(self._before_forward)
 
     def _before_forward(self, model: Any, _: Any) -> None:
@@ -242,6 +245,15 @@ class _Quiet:
         elif self._silent:
             self._silent = False
             model.require_backward_grad_sync = True
+
+
+def _check_buffers(clock: Any) -> None:
+    if clock is not None and not clock.buffers:
+        warnings.warn(
+            "model has buffers, not broadcast after the warm-up, and nothing averages them: "
+            "make the averager with buffers=model.buffers()",
+            stacklevel=5,
+        )
 
 
 def _clock(clock: Any, warmup: int) -> Clock | None:
