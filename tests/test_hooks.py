@@ -1,6 +1,7 @@
 """Communication hooks: what torch has right is the same here, and what is beyond it holds."""
 
 import copy
+import logging
 import pickle
 import weakref
 from collections.abc import Callable
@@ -687,3 +688,49 @@ def freed_after_use(rank: int) -> bool:
 
     gc.collect()
     return reference() is None
+
+
+def reloaded(rank: int) -> tuple[list[int], bool, list[str]]:
+    """Iterations of copies of a state, whether they keep its groups, and what was logged."""
+    heard: list[str] = []
+    logger = logging.getLogger("postlocal.ddp_comm_hooks.post_localSGD_hook")
+    logger.setLevel(logging.INFO)
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    model = wrap()
+    state = PostLocalSGDState(None, None, 2, gradient_accumulation_steps=2)
+    model.register_comm_hook(state, post_localSGD_hook)
+    for x, y in batches(rank, 3):
+        gradients(model, x, y)
+    twin = copy.deepcopy(state)
+    fresh = PostLocalSGDState(None, None, 2, gradient_accumulation_steps=2)
+    fresh.load_state_dict(state.state_dict())
+    for x, y in batches(rank, 3):
+        gradients(model, x, y)
+    kept_passes = fresh.state_dict() == twin.state_dict() == {"iter": 1, "passes": 3}
+    same = twin.subgroup is state.subgroup and kept_passes
+    return [state.iter, twin.iter, fresh.iter], same, heard
+
+
+def test_copies_of_the_post_local_state_go_on_alone_and_the_start_is_said_once(
+    ranks: Ranks,
+) -> None:
+    for iterations, same, heard in ranks(2, reloaded):
+        assert iterations == [2, 1, 1]
+        assert same
+        assert heard == ["Local SGD starts after 2 iterations"]
+
+
+def half_powersgd(model: DistributedDataParallel) -> None:
+    state = PowerSGDState(None, 8, start_powerSGD_iter=2)
+    model.register_comm_hook(state, default.fp16_compress_wrapper(powerSGD.powerSGD_hook))
+
+
+def full_powersgd(model: DistributedDataParallel) -> None:
+    model.register_comm_hook(PowerSGDState(None, 8, start_powerSGD_iter=2), powerSGD.powerSGD_hook)
+
+
+def test_powersgd_runs_in_fp16_within_the_wrapper(ranks: Ranks) -> None:
+    for differences in ranks(2, compare, half_powersgd, full_powersgd):
+        assert 0 < max(differences) <= 0.05

@@ -1,5 +1,6 @@
 """Topologies are nested partitions of the world."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,8 @@ from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
 from postlocal import topology, virtual
-from postlocal.group import Group
-from postlocal.topology import Layout
+from postlocal.group import Group, resolve
+from postlocal.topology import Layout, by_node
 
 Ranks = Callable[..., list[Any]]
 
@@ -86,3 +87,19 @@ def test_an_unknown_level_is_named_with_those_that_are_there() -> None:
 
     with pytest.raises(ValueError, match=r"\(rank, node, world\), got 'rack'"):
         virtual.run(2, look)
+
+
+def nodes_found(rank: int) -> list[topology.Partition]:
+    """By the launcher's number of the node, by its ranks a node, by the machine's name."""
+    group = resolve(None, None)
+    os.environ["GROUP_RANK"] = "010"[rank]
+    found = [by_node(group)]
+    del os.environ["GROUP_RANK"]
+    found.append(by_node(group))
+    del os.environ["LOCAL_WORLD_SIZE"]
+    return [*found, by_node(group)]
+
+
+def test_nodes_are_found_by_what_the_launcher_tells_or_by_name(ranks: Ranks) -> None:
+    for found in ranks(3, nodes_found, local_world_size=2):
+        assert found == [((0, 2), (1,)), ((0, 1), (2,)), ((0, 1, 2),)]

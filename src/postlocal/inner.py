@@ -1,12 +1,12 @@
 """The inner optimizer, the user's: its learning rate, and its state at a synchronization."""
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from postlocal.ballot import layout_number
 from postlocal.group import Group
 from postlocal.replica import Replica
 from postlocal.tensors import weigh_
@@ -47,9 +47,8 @@ class Inner:
         ]
 
     def layout(self) -> int:
-        """A number, exact in fp64, that tells descriptions apart."""
-        text = "\n".join(self.describe())
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest())
+        """A number that tells descriptions apart."""
+        return layout_number(self.describe())
 
     def reset(self) -> None:
         """Forget all state, as a new optimizer would."""

@@ -99,7 +99,7 @@ class _InBackward:
         self._gradient_is_bucket_view = gradient_is_bucket_view
         self._under_way: list[Future[Tensor]] = []
 
-        # A function of its own: DDP looks at annotations and at a name, and methods have no state.
+        # A function, as DDP compares annotations of the two arguments, and shows its name.
         def apply_optim_in_backward_hook(
             state: weakref.ref[DistributedDataParallel], bucket: GradBucket
         ) -> torch.futures.Future[torch.Tensor]:
@@ -174,8 +174,9 @@ def apply_optimizer_in_backward(
         model.register_comm_hook(weakref.ref(model), hook)
     except RuntimeError as error:
         raise ValueError("model already has a communication hook: build it without one") from error
+    # Later DDP would find the optimizers there, and register a hook of torch's for them.
     if not model._lazy_init_ran:
-        model._lazy_init()  # type: ignore[no-untyped-call] # in which DDP would find the optimizers, and register a hook of torch
+        model._lazy_init()  # type: ignore[no-untyped-call]
     for parameter in chosen:
         # The attribute is where torch, too, looks for such optimizers.
         parameter._in_backward_optimizers = [optimizer_class([parameter], **optimizer_kwargs)]  # type: ignore[attr-defined]

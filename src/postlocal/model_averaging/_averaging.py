@@ -1,6 +1,5 @@
 """One averaging after the other over one process group."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from postlocal import agreement
-from postlocal.ballot import Ballot
+from postlocal.ballot import Ballot, layout_number
 from postlocal.errors import NonFiniteError
 from postlocal.group import Group, Processes
 from postlocal.replica import once
@@ -55,7 +54,7 @@ class Averaging:
     def _agree(self, lines: Sequence[str], step: int, device: torch.device) -> None:
         ballot = Ballot(
             self._group, device, weight=1.0, buffer_weight=1.0,
-            square=0.0, step=step, planned=0, lr=0.0, layout=_digest(lines),
+            square=0.0, step=step, planned=0, lr=0.0, layout=layout_number(lines),
         )  # fmt: skip
         if not ballot.unanimous:
             agreement.check(self._group, {"parameters to average": lines})
@@ -135,8 +134,3 @@ def _describe(tensor: Tensor) -> str:
         if not placement.is_replicate()
     ]
     return f"{_describe(tensor.to_local())}, part {', '.join(part)} of {tuple(tensor.shape)}"
-
-
-def _digest(lines: Sequence[str]) -> int:
-    content = hashlib.blake2b("\n".join(lines).encode(), digest_size=6).digest()
-    return int.from_bytes(content, "big")  # 48 bits: exact as fp64

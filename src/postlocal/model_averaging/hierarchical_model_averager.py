@@ -8,7 +8,6 @@ Example:
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -91,8 +90,7 @@ class HierarchicalModelAverager(ModelAverager):
 
     def _make_groups(self) -> None:
         everyone = torch_group(self.process_group)
-        timeout = None if self.timeout is None else timedelta(seconds=self.timeout)
-        base = Processes(everyone, timeout)
+        base = Processes(everyone)
         for period, size in self._sizes.items():
             blocks = [tuple(range(start, start + size)) for start in range(0, base.size, size)]
             self._groups[period] = everyone if size == base.size else base.torch_subgroup(blocks)
