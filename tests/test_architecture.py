@@ -11,7 +11,7 @@ SOURCE = Path(postlocal.__file__).parent
 
 ROWS = (
     {"errors"},
-    {"group", "tensors", "schedule", "outer", "guard", "meter", "packing", "codec"},
+    {"group", "tensors", "schedule", "outer", "fragments", "guard", "meter", "packing", "codec"},
     {"topology", "virtual", "replica", "agreement", "ballot", "anchor", "courier"},
     {"wire", "powersgd"},
     {"inner", "strategies", "gradients"},
