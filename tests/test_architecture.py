@@ -12,8 +12,8 @@ SOURCE = Path(postlocal.__file__).parent
 ROWS = (
     {"errors"},
     {"group", "tensors", "schedule", "outer", "fragments", "guard", "meter", "packing", "codec"},
-    {"topology", "virtual", "replica", "agreement", "ballot", "anchor", "courier"},
-    {"wire", "powersgd"},
+    {"topology", "virtual", "replica", "agreement", "ballot", "anchor", "courier", "powersgd"},
+    {"wire"},
     {"inner", "strategies", "gradients"},
     {"sync"},
     {"checkpoint", "report"},

@@ -12,11 +12,11 @@ from torch import Tensor
 from postlocal import virtual, wire
 from postlocal.group import Group
 from postlocal.tensors import all_finite, flat_view, squared_norm, weigh_
-from postlocal.wire import Wire, maximum_, mean_
+from postlocal.wire import ChunkWire, maximum_, mean_
 
 Ranks = Callable[..., list[Any]]
 
-WIRES = {"fp32": wire.fp32(), "bf16": wire.bf16(), "fp16": wire.fp16()}
+WIRES: dict[str, ChunkWire] = {"fp32": wire.fp32(), "bf16": wire.bf16(), "fp16": wire.fp16()}
 PRECISION = {"fp32": 2.0**-22, "bf16": 2.0**-7, "fp16": 2.0**-10}
 SHAPES = [(7,), (), (0, 3), (64, 33), (5, 4, 3, 2), (300_000,)]
 
@@ -30,7 +30,7 @@ def make(rank: int, dtype: torch.dtype) -> list[Tensor]:
     return tensors
 
 
-def means(workers: int, dtype: torch.dtype, carrier: Wire) -> list[tuple[list[Tensor], int]]:
+def means(workers: int, dtype: torch.dtype, carrier: ChunkWire) -> list[tuple[list[Tensor], int]]:
     def work(group: Group) -> tuple[list[Tensor], int]:
         tensors = make(group.rank, dtype)
         places = [(t.data_ptr(), t.stride()) for t in tensors]

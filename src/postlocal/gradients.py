@@ -5,7 +5,8 @@ No `from __future__ import annotations` here: torch checks the hook's annotation
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,7 +18,7 @@ from postlocal.group import Group, Processes
 from postlocal.meter import Meter
 from postlocal.schedule import RANK, WORLD
 from postlocal.topology import Layout
-from postlocal.wire import Wire, mean_
+from postlocal.wire import Staging, Wire, fp32
 
 
 class Local:
@@ -49,6 +50,15 @@ class Local:
     def close(self) -> None:
         return None
 
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        return None
+
+    def forget(self) -> None:
+        return None
+
 
 class Reduced:
     """Gradients of a DistributedDataParallel model, reduced by a communication hook of ours.
@@ -72,12 +82,15 @@ class Reduced:
     ) -> None:
         self._model = model
         self._layout = layout
-        self._wire = wire
         self._meter = meter
         self._group: Group = layout[WORLD]
+        self._names = {parameter: name for name, parameter in model.module.named_parameters()}
+        staging = Staging()  # one thread runs all exchanges
+        self._carriers = {level: wire.open(layout, level, staging) for level in layout.levels}
+        self._carrier = self._carriers[WORLD]
         self._syncs_buffers = model.broadcast_buffers
         self._reducing = True
-        self._courier = Courier() if wire.lossy else None
+        self._courier = None if wire == fp32() else Courier()
         try:
             model.register_comm_hook(self, _hook)
         except RuntimeError as error:
@@ -89,6 +102,7 @@ class Reduced:
     def use(self, level: str) -> None:
         """Reduce gradients at ``level`` from the next backward pass on."""
         self._group = self._layout[level]
+        self._carrier = self._carriers[level]
         # A static graph has to be seen by the reducer from the first pass on: there the hook is
         # called in local rounds too, and leaves gradients as they are.
         self._reducing = level != RANK or self._model.static_graph
@@ -112,6 +126,20 @@ class Reduced:
         if self._courier is not None:
             self._courier.close()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the wire remembers, by level and parameter; this rank's own and not copied."""
+        return {level: carrier.state_dict() for level, carrier in self._carriers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; a level that it lacks starts with no memory."""
+        for level, carrier in self._carriers.items():
+            carrier.load_state_dict(state.get(level, {}))
+
+    def forget(self) -> None:
+        """Drop what was lost of this rank's gradients."""
+        for carrier in self._carriers.values():
+            carrier.forget()
+
     def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         """Start the mean of one bucket over the group of the round."""
         buffer = bucket.buffer()
@@ -120,11 +148,12 @@ class Reduced:
             future.set_result(buffer)
             return future
         launch = self._all_reduce if self._courier is None else self._exchange
-        future = launch(buffer, self._group)
+        future = launch(bucket)
         # Nothing is left to compute when the last bucket is handed over: from there on it waits.
         return future.then(self._waited(time.perf_counter())) if bucket.is_last() else future
 
-    def _all_reduce(self, buffer: Tensor, group: Group) -> Future[Tensor]:
+    def _all_reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+        buffer, group = bucket.buffer(), self._group
         assert isinstance(group, Processes)
         size = group.size
         self._meter.count(
@@ -136,13 +165,17 @@ class Reduced:
         future: Future[list[Tensor]] = work.get_future()
         return future.then(lambda done: done.value()[0])
 
-    def _exchange(self, buffer: Tensor, group: Group) -> Future[Tensor]:
+    def _exchange(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         assert self._courier is not None
+        carrier = self._carrier
+        # Memory is by parameter: DDP makes its buckets anew after the first backward pass.
+        names = [self._names[parameter] for parameter in bucket.parameters()]
+        gradients = dict(zip(names, bucket.gradients(), strict=True))
 
         def exchange() -> None:
-            self._meter.count("gradients", mean_([buffer], group, self._wire))
+            self._meter.count("gradients", carrier.mean_(gradients))
 
-        return self._courier.send(buffer, exchange)
+        return self._courier.send(bucket.buffer(), exchange)
 
     def _waited(self, start: float) -> Callable[[Future[Tensor]], Tensor]:
         def stop(done: Future[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from postlocal.schedule import WORLD, Round
 from postlocal.strategies import Strategy
 from postlocal.tensors import all_finite, squared_norm, weigh_
 from postlocal.topology import Layout, Partition, Topology, unknown_level, world
-from postlocal.wire import Staging, Wire, fp32, maximum_, mean_
+from postlocal.wire import Carrier, Staging, fp32, maximum_, mean_
 
 logger = logging.getLogger("postlocal")
 
@@ -150,6 +150,7 @@ class Sync:
         self._gradients = where
         self._anchor = Anchor(replica.parameters, strategy.outer) if strategy.anchored else None
         self._staging = Staging()
+        self._carrier = strategy.wire.open(layout, WORLD, self._staging)
         self._steps = 0
         self._lr = inner.lr
         self._agreed_at = 0
@@ -229,6 +230,8 @@ class Sync:
             "agreed_at": self._agreed_at,
             "lockstep": self._lockstep,
             "meter": self.meter.state_dict(),
+            "wire": self._carrier.state_dict(),
+            "gradients": self._gradients.state_dict(),
             "anchor": None if self._anchor is None else self._anchor.state_dict(),
         }
 
@@ -251,6 +254,8 @@ class Sync:
         self._agreed_at = state["agreed_at"]
         self._lockstep = state["lockstep"]
         self.meter.load_state_dict(state["meter"])
+        self._carrier.load_state_dict(state["wire"])
+        self._gradients.load_state_dict(state["gradients"])
         if self._anchor is not None:
             self._anchor.load_state_dict(state["anchor"])
 
@@ -264,6 +269,8 @@ class Sync:
             state: the `state_dict` of any of the ranks that saved it.
         """
         self.load_state_dict(state)
+        self._carrier.forget()
+        self._gradients.forget()
         if self._anchor is not None:
             self._anchor.restore()
         self._lockstep = False
@@ -308,7 +315,8 @@ class Sync:
 
     def _average(self, group: Group, following: Round, record: SyncRecord) -> Ballot:
         parameters = list(self.replica.parameters.values())
-        ballot = self._mean(parameters, group, fp32(), following)
+        exact = fp32().open(self.layout, record.level, self._staging)
+        ballot = self._mean(parameters, exact, following)
         if len(ballot.excluded) == group.size:
             self._lose(parameters, record.level)
             return ballot
@@ -330,7 +338,7 @@ class Sync:
         scale = squared_norm(anchor.tensors.values())
         differences = anchor.pseudo_gradients()
         try:
-            ballot = self._mean(differences, group, self.strategy.wire, following)
+            ballot = self._mean(differences, self._carrier, following)
         except PostlocalError:
             anchor.restore()
             raise
@@ -343,10 +351,10 @@ class Sync:
         anchor.step(differences, self._lr)
         return ballot
 
-    def _mean(self, tensors: list[Tensor], group: Group, wire: Wire, following: Round) -> Ballot:
+    def _mean(self, tensors: list[Tensor], carrier: Carrier, following: Round) -> Ballot:
         square = squared_norm(tensors)
         ballot = Ballot(
-            group,
+            carrier.group,
             tensors[0].device,
             weight=self.strategy.guard.weight(all_finite(tensors, square)),
             buffer_weight=self.strategy.guard.weight(not self.replica.has_nan_buffer()),
@@ -357,9 +365,10 @@ class Sync:
             layout=self.inner.layout() if self.strategy.optimizer_state == "average" else 0,
         )
         weigh_(tensors, ballot.weight)
-        self.meter.count(
-            "parameters", mean_(tensors, group, wire, ballot.total_weight, staging=self._staging)
-        )
+        named = dict(zip(self.replica.parameters, tensors, strict=True))
+        self.meter.count("parameters", carrier.mean_(named, ballot.total_weight))
+        if ballot.weight == 0:
+            carrier.forget()
         return ballot
 
     def _average_buffers(self, group: Group, ballot: Ballot) -> None:
@@ -423,7 +432,7 @@ def _gradients(
     if ddp is None:
         return Local(layout)
     # What travels in several legs runs beside the backward pass, where DDP may communicate too.
-    given = {} if strategy.gradient_wire.lossy else {WORLD: Processes(ddp.process_group)}
+    given = {} if strategy.gradient_wire != fp32() else {WORLD: Processes(ddp.process_group)}
     return Reduced(ddp, Layout(everyone, topology, given), strategy.gradient_wire, meter)
 
 

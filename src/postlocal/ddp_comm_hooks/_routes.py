@@ -13,7 +13,7 @@ from torch.futures import Future
 
 from postlocal.courier import Courier
 from postlocal.group import Group, Processes
-from postlocal.wire import Wire, mean_
+from postlocal.wire import ChunkWire, mean_
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Route:
     passes: int = 0
 
     def mean(
-        self, bucket: GradBucket, wire: Wire, residual: Tensor | None = None
+        self, bucket: GradBucket, wire: ChunkWire, residual: Tensor | None = None
     ) -> Future[Tensor]:
         """Start the mean of a bucket over a wire, beside the backward pass."""
         buffer = bucket.buffer()

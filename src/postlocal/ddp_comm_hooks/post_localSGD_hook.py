@@ -32,7 +32,7 @@ from postlocal.ddp_comm_hooks._routes import route
 from postlocal.ddp_comm_hooks.default_hooks import Hook, allreduce_hook, kept
 from postlocal.group import Processes, torch_group
 from postlocal.topology import by_node
-from postlocal.wire import Wire
+from postlocal.wire import ChunkWire
 
 __all__ = ["Clock", "PostLocalSGDState", "post_localSGD_hook"]
 
@@ -60,7 +60,8 @@ class PostLocalSGDState:
         start_localSGD_iter: iterations of warm-up.
         post_local_gradient_allreduce: reduce gradients in ``subgroup`` after the warm-up; else they
             stay on their rank.
-        reducer: what reduces a bucket over a group: a wire of `postlocal.wire`, or another hook. A
+        reducer: what reduces a bucket over a group: a wire that remembers nothing, such as
+            `postlocal.wire.bf16`, or another hook. A
             hook is given ``reducer_state``, of which ``process_group`` is set to the group in use;
             or that group itself, if there is no ``reducer_state``. None: an all-reduce.
         reducer_state: see ``reducer``.
@@ -88,7 +89,7 @@ class PostLocalSGDState:
         start_localSGD_iter: int,
         post_local_gradient_allreduce: bool = True,
         *,
-        reducer: Hook | Wire | None = None,
+        reducer: Hook | ChunkWire | None = None,
         reducer_state: Any = None,
         clock: Any = None,
         gradient_accumulation_steps: int = 1,
@@ -99,6 +100,11 @@ class PostLocalSGDState:
         if gradient_accumulation_steps < 1:
             raise ValueError(
                 f"gradient_accumulation_steps must be at least 1, got {gradient_accumulation_steps}"
+            )
+        if not (reducer is None or callable(reducer) or isinstance(reducer, ChunkWire)):
+            raise ValueError(
+                f"reducer must be a hook, or a wire that remembers nothing, got {reducer!r}: give "
+                "one with memory to a strategy as its gradient_wire"
             )
         self.process_group = process_group
         self.subgroup = subgroup
@@ -186,7 +192,7 @@ class PostLocalSGDState:
     def _reduce(self, group: dist.ProcessGroup, bucket: GradBucket) -> Future[Tensor]:
         if self.reducer is None:
             return allreduce_hook(group, bucket)
-        if not callable(self.reducer):
+        if isinstance(self.reducer, ChunkWire):
             return route(group).mean(bucket, self.reducer)
         if self.reducer_state is None:
             return self.reducer(group, bucket)

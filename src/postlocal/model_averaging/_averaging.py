@@ -13,7 +13,7 @@ from postlocal.ballot import Ballot, layout_number
 from postlocal.errors import NonFiniteError
 from postlocal.group import Group, Processes
 from postlocal.replica import once
-from postlocal.wire import Chunk, Direct, Divisor, Exchange, Staging, fp32, maximum_, mean_
+from postlocal.wire import Exact, Staging, maximum_, mean_
 
 logger = logging.getLogger(__name__)
 
@@ -61,28 +61,21 @@ class Averaging:
 
     def _meet(self, parameters: list[Tensor], buffers: list[Tensor], device: torch.device) -> None:
         finite = _FiniteMean(self._group)
-        mean_(parameters, self._group, finite, staging=self._staging)
+        mean_(parameters, self._group, Exact(finite.repair), staging=self._staging)
         floats = [t for t in buffers if t.is_floating_point()]
-        mean_(floats, self._group, _FiniteMean(self._group), staging=self._staging)
+        tolerant = Exact(_FiniteMean(self._group).repair)
+        mean_(floats, self._group, tolerant, staging=self._staging)
         maximum_([t for t in buffers if not t.is_floating_point()], self._group)
         finite.report(device)
 
 
 class _FiniteMean:
-    """The exact wire, with values that are not finite left out of their means."""
-
-    lossy = False
+    """Leaves values that are not finite out of their means."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
         self._left_out = torch.zeros(group.size)
         self._lost = False
-
-    def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
-        return fp32().payload_bytes(numel, size, dtype)
-
-    def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
-        return Direct(chunk.pieces, group, divisor, staging, self._repair)
 
     def report(self, device: torch.device) -> None:
         """Tell all ranks, which owned different parts, what was left out.
@@ -105,7 +98,8 @@ class _FiniteMean:
                 ", ".join(map(str, ranks)),
             )
 
-    def _repair(self, mean: Tensor, others: Sequence[Tensor]) -> None:
+    def repair(self, mean: Tensor, others: Sequence[Tensor]) -> None:
+        """Take the mean of what is finite."""
         everyones = list(others)
         everyones.insert(self._group.rank, mean)
         values = torch.stack(everyones)

@@ -1,0 +1,87 @@
+"""What a mean of a chunk over a group is made of."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from postlocal.group import Group
+from postlocal.wire.chunks import Chunk
+from postlocal.wire.staging import Staging
+
+Divisor = Callable[[], float]
+"""The sum of the weights of all contributions; called when the first sums arrive, not before."""
+
+Repair = Callable[[Tensor, Sequence[Tensor]], None]
+"""Replaces a contribution, given those of the others in their order, by a mean."""
+
+
+class Exchange(Protocol):
+    """A mean under way."""
+
+    def turn(self) -> None:
+        """Block until all contributions are here, take the mean, and send it on its way back.
+
+        Raises:
+            PeerError: if a rank did not take part in time.
+        """
+        ...
+
+    def wait(self) -> None:
+        """Block until the chunk holds the mean.
+
+        Raises:
+            PeerError: if a rank did not take part in time.
+        """
+        ...
+
+
+class Staged(NamedTuple):
+    """Staging memory that a chunk takes, in fp32 elements.
+
+    Attributes:
+        outbound: until its exchange has turned.
+        homebound: from there until it is over.
+    """
+
+    outbound: int
+    homebound: int
+
+
+@runtime_checkable
+class ChunkWire(Protocol):
+    """Takes the mean of values over a group chunk by chunk, and remembers nothing."""
+
+    @property
+    def lossy(self) -> bool:
+        """Whether values lose precision on the way, so that differences should be sent."""
+        ...
+
+    def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes each of ``size`` ranks sends for the mean of ``numel`` elements of ``dtype``.
+
+        Parts that do not divide evenly count as the greatest of them.
+        """
+        ...
+
+    def limit(self, size: int) -> int:
+        """Greatest number of elements of a chunk, where ``size`` ranks take part."""
+        ...
+
+    def staged(self, chunk: Chunk, size: int) -> Staged:
+        """Memory that a chunk takes on its way between ``size`` ranks."""
+        ...
+
+    def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
+        """Start to replace values by the sum over the group divided by ``divisor()``.
+
+        All ranks end with identical bits.
+
+        Args:
+            chunk: the values, of the same sizes on all ranks.
+            group: who takes part.
+            divisor: gives the sum of the weights of all contributions.
+            staging: where memory for what travels comes from.
+        """
+        ...

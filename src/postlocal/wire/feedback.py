@@ -1,0 +1,94 @@
+"""Error feedback: what a wire lost of this rank's values is added to the next ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postlocal.group import Group
+from postlocal.tensors import weigh_
+from postlocal.topology import Layout
+from postlocal.wire.carrier import Carrier, Forgetful, Wire
+from postlocal.wire.exchange import ChunkWire, Divisor
+from postlocal.wire.mean import mean_
+from postlocal.wire.memory import Memory
+from postlocal.wire.staging import Staging
+
+
+@dataclass(frozen=True)
+class error_feedback:
+    """Keep what a wire lost of this rank's values, and add it to the next ones.
+
+    What a codec rounds away in one synchronization travels in a later one: over many, the mean is
+    exact. It costs memory for one fp32 copy of what travels, on each rank.
+
+    Args:
+        inner: a wire that sends codes and remembers nothing, such as ``int8()`` or ``bf16()``.
+        decay: share of what was lost that is kept, above 0 and at most 1.
+
+    Raises:
+        ValueError: if ``decay`` is out of its range, or ``inner`` loses nothing, or keeps what it
+            loses itself.
+
+    Example:
+        >>> from postlocal.wire import bf16
+        >>> error_feedback(bf16(), decay=0.95).payload_bytes(numel=1000, size=2)
+        2000
+
+    Source: Seide et al. 2014 for one bit; arXiv 1901.09847, Algorithm 2; the decay is SparseLoCo's
+    (arXiv 2508.15706), which takes 0.95.
+    """
+
+    inner: Wire
+    decay: float = 1.0
+    lossy = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must be above 0 and at most 1, got {self.decay}")
+        if not self.inner.lossy:
+            raise ValueError(
+                f"inner must be a wire that loses something, got {self.inner!r}: use it as it is"
+            )
+        if not isinstance(self.inner, ChunkWire):
+            raise ValueError(
+                f"inner must be a wire that remembers nothing, got {self.inner!r}, which keeps "
+                "what it loses, or gives that to the wire between: use it as it is, or wrap the "
+                "wire within"
+            )
+
+    def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
+        return self.inner.payload_bytes(numel, size, dtype)
+
+    def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
+        assert isinstance(self.inner, ChunkWire)
+        return _Remembering(self.inner, layout[level], self.decay, staging)
+
+
+class _Remembering(Forgetful):
+    """Carries what was lost along, one residual a tensor."""
+
+    def __init__(
+        self, wire: ChunkWire, group: Group, decay: float, staging: Staging | None
+    ) -> None:
+        super().__init__(wire, group, staging)
+        self._decay = decay
+        self._memory = Memory()
+
+    def mean_(self, tensors: Mapping[str, Tensor], divisor: Divisor | None = None) -> int:
+        residuals = [self._memory.residual(name, tensor) for name, tensor in tensors.items()]
+        weigh_(residuals, self._decay)
+        return mean_(
+            list(tensors.values()), self.group, self._wire, divisor, residuals, self._staging
+        )
+
+    def forget(self) -> None:
+        self._memory.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._memory.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._memory.load_state_dict(state)

@@ -1,0 +1,119 @@
+"""Wires that remember nothing: exact ones, and those that send codes."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from postlocal.codec import Codec, cast, exact
+from postlocal.group import Group
+from postlocal.topology import Layout
+from postlocal.wire.carrier import Carrier, Forgetful
+from postlocal.wire.chunks import CHUNK, Chunk
+from postlocal.wire.direct import Direct
+from postlocal.wire.encoded import Encoded, exchanged_bytes
+from postlocal.wire.exchange import Divisor, Exchange, Repair, Staged
+from postlocal.wire.staging import Staging
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Values travel as they are; see `fp32`.
+
+    Args:
+        repair: takes the mean where a sum is not finite; None: it stays as it is.
+    """
+
+    repair: Repair | None = field(default=None, repr=False)
+    lossy = False
+
+    def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
+        return exchanged_bytes(exact(), numel, size, dtype)
+
+    def limit(self, size: int) -> int:
+        return CHUNK
+
+    def staged(self, chunk: Chunk, size: int) -> Staged:
+        return Staged(chunk.numel + chunk.copied, chunk.copied)
+
+    def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
+        return Direct(chunk.pieces, group, divisor, staging, self.repair)
+
+    def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
+        return Forgetful(self, layout[level], staging)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Codes travel to the owners of parts and back; see `quantised`.
+
+    Args:
+        codec: turns values into payloads.
+    """
+
+    codec: Codec
+    lossy = True
+
+    def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
+        return exchanged_bytes(self.codec, numel, size, dtype)
+
+    def limit(self, size: int) -> int:
+        return CHUNK // 2
+
+    def staged(self, chunk: Chunk, size: int) -> Staged:
+        # Codes are of 16 bits at most, sent and received.
+        return Staged(2 * chunk.numel, chunk.numel)
+
+    def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
+        flat, residual = chunk.pack()
+        return Encoded(flat, group, divisor, self.codec, staging, residual)
+
+    def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
+        return Forgetful(self, layout[level], staging)
+
+
+def fp32() -> Exact:
+    """Exact: 4 bytes a value (8 for fp64 tensors).
+
+    Identical replicas stay as they are to the last bit, whatever their number.
+
+    Example:
+        >>> fp32().payload_bytes(numel=1000, size=2)
+        4000
+    """
+    return Exact()
+
+
+def bf16() -> Coded:
+    """2 bytes a value, 8 bits of precision, the range of fp32; sums are taken in fp32.
+
+    Example:
+        >>> bf16().payload_bytes(numel=1000, size=2)
+        2000
+    """
+    return Coded(cast(torch.bfloat16))
+
+
+def fp16() -> Coded:
+    """2 bytes a value, 11 bits of precision; values beyond 65504 are sent as 65504.
+
+    Example:
+        >>> fp16().lossy
+        True
+    """
+    return Coded(cast(torch.float16))
+
+
+def quantised(codec: Codec) -> Coded:
+    """Codes of a codec: each value is encoded once on the way out and once on the way back.
+
+    A rank sends ``2 (W - 1) / W`` payloads of the whole, as in a ring all-reduce.
+
+    Args:
+        codec: one of `postlocal.codec`.
+
+    Example:
+        >>> from postlocal import codec
+        >>> quantised(codec.symmetric(block=256)).payload_bytes(numel=2**20, size=2)
+        1064960
+    """
+    return Coded(codec)
