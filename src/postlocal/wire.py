@@ -178,14 +178,14 @@ def fp16() -> Wire:
 
 
 def quantised(codec: Codec) -> Wire:
-    """Codes of a codec, 8 bits a value: each is encoded once on the way out and once back.
+    """Codes of a codec: each value is encoded once on the way out and once back.
 
     Args:
-        codec: such as `postlocal.codec.symmetric`.
+        codec: such as `postlocal.codec.int8`.
 
     Example:
         >>> from postlocal import codec
-        >>> quantised(codec.symmetric(block=256)).payload_bytes(numel=2**20, size=2)
+        >>> quantised(codec.int8(block=256)).payload_bytes(numel=2**20, size=2)
         1064960
     """
     return _Coded(codec)
