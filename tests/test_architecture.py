@@ -15,6 +15,7 @@ ROWS = (
     {"topology", "virtual", "replica", "agreement", "ballot", "anchor", "courier", "powersgd"},
     {"wire"},
     {"inner", "strategies", "gradients"},
+    {"flight"},
     {"sync"},
     {"checkpoint", "report"},
     {"train", "ddp_comm_hooks", "model_averaging"},

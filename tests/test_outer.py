@@ -35,7 +35,8 @@ def moved(anchor: Anchor, parameter: Tensor, by: Tensor, inner_lr: float = 0.1) 
     """The parameter after local steps that moved it by ``by``, and one outer step."""
     with torch.no_grad():
         parameter.add_(by)
-        anchor.step(anchor.pseudo_gradients(), inner_lr)
+        anchor.step(anchor.pseudo_gradients(), step=0, inner_lr=inner_lr)
+        anchor.give()
     return parameter.detach().clone()
 
 
@@ -130,7 +131,8 @@ def test_small_outer_steps_add_up_where_parameters_are_too_coarse_to_show_them()
     parameter = torch.ones(1, dtype=torch.bfloat16)
     anchor = Anchor({"p": parameter}, outer.nesterov(0.1, 0.0))
     for _ in range(20):
-        anchor.step([torch.full((1,), 0.01)], 0.1)
+        anchor.step([torch.full((1,), 0.01)], step=0, inner_lr=0.1)
+        anchor.give()
     assert float(anchor.tensors["p"]) == pytest.approx(0.98)
     assert float(parameter) == pytest.approx(0.98, abs=2**-8)
 
@@ -140,7 +142,7 @@ def test_the_last_agreed_values_can_be_taken_back() -> None:
     anchor = Anchor({"p": parameter}, outer.nesterov())
     parameter.fill_(float("nan"))
     anchor.pseudo_gradients()
-    anchor.restore()
+    anchor.give()
     assert torch.equal(parameter, noise(0))
 
 
