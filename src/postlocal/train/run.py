@@ -101,7 +101,7 @@ class _Run:
         with agreement.together(everyone):
             self.windows, self.share = open_data(config, everyone.rank, everyone.size)
         self.model = self._make_model()
-        self.optimizer = self._make_optimizer()
+        self.optimizer = make_optimizer(self.model, config)
         self.sync = attach(
             self.model,
             self.optimizer,
@@ -133,22 +133,6 @@ class _Run:
         torch.manual_seed(self.config.seed)
         model = Transformer(SIZES[self.config.model]).to(self.device)
         return DistributedDataParallel(model) if dist.is_initialized() else model
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        parameters = list(self.model.parameters())
-        matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
-        vectors = [parameter for parameter in parameters if parameter.dim() < 2]
-        groups: list[dict[str, Any]] = [
-            {"params": matrices},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            groups,
-            lr=self.config.lr_at(0),
-            betas=(0.9, 0.99),
-            weight_decay=self.config.weight_decay,
-            fused=True,
-        )
 
     def _restore(self) -> None:
         restored = None
@@ -334,6 +318,22 @@ class _Run:
 
 def _resumes(config: TrainConfig) -> bool:
     return config.resume or restarted()
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW of a model's parameters, with no weight decay of vectors."""
+    parameters = list(model.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in parameters if parameter.dim() >= 2]},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr_at(0),
+        betas=(0.9, 0.99),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
 def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
