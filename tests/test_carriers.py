@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from postlocal import virtual, wire
-from postlocal.codec import symmetric
+from postlocal.codec import int8
 from postlocal.group import Group
 from postlocal.tensors import weigh_
 from postlocal.topology import WORLD, Layout, nested
@@ -19,9 +19,9 @@ Ranks = Callable[..., list[Any]]
 WIRES: dict[str, Wire] = {
     "fp32": wire.fp32(),
     "bf16": wire.bf16(),
-    "int8": wire.quantised(symmetric()),
+    "int8": wire.quantised(int8()),
     "bf16 with feedback": wire.error_feedback(wire.bf16()),
-    "int8 with feedback": wire.error_feedback(wire.quantised(symmetric()), decay=0.9),
+    "int8 with feedback": wire.error_feedback(wire.quantised(int8()), decay=0.9),
 }
 SHAPES = {"norm": (7,), "scale": (), "none": (0, 3), "weight": (64, 33), "conv": (5, 4, 3, 2)}
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from postlocal import virtual, wire
-from postlocal.codec import Codec, affine, cast, exact, symmetric
+from postlocal.codec import Codec, affine, cast, exact, int8
 from postlocal.group import Group
 from postlocal.wire import mean_, quantised
 
@@ -17,7 +17,7 @@ CODECS: dict[str, Codec] = {
     "exact": exact(),
     "bf16": cast(torch.bfloat16),
     "fp16": cast(torch.float16),
-    "symmetric": symmetric(block=16),
+    "int8": int8(block=16),
     "affine by channel": affine(16),
     "affine": affine(),
 }
@@ -34,7 +34,7 @@ def step(name: str, values: Tensor) -> Tensor:
         return values.abs() * {"bf16": 2.0**-8, "fp16": 2.0**-11}[name] + tiny
     block = len(values) if name == "affine" else 16
     blocks = torch.nn.functional.pad(values, (0, -len(values) % block)).view(-1, block)
-    if name == "symmetric":
+    if name == "int8":
         sizes = blocks.abs().amax(1) / 127
     else:
         sizes = (blocks.amax(1).clamp(min=0) - blocks.amin(1).clamp(max=0)) / 255
@@ -64,7 +64,7 @@ def test_zeros_stay_zeros(name: str) -> None:
     assert torch.equal(through(CODECS[name], torch.zeros(40)), torch.zeros(40))
 
 
-@pytest.mark.parametrize("name", ["symmetric", "affine by channel"])
+@pytest.mark.parametrize("name", ["int8", "affine by channel"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_block_with_a_value_that_is_not_finite_becomes_nan(name: str, bad: float) -> None:
     values = torch.ones(48)
@@ -100,12 +100,12 @@ def test_the_payload_has_the_size_that_was_predicted(name: str, numel: int) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_values_of_other_dtypes_are_taken(dtype: torch.dtype) -> None:
     values = torch.randn(100).to(dtype)
-    decoded = through(symmetric(block=32), values)
+    decoded = through(int8(block=32), values)
     assert decoded.dtype == dtype
     assert float((decoded.double() - values.double()).abs().max()) < 0.05
 
 
-@pytest.mark.parametrize("make", [symmetric, affine])
+@pytest.mark.parametrize("make", [int8, affine])
 def test_a_block_of_nothing_is_refused(make: Callable[[int], Codec]) -> None:
     with pytest.raises(ValueError, match="block must be at least 1 element, got 0"):
         make(0)
@@ -136,7 +136,7 @@ def test_residuals_hold_what_is_not_sent(name: str, workers: int, numel: int) ->
 
 def test_residuals_of_many_tensors_go_with_them() -> None:
     shapes = [(40_000,), (3, 5), (64, 33), ()]
-    carrier = quantised(symmetric(block=8))
+    carrier = quantised(int8(block=8))
 
     def work(group: Group) -> list[tuple[Tensor, Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(group.rank)
@@ -154,7 +154,7 @@ def test_residuals_of_many_tensors_go_with_them() -> None:
 
 
 def test_error_feedback_makes_the_mean_of_many_rounds_exact() -> None:
-    carrier = quantised(symmetric(block=64))
+    carrier = quantised(int8(block=64))
 
     def work(group: Group) -> tuple[Tensor, Tensor]:
         value = torch.randn(64, generator=torch.Generator().manual_seed(group.rank))

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket
 
-from postlocal.codec import affine, symmetric
+from postlocal.codec import affine, int8
 from postlocal.ddp_comm_hooks._memory import Memory
 from postlocal.ddp_comm_hooks._routes import route
 from postlocal.group import torch_group
@@ -101,7 +101,7 @@ class QuantizationState:
         error_feedback: bool = True,
     ) -> None:
         self.process_group = process_group
-        self.wire = quantised(symmetric(block))
+        self.wire = quantised(int8(block))
         self.error_feedback = error_feedback
         self._memory = Memory()
 

@@ -146,7 +146,7 @@ def quantised(codec: Codec) -> Coded:
 
     Example:
         >>> from postlocal import codec
-        >>> quantised(codec.symmetric(block=256)).payload_bytes(numel=2**20, size=2)
+        >>> quantised(codec.int8(block=256)).payload_bytes(numel=2**20, size=2)
         1064960
     """
     return Coded(codec)

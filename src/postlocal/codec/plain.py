@@ -1,0 +1,88 @@
+"""Codecs of one value at a time: as it is, or rounded to a narrower dtype."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from postlocal.codec.layout import round_up
+
+_TILE = 2**15  # elements worked on at a time, that stay in a processor's cache
+
+
+@dataclass(frozen=True)
+class exact:
+    """Values as they are.
+
+    Values of 2 bytes are padded to a multiple of 4 bytes.
+
+    Example:
+        >>> exact().nbytes(1000)
+        4000
+    """
+
+    block = 1
+
+    def nbytes(self, numel: int, dtype: torch.dtype = torch.float32) -> int:
+        return round_up(numel * dtype.itemsize, 4)
+
+    def encode(self, values: Tensor, payload: Tensor) -> None:
+        _view(payload, values.numel(), values.dtype).copy_(values)
+        payload[values.nbytes : self.nbytes(values.numel(), values.dtype)].zero_()
+
+    def decode(self, payload: Tensor, values: Tensor) -> None:
+        values.copy_(_view(payload, values.numel(), values.dtype))
+
+    def accumulate(self, payload: Tensor, values: Tensor, alpha: float = 1.0) -> None:
+        values.add_(_view(payload, values.numel(), values.dtype), alpha=alpha)
+
+
+@dataclass(frozen=True)
+class cast:
+    """Values rounded to a narrower dtype; what is too large for it becomes its largest value.
+
+    NaN stays NaN. An infinity stays one in bf16, which has the range of fp32.
+
+    Args:
+        dtype: a floating point dtype.
+
+    Example:
+        >>> payload, values = torch.zeros(4, dtype=torch.uint8), torch.empty(2)
+        >>> codec = cast(torch.float16)
+        >>> codec.encode(torch.tensor([0.5, 1e6]), payload)
+        >>> codec.decode(payload, values)
+        >>> values
+        tensor([5.0000e-01, 6.5504e+04])
+    """
+
+    dtype: torch.dtype
+    block = 1
+
+    def nbytes(self, numel: int, dtype: torch.dtype = torch.float32) -> int:
+        return round_up(numel * self.dtype.itemsize, 4)
+
+    def encode(self, values: Tensor, payload: Tensor) -> None:
+        codes = _view(payload, values.numel(), self.dtype)
+        limit = torch.finfo(self.dtype).max
+        narrow = limit < torch.finfo(torch.bfloat16).max  # bf16 has the range of fp32
+        for part in _parts(values.numel()):
+            codes[part] = values[part].clamp(-limit, limit) if narrow else values[part]
+        payload[codes.nbytes : self.nbytes(values.numel())].zero_()
+
+    def decode(self, payload: Tensor, values: Tensor) -> None:
+        values.copy_(_view(payload, values.numel(), self.dtype))
+
+    def accumulate(self, payload: Tensor, values: Tensor, alpha: float = 1.0) -> None:
+        codes = _view(payload, values.numel(), self.dtype)
+        for part in _parts(values.numel()):
+            values[part].add_(codes[part].to(values.dtype), alpha=alpha)
+
+
+def _view(payload: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+    return payload[: numel * dtype.itemsize].view(dtype)
+
+
+def _parts(numel: int) -> Iterator[slice]:
+    for start in range(0, numel, _TILE):
+        yield slice(start, start + _TILE)

@@ -1,0 +1,60 @@
+"""A codec of one bit a value."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from postlocal.codec.blockwise import Blockwise
+from postlocal.codec.layout import check_block
+
+
+@dataclass(frozen=True)
+class sign(Blockwise):
+    """The sign of each value, times the mean magnitude of its block (arXiv 1810.05270, signSGD).
+
+    The mean is fp32, and taken of magnitudes to 2^-22 of the greatest. 0 counts as positive.
+    A byte holds the signs of one value of each eighth of the block. A block that holds an infinity
+    or NaN, or what fp32 cannot hold, decodes to NaN throughout. Meant for use with error feedback.
+
+    Args:
+        block: elements that share a magnitude.
+
+    Raises:
+        ValueError: if ``block`` is below 1 or no multiple of 8.
+
+    Example:
+        >>> payload, values = torch.zeros(8, dtype=torch.uint8), torch.empty(8)
+        >>> sign(block=8).encode(torch.tensor([1.0, -1, 2, -2, 4, -4, 0, 2]), payload)
+        >>> sign(block=8).decode(payload, values)
+        >>> values
+        tensor([ 2., -2.,  2., -2.,  2., -2.,  2.,  2.])
+    """
+
+    block: int = 256
+    packed = 8
+
+    def __post_init__(self) -> None:
+        check_block(self.block, self.packed)
+
+    def quantise(self, blocks: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+        negative = (blocks < 0).to(torch.uint8)
+        codes, *others = negative.view(len(blocks), self.packed, -1).unbind(1)
+        for position, bits in enumerate(others, start=1):
+            codes = codes | (bits << position)
+        return _mean_magnitudes(blocks, count), codes
+
+    def restore(self, parameters: Tensor, codes: Tensor) -> list[Tensor]:
+        bits = [(codes >> position) & 1 for position in range(self.packed)]
+        return [(1 - 2 * bit.view(torch.int8)) * parameters for bit in bits]
+
+
+def _mean_magnitudes(blocks: Tensor, count: int) -> Tensor:
+    """Means over ``count`` values a block, to the same bits in whatever order they are summed."""
+    magnitudes = blocks.abs()
+    greatest = magnitudes.amax(dim=1, keepdim=True)
+    divisors = torch.where(greatest == 0, 1.0, greatest)
+    whole = magnitudes.div_(divisors).mul_(2.0**22).round_().to(torch.int32)
+    shares = whole.sum(dim=1, keepdim=True, dtype=torch.int64).double() / (count * 2.0**22)
+    means = (shares * greatest).float()
+    return torch.where(greatest.isfinite(), means, torch.nan)
