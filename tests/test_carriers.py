@@ -1,27 +1,51 @@
 """Wires in use: what all carriers have in common, and what each remembers."""
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from postlocal import virtual, wire
-from postlocal.codec import int8
+from postlocal import codec, virtual, wire
 from postlocal.group import Group
-from postlocal.tensors import weigh_
-from postlocal.topology import WORLD, Layout, nested
-from postlocal.wire import Carrier, Wire
+from postlocal.packing import pack, unpack
+from postlocal.topology import WORLD, Layout, Partition
+from postlocal.wire import Carrier, Staging, Wire
 
 Ranks = Callable[..., list[Any]]
 
 WIRES: dict[str, Wire] = {
     "fp32": wire.fp32(),
     "bf16": wire.bf16(),
-    "int8": wire.quantised(int8()),
+    "int8": wire.int8(),
+    "int8 with feedback": wire.error_feedback(wire.int8(), decay=0.9),
     "bf16 with feedback": wire.error_feedback(wire.bf16()),
-    "int8 with feedback": wire.error_feedback(wire.quantised(int8()), decay=0.9),
+    "sign": wire.named("sign"),
+    "fp4": wire.named("fp4"),
+    "top_k": wire.error_feedback(wire.top_k(k=4, chunk=32), decay=0.95),
+    "random_k": wire.error_feedback(wire.random_k(k=4, chunk=32)),
+    "quantised top_k": wire.quantised(codec.top_k(k=4, chunk=32, bits=32)),
+    "gathered int8": wire.gathered(codec.int8()),
+    "powersgd": wire.powersgd(rank=2),
+    "relayed fp32": wire.relayed(wire.fp32()),
+    "relayed int4": wire.relayed(wire.named("int4")),
+    "relayed powersgd": wire.relayed(wire.powersgd(rank=1), level="pair"),
+}
+EXACT: dict[str, Wire] = {
+    "fp32": wire.fp32(),
+    "coded": wire.error_feedback(wire.quantised(codec.exact())),
+    "gathered": wire.error_feedback(wire.gathered(codec.exact()), decay=0.5),
+    "all of top_k": wire.top_k(k=32, chunk=32, bits=32),
+    "all of random_k": wire.random_k(k=1, chunk=1),
+    "full rank": wire.powersgd(rank=64, min_compression=1e-6),
+    "relayed": wire.relayed(wire.fp32()),
+    "relayed pairs": wire.relayed(wire.quantised(codec.exact()), level="pair"),
+    "relayed alone": wire.relayed(wire.fp32(), level="rank"),
+    "relayed by one": wire.relayed(wire.fp32(), level="world"),
+    "relayed twice": wire.relayed(wire.relayed(wire.fp32(), level="node"), level="pair"),
 }
 SHAPES = {"norm": (7,), "scale": (), "none": (0, 3), "weight": (64, 33), "conv": (5, 4, 3, 2)}
 
@@ -37,8 +61,20 @@ def make(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     return tensors
 
 
+@dataclass(frozen=True)
+class uneven:
+    """Pairs, and nodes of four; the last ones may be smaller."""
+
+    def partition(self, size: int) -> dict[str, Partition]:
+        return {"pair": runs(size, 2), "node": runs(size, 4), WORLD: runs(size, size)}
+
+
+def runs(size: int, length: int) -> Partition:
+    return tuple(tuple(range(start, min(start + length, size))) for start in range(0, size, length))
+
+
 def opened(recipe: Wire, group: Group) -> Carrier:
-    return recipe.open(Layout(group, nested({"pair": 1})), WORLD)
+    return recipe.open(Layout(group, uneven()), WORLD)
 
 
 def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -81,16 +117,46 @@ def test_bytes_are_as_predicted(name: str, workers: int) -> None:
     virtual.run(workers, work)
 
 
-@pytest.mark.parametrize("name", WIRES)
-def test_weights_are_divided_out(name: str) -> None:
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_loses_nothing_gives_the_plain_mean(
+    name: str, workers: int, dtype: torch.dtype
+) -> None:
+    def work(group: Group) -> dict[str, Tensor]:
+        carrier = opened(EXACT[name], group)
+        carrier.mean_(make(7, dtype))  # the second mean must not depend on what the first one left
+        tensors = make(group.rank, dtype)
+        carrier.mean_(tensors)
+        return tensors
+
+    results = virtual.run(workers, work)
+    inputs = [make(rank, dtype) for rank in range(workers)]
+    narrow = torch.finfo(dtype).eps > 2**-23 or "k" in name.split("_")
+    tolerance = 2.0**-7 if narrow else 1e-5
+    for key, mean in results[0].items():
+        expected = torch.stack([tensors[key].double() for tensors in inputs]).mean(0)
+        assert torch.allclose(mean.double(), expected, atol=tolerance, rtol=tolerance), key
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("workers", [1, 3, 5])
+def test_weights_are_divided_out(name: str, workers: int) -> None:
+    total = workers * (workers + 1) / 2
+
     def work(group: Group) -> Tensor:
-        mine = torch.full((300,), float(group.rank + 1))
-        weigh_([mine], float(group.rank))
-        opened(WIRES[name], group).mean_({"weight": mine}, lambda: 3.0)
+        weight = group.rank + 1.0
+        mine = torch.randn(16, 8, generator=torch.Generator().manual_seed(group.rank)) * weight
+        opened(EXACT[name], group).mean_({"weight": mine}, lambda: total)
         return mine
 
-    for result in virtual.run(3, work):
-        assert torch.allclose(result, torch.tensor((2 * 1 + 3 * 2) / 3), rtol=2.0**-7)
+    results = virtual.run(workers, work)
+    parts = [
+        torch.randn(16, 8, generator=torch.Generator().manual_seed(rank)) * (rank + 1)
+        for rank in range(workers)
+    ]
+    for result in results:
+        assert torch.allclose(result, torch.stack(parts).sum(0) / total, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", WIRES)
@@ -101,13 +167,13 @@ def test_a_state_taken_in_the_middle_goes_on_bit_for_bit(name: str, workers: int
         for step in range(3):
             carrier.mean_(make(10 * step + group.rank))
         restored = opened(WIRES[name], group)
-        restored.load_state_dict(carrier.state_dict())
+        restored.load_state_dict(unpack(*pack(carrier.state_dict())))
         for step in range(3, 6):
             one, other = make(10 * step + group.rank), make(10 * step + group.rank)
             carrier.mean_(one)
             restored.mean_(other)
             assert equal(one, other)
-        assert equal(carrier.state_dict(), restored.state_dict())
+        assert pack(carrier.state_dict())[0] == pack(restored.state_dict())[0]
 
     virtual.run(workers, work)
 
@@ -157,12 +223,167 @@ def test_what_is_forgotten_is_not_sent() -> None:
             lambda: wire.error_feedback(wire.error_feedback(wire.bf16())),
             "must be a wire that remembers nothing",
         ),
+        (
+            lambda: wire.error_feedback(wire.powersgd()),
+            "must be a wire that remembers nothing",
+        ),
+        (
+            lambda: wire.error_feedback(wire.relayed(wire.bf16())),
+            "wrap the wire within",
+        ),
+        (lambda: wire.powersgd(rank=0), "rank must be at least 1 column, got 0"),
+        (lambda: wire.powersgd(min_compression=0.0), "must be above 0, got 0.0"),
         (lambda: wire.error_feedback(wire.bf16(), decay=0.0), "above 0 and at most 1, got 0.0"),
         (lambda: wire.error_feedback(wire.bf16(), decay=1.1), "above 0 and at most 1, got 1.1"),
     ],
 )
-def test_feedback_that_makes_no_sense_is_refused(
+def test_recipes_that_make_no_sense_are_refused(
     make_wire: Callable[[], Wire], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_wire()
+
+
+REMEMBERING: dict[str, Wire] = {
+    "bf16": wire.bf16(),
+    "int8": wire.int8(),
+    "int4": wire.int4(),
+    "fp4": wire.fp4(),
+    "sign": wire.sign(),
+    "top_k": wire.top_k(k=2, chunk=16),
+    "random_k": wire.random_k(k=2, chunk=16),
+    "quantised top_k": wire.quantised(codec.top_k(k=2, chunk=16)),
+}
+ROUNDS = 60
+
+
+def far_off(recipe: Wire) -> float:
+    """How far the mean of many rounds of one vector a rank is from their mean, relative to it."""
+
+    def work(group: Group) -> Tensor:
+        carrier = opened(recipe, group)
+        mine = torch.randn(16, 8, generator=torch.Generator().manual_seed(group.rank))
+        total = torch.zeros(16, 8)
+        for _ in range(ROUNDS):
+            travelling = mine.clone()
+            carrier.mean_({"weight": travelling})
+            total.add_(travelling)
+        return total / ROUNDS
+
+    mean = torch.stack(
+        [torch.randn(16, 8, generator=torch.Generator().manual_seed(rank)) for rank in range(3)]
+    ).mean(0)
+    return float((virtual.run(3, work)[0] - mean).norm() / mean.norm())
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_feedback_makes_the_sum_of_many_rounds_exact(name: str) -> None:
+    recipe = REMEMBERING[name]
+    without, with_feedback = far_off(recipe), far_off(wire.error_feedback(recipe))
+    assert with_feedback < 20 / ROUNDS * without
+    if name in ("sign", "top_k", "quantised top_k"):
+        assert without > 0.2
+
+
+def test_low_rank_means_are_exact_over_many_rounds() -> None:
+    assert far_off(wire.powersgd(rank=1, min_compression=1.0)) < 0.2
+
+
+@pytest.mark.parametrize("recipe", [wire.named("int8"), wire.named("top_k"), wire.powersgd(1, 1.0)])
+def test_a_value_that_is_not_finite_spoils_no_later_mean(recipe: Wire) -> None:
+    def work(group: Group) -> Tensor:
+        carrier = opened(recipe, group)
+        bad = torch.full((8, 16), math.inf if group.rank else 1.0)
+        carrier.mean_({"weight": bad})
+        assert not bad.isfinite().all()
+        mine = torch.ones(8, 16)
+        for _ in range(3):
+            mine.fill_(1.0)
+            carrier.mean_({"weight": mine})
+        return mine
+
+    assert all(bool(mine.isfinite().all()) for mine in virtual.run(2, work))
+
+
+@pytest.mark.parametrize("recipe", [wire.bf16(), wire.named("int4"), wire.gathered(codec.exact())])
+def test_staging_is_bounded(recipe: Wire) -> None:
+    def work(group: Group) -> int:
+        staging = Staging()
+        carrier = recipe.open(Layout(group, uneven()), WORLD, staging)
+        carrier.mean_({str(index): torch.zeros(2**22 + 3) for index in range(4)})
+        return sum(buffer.nbytes for buffer in staging._free)
+
+    for staged in virtual.run(2, work):
+        assert staged <= 64 * 2**20
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_leaders_alone_send_between_nodes(workers: int) -> None:
+    recipe = wire.relayed(wire.bf16(), level="pair")
+
+    def work(group: Group) -> tuple[int, int]:
+        carrier = opened(recipe, group)
+        tensors = {"weight": torch.zeros(1200)}
+        return carrier.payload_bytes(tensors), carrier.mean_(tensors)
+
+    between = wire.bf16().payload_bytes(1200, -(-workers // 2))
+    # In a node of two, a leader sends half of what it has to be summed, and then the mean.
+    leader = 600 * 4 + between + 1200 * 4
+    expected = {1: [0], 2: [leader, 4800], 5: [leader, 4800, leader, 4800, between]}[workers]
+    assert virtual.run(workers, work) == [(sent, sent) for sent in expected]
+
+
+def test_a_mean_within_a_node_is_not_relayed() -> None:
+    recipe = wire.relayed(wire.sign(), level="node")
+
+    def work(group: Group) -> Tensor:
+        mine = torch.tensor([1.0, 2.0, 3.0]) * (group.rank + 1)
+        recipe.open(Layout(group, uneven()), "pair").mean_({"weight": mine})
+        return mine
+
+    results = virtual.run(4, work)
+    assert torch.equal(results[0], torch.tensor([1.0, 2.0, 3.0]) * 1.5)
+    assert torch.equal(results[3], torch.tensor([1.0, 2.0, 3.0]) * 3.5)
+
+
+def test_a_level_that_is_missing_is_named() -> None:
+    def work(group: Group) -> None:
+        with pytest.raises(ValueError, match=r"\(rank, pair, node, world\), got 'rack'"):
+            opened(wire.relayed(wire.bf16(), level="rack"), group)
+
+    virtual.run(2, work)
+
+
+@pytest.mark.parametrize("name", wire.NAMED)
+def test_named_wires_are_of_equal_value_each_time(name: str) -> None:
+    assert wire.named(name) == wire.NAMED[name]()
+    assert wire.named(name).lossy == (name != "fp32")
+
+
+def test_an_unknown_name_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ValueError, match=r"wire must be one of fp32, bf16, .*, got 'int2'"):
+        wire.named("int2")
+
+
+def over_processes(rank: int, name: str) -> tuple[list[dict[str, Tensor]], bool]:
+    from postlocal.group import resolve
+
+    carrier = opened(WIRES[name], resolve(None, None))
+    rounds, predicted = [], True
+    for step in range(3):
+        tensors = make(10 * step + rank)
+        expected = carrier.payload_bytes(tensors)
+        predicted = predicted and carrier.mean_(tensors) == expected
+        rounds.append(tensors)
+    return rounds, predicted
+
+
+@pytest.mark.parametrize(
+    ("world", "name"),
+    [(2, "top_k"), (3, "int8 with feedback"), (3, "powersgd"), (4, "relayed int4")],
+)
+def test_processes_end_with_identical_bits_too(ranks: Ranks, world: int, name: str) -> None:
+    results = ranks(world, over_processes, name)
+    for rounds, predicted in results:
+        assert predicted
+        assert all(equal(*pair) for pair in zip(rounds, results[0][0], strict=True))

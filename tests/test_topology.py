@@ -103,3 +103,28 @@ def nodes_found(rank: int) -> list[topology.Partition]:
 def test_nodes_are_found_by_what_the_launcher_tells_or_by_name(ranks: Ranks) -> None:
     for found in ranks(3, nodes_found, local_world_size=2):
         assert found == [((0, 2), (1,)), ((0, 1), (2,)), ((0, 1, 2),)]
+
+
+def layout_of_uneven_nodes(rank: int) -> list[tuple[str, int]]:
+    base = resolve(None, None)
+    base.subgroup([(0, 1), (2,)])
+    layout = Layout(base, topology.world())
+    leaders = layout.leaders("world")
+    return [(level, layout[level].size) for level in layout.levels] + [
+        ("led", leaders["world"].size)
+    ]
+
+
+def test_groups_can_be_made_after_some_ranks_were_alone(ranks: Ranks) -> None:
+    for sizes in ranks(3, layout_of_uneven_nodes):
+        assert sizes == [("rank", 1), ("world", 3), ("led", 1)]
+
+
+def test_leaders_meet_at_the_levels_above_theirs() -> None:
+    def look(group: Group) -> list[int]:
+        layout = Layout(group, topology.nested({"node": 2, "rack": 4}))
+        led = layout.leaders("node")
+        assert layout.leaders("node") is led
+        return [led[level].size for level in led.levels]
+
+    assert virtual.run(8, look)[:3] == [[1, 1, 2, 4], [1, 1, 1, 1], [1, 1, 2, 4]]

@@ -177,11 +177,13 @@ class Processes:
         return values
 
     def subgroup(self, partition: Sequence[Sequence[int]]) -> Group:
-        members = next(part for part in partition if self.rank in part)
-        if len(members) == 1:
+        # Also where this rank is alone: torch names a group by the number of groups before it, and
+        # ranks that count differently wait for each other at different names.
+        created = self.torch_subgroup(partition)
+        if dist.get_world_size(created) == 1:
             return Alone()
         group = Processes.__new__(Processes)
-        group._adopt(self.torch_subgroup(partition), self._timeout, self._roll)
+        group._adopt(created, self._timeout, self._roll)
         return group
 
     def torch_subgroup(self, partition: Sequence[Sequence[int]]) -> dist.ProcessGroup:

@@ -4,7 +4,7 @@ One step of power iteration a call, from where the last one ended: two all-reduc
 the number of matrices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ def mean_(
     exact: Sequence[Tensor],
     group: Group,
     epsilon: float = 0.0,
+    divisor: Callable[[], float] | None = None,
+    residuals: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Write low-rank means of matrices to ``outputs``, and replace ``exact`` by their means.
 
@@ -33,6 +35,10 @@ def mean_(
         exact: tensors of the same dtype that are averaged as they are, along with ``P``.
         group: who takes part.
         epsilon: added to the norms of columns that are divided by them.
+        divisor: gives the sum of the weights of all ranks' matrices, called when the first sums
+            are here; None: the size of the group.
+        residuals: take ``M - P P^T M``, what the mean lacks of this rank's matrices; of their
+            shapes, and they may be the matrices themselves.
 
     Returns:
         ``Q`` of each batch, equal on all ranks: where to start from next time.
@@ -60,11 +66,14 @@ def mean_(
     for tensor, part in zip(exact, parts[len(ps) :], strict=True):
         part.copy_(tensor.reshape(-1))
     group.all_reduce(flat).wait()
+    total = float(group.size) if divisor is None else divisor()
     for tensor, part in zip(exact, parts[len(ps) :], strict=True):
-        torch.div(part.view(tensor.shape), group.size, out=tensor)
+        torch.div(part.view(tensor.shape), total, out=tensor)
     if not matrices:
         return []
-    return _second_leg(matrices, ps, outputs, group, epsilon)
+    for p in ps:
+        orthogonalise_(p, epsilon)
+    return _second_leg(matrices, ps, outputs, group, total, residuals)
 
 
 def _second_leg(
@@ -72,20 +81,61 @@ def _second_leg(
     ps: Sequence[Tensor],
     outputs: Sequence[Tensor],
     group: Group,
-    epsilon: float,
+    total: float,
+    residuals: Sequence[Tensor] | None,
 ) -> list[Tensor]:
     shapes = [(len(m), m.shape[2], p.shape[2]) for m, p in zip(matrices, ps, strict=True)]
     flat = ps[0].new_empty(sum(b * m * r for b, m, r in shapes))
     parts = torch.split(flat, [b * m * r for b, m, r in shapes])
     qs = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
     for matrix, p, q in zip(matrices, ps, qs, strict=True):
-        orthogonalise_(p, epsilon)
         torch.bmm(matrix.transpose(1, 2), p, out=q)
+    for matrix, p, q, residual in zip(matrices, ps, qs, residuals or (), strict=False):
+        torch.baddbmm(matrix, p, q.transpose(1, 2), alpha=-1, out=residual)
     group.all_reduce(flat).wait()
-    flat.div_(group.size)
+    flat.div_(total)
     for p, q, output in zip(ps, qs, outputs, strict=True):
         torch.bmm(p, q.transpose(1, 2), out=output)
     return qs
+
+
+def matrix_shape(tensor: Tensor) -> tuple[int, int]:
+    """A tensor as a matrix, as it lies in memory: rows are its slowest dimension.
+
+    Example:
+        >>> matrix_shape(torch.zeros(8, 4, 3, 3))
+        (8, 36)
+    """
+    if tensor.ndim == 0 or tensor.numel() == 0:
+        return 1, tensor.numel()
+    slowest = max(range(tensor.ndim), key=tensor.stride)
+    rows = tensor.shape[slowest]
+    return rows, tensor.numel() // rows
+
+
+def factors_numel(n: int, m: int, rank: int) -> int:
+    """Elements of both factors of a matrix of shape ``(n, m)``.
+
+    Example:
+        >>> factors_numel(1000, 100, rank=4)
+        4400
+    """
+    return (n + m) * min(n, m, rank)
+
+
+def is_compressed(n: int, m: int, rank: int, min_compression: float) -> bool:
+    """Whether a matrix travels as factors: where they are so many times smaller than it.
+
+    Example:
+        >>> is_compressed(1000, 100, rank=4, min_compression=2.0)
+        True
+    """
+    return factors_numel(n, m, rank) * min_compression < n * m
+
+
+def random_start(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
+    """A random ``Q``, the same for the same state of a CPU generator; of the dtype of ``like``."""
+    return torch.randn(*shape, generator=generator, dtype=like.dtype).to(like.device)
 
 
 def orthogonalise_(matrices: Tensor, epsilon: float = 0.0) -> None:

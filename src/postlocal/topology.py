@@ -154,6 +154,34 @@ class from_mesh:
         return dict(self.levels) | {WORLD: (tuple(range(size)),)}
 
 
+@dataclass(frozen=True)
+class leaders:
+    """The first rank of each group of a level; all other ranks are alone at every level.
+
+    Args:
+        topology: the levels of all ranks.
+        level: whose groups have a leader each.
+
+    Raises:
+        ValueError: by `partition`, if the topology lacks the level.
+
+    Example:
+        >>> leaders(nodes(size=2), "node").partition(4)["world"]
+        ((0, 2), (1,), (3,))
+    """
+
+    topology: Topology
+    level: str
+
+    def partition(self, size: int) -> dict[str, Partition]:
+        levels = self.topology.partition(size)
+        alone = tuple((rank,) for rank in range(size))
+        if self.level not in (RANK, *levels):
+            raise ValueError(unknown_level(self.level, (RANK, *levels)))
+        led = levels.get(self.level, alone)
+        return {level: _lead(led, groups) for level, groups in levels.items()}
+
+
 def by_node(group: Group) -> Partition:
     """The ranks of a group by machine, found out together; nodes may differ in size.
 
@@ -197,7 +225,10 @@ class Layout:
     def __init__(
         self, base: Group, topology: Topology, given: Mapping[str, Group] | None = None
     ) -> None:
+        self._base = base
+        self._topology = topology
         self._groups: dict[str, Group] = {RANK: Alone()}
+        self._leaders: dict[str, Layout] = {}
         given = given or {}
         for level, partition in topology.partition(base.size).items():
             self._groups[level] = given.get(level) or base.subgroup(partition)
@@ -212,6 +243,16 @@ class Layout:
         """Names of all levels, from ``"rank"`` to ``"world"``."""
         return tuple(self._groups)
 
+    def leaders(self, level: str) -> "Layout":
+        """The layout of `leaders` of the groups of a level; collective the first time.
+
+        Raises:
+            ValueError: if the level is unknown.
+        """
+        if level not in self._leaders:
+            self._leaders[level] = Layout(self._base, leaders(self._topology, level))
+        return self._leaders[level]
+
 
 def unknown_level(level: str, known: Iterable[str]) -> str:
     """The message for a level that a schedule names and a topology lacks."""
@@ -219,6 +260,13 @@ def unknown_level(level: str, known: Iterable[str]) -> str:
         f"level must be one that the topology has ({', '.join(known)}), got {level!r}: pass a "
         f"topology with it, such as topology.nested({{{level!r}: size}})"
     )
+
+
+def _lead(narrow: Partition, wide: Partition) -> Partition:
+    firsts = {group[0] for group in narrow}
+    met = (tuple(rank for rank in group if rank in firsts) for group in wide)
+    others = ((rank,) for group in narrow for rank in group[1:])
+    return (*filter(None, met), *others)
 
 
 def _blocks(size: int, level: str, block: int) -> Partition:

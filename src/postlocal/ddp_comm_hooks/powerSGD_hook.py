@@ -351,7 +351,7 @@ def _by_matrix(state: PowerSGDState, bucket: _Bucket, work: _Work) -> None:
     parts = zip(torch.split(bucket.values, sizes), torch.split(bucket.buffer, sizes), strict=True)
     together: dict[tuple[int, int], list[_Matrix]] = defaultdict(list)
     for key, gradient, (values, output) in zip(bucket.keys, bucket.gradients, parts, strict=True):
-        n, m = _shape(gradient)
+        n, m = powersgd.matrix_shape(gradient)
         if _is_compressed(state, n, m):
             together[n, m].append(_Matrix(key, values.view(n, m), output.view(n, m)))
         else:
@@ -361,18 +361,10 @@ def _by_matrix(state: PowerSGDState, bucket: _Bucket, work: _Work) -> None:
     _add_batches(state, together.values(), work)
 
 
-def _shape(gradient: Tensor) -> tuple[int, int]:
-    """A gradient as a matrix, as it lies in memory: rows are its slowest dimension."""
-    if gradient.ndim == 0 or gradient.numel() == 0:
-        return 1, gradient.numel()
-    slowest = max(range(gradient.ndim), key=gradient.stride)
-    rows = gradient.shape[slowest]
-    return rows, gradient.numel() // rows
-
-
 def _is_compressed(state: PowerSGDState, n: int, m: int) -> bool:
-    after = (n + m) * min(n, m, state.matrix_approximation_rank)
-    compressed = after * state.min_compression_rate < n * m
+    rank = state.matrix_approximation_rank
+    after = powersgd.factors_numel(n, m, rank)
+    compressed = powersgd.is_compressed(n, m, rank, state.min_compression_rate)
     state.total_numel_before_compression += n * m
     state.total_numel_after_compression += after if compressed else n * m
     return compressed
@@ -421,8 +413,7 @@ def _starts(state: PowerSGDState, batches: list[list[_Matrix]]) -> list[Tensor]:
         if generator is None:  # a seed a bucket, as torch draws them
             seed = int(state.rng.randint(1_000_000_000))
             generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(len(members), *shape, generator=generator, dtype=like.dtype)
-        starts.append(drawn.to(like.device))
+        starts.append(powersgd.random_start((len(members), *shape), generator, like))
     return starts
 
 

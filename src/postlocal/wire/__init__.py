@@ -10,10 +10,10 @@ Example:
     >>> from postlocal.topology import Layout, world
     >>> def work(group):
     ...     carrier = wire.error_feedback(wire.bf16()).open(Layout(group, world()), "world")
-    ...     weight = torch.tensor([float(group.rank)])
-    ...     return carrier.mean_({"weight": weight}), weight.item()
+    ...     weight = torch.full((8,), float(group.rank))
+    ...     return carrier.mean_({"weight": weight}), weight[0].item()
     >>> virtual.run(2, work)
-    [(4, 0.5), (4, 0.5)]
+    [(16, 0.5), (16, 0.5)]
 """
 
 from postlocal.wire.carrier import Carrier, Wire
@@ -21,12 +21,16 @@ from postlocal.wire.chunks import CHUNK, Chunk, travels_as
 from postlocal.wire.direct import Direct
 from postlocal.wire.exchange import ChunkWire, Divisor, Exchange, Repair, Staged
 from postlocal.wire.feedback import error_feedback
+from postlocal.wire.low_rank import powersgd
 from postlocal.wire.mean import maximum_, mean_
-from postlocal.wire.recipes import Coded, Exact, bf16, fp16, fp32, quantised
+from postlocal.wire.named import NAMED, fp4, fp8, int4, int8, named, random_k, sign, top_k
+from postlocal.wire.recipes import Coded, Exact, Gathered, bf16, fp16, fp32, gathered, quantised
+from postlocal.wire.relay import relayed
 from postlocal.wire.staging import Staging
 
 __all__ = [
     "CHUNK",
+    "NAMED",
     "Carrier",
     "Chunk",
     "ChunkWire",
@@ -35,16 +39,28 @@ __all__ = [
     "Divisor",
     "Exact",
     "Exchange",
+    "Gathered",
     "Repair",
     "Staged",
     "Staging",
     "Wire",
     "bf16",
     "error_feedback",
+    "fp4",
+    "fp8",
     "fp16",
     "fp32",
+    "gathered",
+    "int4",
+    "int8",
     "maximum_",
     "mean_",
+    "named",
+    "powersgd",
     "quantised",
+    "random_k",
+    "relayed",
+    "sign",
+    "top_k",
     "travels_as",
 ]

@@ -25,6 +25,7 @@ class Chunk:
         numel: how many there are.
         dtype: what they travel as, before any coding: fp32, or fp64 for fp64 tensors.
         copied: how many have to be copied, at the least, since they are no large flat tensors.
+        packed: how many `pack` copies at most, those of residuals included.
     """
 
     def __init__(self, pairs: Sequence[_Pair], dtype: torch.dtype, staging: Staging) -> None:
@@ -34,6 +35,7 @@ class Chunk:
         residuals = [residual for _, residual in pairs if residual is not None]
         self._residual = _Packed(residuals, dtype, staging) if residuals else None
         self.copied = self._values.copied(_IN_PLACE)
+        self.packed = self.numel * (2 if residuals else 1)
 
     @property
     def pieces(self) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Exact means: parts travel from where they lie to their owners, and means back."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class Direct:
         divisor: gives the sum of the weights.
         staging: where memory for contributions comes from.
         repair: takes the mean instead, where the sum is not finite.
+        readers: the ranks to which means come back, whole; None: all. The values of others are
+            then worth nothing.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class Direct:
         divisor: Divisor,
         staging: Staging,
         repair: Repair | None = None,
+        readers: Collection[int] | None = None,
     ) -> None:
+        self._readers = range(group.size) if readers is None else readers
         self._group = group
         self._repair = repair
         self._divisor = divisor
@@ -61,7 +65,10 @@ class Direct:
         for index, mean in enumerate(own):
             _take_mean(mean, [pieces[index] for pieces in others], divisor, self._repair)
         self._staging.give(self._received)
-        self._work = self._group.exchange([own] * self._group.size, self._parts)
+        everyone = range(self._group.size)
+        sent = [own if rank in self._readers else [] for rank in everyone]
+        received = self._parts if self._group.rank in self._readers else [[] for _ in everyone]
+        self._work = self._group.exchange(sent, received)
 
     def wait(self) -> None:
         self._work.wait()

@@ -52,16 +52,15 @@ class Encoded:
         rank = self._group.rank
         mean, payload = self._parts[rank], self._outgoing[rank]
         divisor = self._divisor()
-        decoded = self._staging.take(mean.numel(), mean)
         for other, incoming in enumerate(self._incoming):
             if other != rank:
-                self._codec.decode(incoming, decoded)
-                mean.add_(decoded)
-        self._staging.give(decoded, self._received)
+                self._codec.accumulate(incoming, mean)
+        self._staging.give(self._received)
         mean.div_(divisor)
         self._codec.encode(mean, payload)
         if self._residuals is not None:
-            self._residuals[rank].copy_(self._lost(mean, payload)).mul_(divisor)
+            lose_(self._residuals[rank], mean, payload, self._codec)
+            self._residuals[rank].mul_(divisor)
         sent = [[payload]] * self._group.size
         self._work = self._group.exchange(sent, _single(self._outgoing))
 
@@ -75,12 +74,13 @@ class Encoded:
         if rank != self._group.rank:
             self._codec.encode(part, payload)
             if self._residuals is not None:
-                self._residuals[rank].copy_(self._lost(part, payload))
+                lose_(self._residuals[rank], part, payload, self._codec)
 
-    def _lost(self, values: Tensor, payload: Tensor) -> Tensor:
-        decoded = torch.empty_like(values)
-        self._codec.decode(payload, decoded)
-        return torch.sub(values, decoded, out=decoded)
+
+def lose_(residual: Tensor, values: Tensor, payload: Tensor, codec: Codec) -> None:
+    """Replace a residual by what a payload lacks of values."""
+    residual.copy_(values)
+    codec.accumulate(payload, residual, -1.0)
 
 
 def _single(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

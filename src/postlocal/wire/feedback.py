@@ -1,6 +1,6 @@
 """Error feedback: what a wire lost of this rank's values is added to the next ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,9 +80,11 @@ class _Remembering(Forgetful):
     def mean_(self, tensors: Mapping[str, Tensor], divisor: Divisor | None = None) -> int:
         residuals = [self._memory.residual(name, tensor) for name, tensor in tensors.items()]
         weigh_(residuals, self._decay)
-        return mean_(
+        sent = mean_(
             list(tensors.values()), self.group, self._wire, divisor, residuals, self._staging
         )
+        _heal_(residuals)
+        return sent
 
     def forget(self) -> None:
         self._memory.forget()
@@ -92,3 +94,11 @@ class _Remembering(Forgetful):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._memory.load_state_dict(state)
+
+
+def _heal_(residuals: Sequence[Tensor]) -> None:
+    """Zero what is not finite: a gradient that overflowed once would be sent for ever."""
+    known = [residual for residual in residuals if residual.numel()]
+    if known and not torch.stack([residual.norm() for residual in known]).isfinite().all():
+        for residual in known:
+            residual.nan_to_num_(0.0, 0.0, 0.0)

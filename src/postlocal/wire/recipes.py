@@ -12,6 +12,7 @@ from postlocal.wire.chunks import CHUNK, Chunk
 from postlocal.wire.direct import Direct
 from postlocal.wire.encoded import Encoded, exchanged_bytes
 from postlocal.wire.exchange import Divisor, Exchange, Repair, Staged
+from postlocal.wire.gathered import ToEveryone
 from postlocal.wire.staging import Staging
 
 
@@ -60,12 +61,44 @@ class Coded:
         return CHUNK // 2
 
     def staged(self, chunk: Chunk, size: int) -> Staged:
-        # Codes are of 16 bits at most, sent and received.
-        return Staged(2 * chunk.numel, chunk.numel)
+        payload = self.codec.nbytes(chunk.numel, chunk.dtype) // 4
+        return Staged(chunk.packed + 2 * payload, chunk.packed + payload)
 
     def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
         flat, residual = chunk.pack()
         return Encoded(flat, group, divisor, self.codec, staging, residual)
+
+    def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
+        return Forgetful(self, layout[level], staging)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Codes travel to everybody; see `gathered`.
+
+    Args:
+        codec: turns values into payloads.
+    """
+
+    codec: Codec
+    lossy = True
+
+    def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
+        return (size - 1) * self.codec.nbytes(numel, dtype)
+
+    def limit(self, size: int) -> int:
+        # As much memory for everybody's payloads as a chunk of fp32 takes.
+        whole = CHUNK // 2
+        fitting = whole * 4 * CHUNK // (size * self.codec.nbytes(whole))
+        return max(1, min(whole, fitting) // self.codec.block) * self.codec.block
+
+    def staged(self, chunk: Chunk, size: int) -> Staged:
+        payloads = size * self.codec.nbytes(chunk.numel, chunk.dtype) // 4
+        return Staged(chunk.packed + payloads, chunk.packed)
+
+    def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
+        flat, residual = chunk.pack()
+        return ToEveryone(flat, group, divisor, self.codec, staging, residual)
 
     def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
         return Forgetful(self, layout[level], staging)
@@ -117,3 +150,20 @@ def quantised(codec: Codec) -> Coded:
         1064960
     """
     return Coded(codec)
+
+
+def gathered(codec: Codec) -> Gathered:
+    """Codes that go to everybody: each value is encoded once, and its mean not at all.
+
+    A rank sends ``W - 1`` payloads of the whole, which suits sparse ones and few ranks: a mean of
+    sparse values is not sparse, and would lose what `quantised` encodes on the way back.
+
+    Args:
+        codec: one of `postlocal.codec`.
+
+    Example:
+        >>> from postlocal import codec
+        >>> gathered(codec.int8(block=256)).payload_bytes(numel=2**20, size=3)
+        2129920
+    """
+    return Gathered(codec)
