@@ -23,7 +23,16 @@ from torch.distributed.algorithms.ddp_comm_hooks import (
 from torch.distributed.algorithms.model_averaging import utils as torch_utils
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.measure import bytes_of, extra_memory, paired, ratios, run_ranks, write_record
+from benchmarks.measure import (
+    as_text,
+    bytes_of,
+    extra_memory,
+    paired,
+    ratios,
+    run_ranks,
+    write_record,
+)
+from benchmarks.shapes import fifty_million
 from postlocal.ddp_comm_hooks import default, powerSGD, quantization
 from postlocal.model_averaging import utils
 
@@ -37,15 +46,6 @@ def four_million() -> nn.Module:
     for _ in range(16):
         layers += [nn.Linear(512, 512), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(512, 10))
-
-
-def fifty_million() -> list[nn.Parameter]:
-    """50 M parameters of the shapes of a GPT with 7 layers of width 768."""
-    shapes: list[tuple[int, ...]] = [(1024, 768), (768,), (768,)]
-    for _ in range(7):
-        shapes += [(768,), (768,), (2304, 768), (2304,), (768, 768), (768,)]
-        shapes += [(768,), (768,), (3072, 768), (3072,), (768, 3072), (768,)]
-    return [nn.Parameter(torch.randn(shape)) for shape in shapes]
 
 
 def _plain(model: DistributedDataParallel) -> None:
@@ -127,7 +127,7 @@ def _over_torch(seconds: dict[str, list[float]], name: str) -> dict[str, float] 
 def measure_averaging(rank: int, rounds: int) -> dict[str, Any]:
     """Averaging of 50 M parameters against one all-reduce of a flat buffer of that size."""
     torch.manual_seed(rank)
-    ours, theirs = fifty_million(), fifty_million()
+    ours, theirs = list(fifty_million().parameters()), list(fifty_million().parameters())
     for parameter in theirs:
         parameter.grad = parameter.detach()  # torch leaves out those without one
     flat = torch.randn(sum(parameter.numel() for parameter in ours))
@@ -151,12 +151,6 @@ def measure_averaging(rank: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def _ratio(value: dict[str, float] | None) -> str:
-    if value is None:
-        return ""
-    return f"{value['median']:.2f} ({value['lower']:.2f}..{value['upper']:.2f})"
-
-
 def _table(world: int, hooks: dict[str, Any], averaging: dict[str, Any]) -> str:
     lines = [
         f"## {world} ranks",
@@ -167,8 +161,9 @@ def _table(world: int, hooks: dict[str, Any], averaging: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, row in hooks.items():
+        over_torch = as_text(row["time_over_torch"]) if row["time_over_torch"] else ""
         lines.append(
-            f"| {name} | {_ratio(row['time_over_ddp'])} | {_ratio(row['time_over_torch'])} "
+            f"| {name} | {as_text(row['time_over_ddp'])} | {over_torch} "
             f"| {row['bytes_a_step'] / 1e6:.2f} | {row['extra_memory'] / 2**20:.0f} |"
         )
     lines += [
@@ -180,7 +175,7 @@ def _table(world: int, hooks: dict[str, Any], averaging: dict[str, Any]) -> str:
     ]
     for name, row in averaging.items():
         lines.append(
-            f"| {name} | {_ratio(row['time_over_raw'])} | {row['bytes'] / 1e6:.0f} "
+            f"| {name} | {as_text(row['time_over_raw'])} | {row['bytes'] / 1e6:.0f} "
             f"| {row['extra_memory'] / 2**20:.0f} |"
         )
     return "\n".join(lines) + "\n"

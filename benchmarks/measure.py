@@ -77,11 +77,23 @@ def paired(
     return seconds
 
 
+def slowest(seconds: float) -> float:
+    """The greatest of all ranks' figures, on every rank."""
+    figure = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(figure, dist.ReduceOp.MAX)
+    return float(figure)
+
+
 def ratios(seconds: Mapping[str, list[float]], case: str, base: str) -> dict[str, float]:
     """Median and quartiles of one case's time over another's, round by round."""
     values = [a / b for a, b in zip(seconds[case], seconds[base], strict=True)]
     low, middle, high = statistics.quantiles(values, n=4)
     return {"median": middle, "lower": low, "upper": high}
+
+
+def as_text(ratio: Mapping[str, float]) -> str:
+    """A ratio for a table: median (quartiles)."""
+    return f"{ratio['median']:.2f} ({ratio['lower']:.2f}..{ratio['upper']:.2f})"
 
 
 def loopback_bytes() -> int:

@@ -11,10 +11,11 @@ SOURCE = Path(postlocal.__file__).parent
 
 ROWS = (
     {"errors"},
-    {"group", "tensors", "schedule", "outer", "guard", "meter", "packing", "codec"},
+    {"group", "tensors", "schedule", "outer", "fragments", "guard", "meter", "packing", "codec"},
     {"topology", "virtual", "replica", "agreement", "ballot", "anchor", "courier", "powersgd"},
     {"wire"},
     {"inner", "strategies", "gradients"},
+    {"flight"},
     {"sync"},
     {"checkpoint", "report"},
     {"train", "ddp_comm_hooks", "model_averaging"},

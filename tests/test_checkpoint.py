@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import postlocal
-from postlocal import CheckpointError, Strategy, checkpoint, schedule, strategies, wire
+from postlocal import CheckpointError, Strategy, checkpoint, codec, schedule, strategies, wire
 from postlocal.packing import pack
 from tests.models import OPTIMIZERS, batches, convnet, distance, equal, mlp, train_step, values
 
@@ -26,6 +26,11 @@ STRATEGIES = {
     "post_local": strategies.post_local_sgd(3, 4, gradients="rank"),
     "diloco": strategies.diloco(4),
     "slowmo over bf16": replace(strategies.slowmo(4), wire=wire.bf16()),
+    "streaming over fp4": replace(
+        strategies.streaming_diloco(4, fragments=2, delay=3),
+        wire=wire.error_feedback(wire.quantised(codec.fp4())),
+    ),
+    "edit": strategies.edit(4),
     "averaged state": replace(strategies.local_sgd(4), optimizer_state="average"),
 }
 
@@ -56,7 +61,7 @@ def run(
             os.kill(os.getpid(), signal.SIGKILL)
     sync.close()
     state = [tensor.clone() for _, _, tensor in sync.inner._state()]
-    anchor = sync.state_dict()["anchor"]
+    anchor = sync.state_dict()["fragments"][0]["anchor"]
     return [*values(model), *model.buffers()], state, anchor, restored
 
 

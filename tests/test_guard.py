@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 import postlocal
 from postlocal import Strategy, guard, strategies, virtual
 from postlocal.group import Group
-from postlocal.guard import Guard
+from postlocal.guard import Guard, Jury
+from postlocal.packing import pack, unpack
 
 norms = st.floats(0.0, 1e30)
 
@@ -108,6 +110,9 @@ class Fractional:
     def scale(self, norm: float) -> float:
         return 2.0
 
+    def jury(self, ranks: int, modules: int) -> Jury | None:
+        return None
+
 
 @pytest.mark.parametrize(("anchored", "expected"), [(False, 4.0), (True, 7.0)])
 def test_weights_of_ones_own_are_divided_out_and_scales_are_applied(
@@ -117,3 +122,219 @@ def test_weights_of_ones_own_are_divided_out_and_scales_are_applied(
     strategy = replace(strategies.local_sgd(1), guard=own)
     for result in synchronized(strategy, [3.0, 5.0]):
         assert float(result) == pytest.approx(expected)
+
+
+RANKS, MODULES, WARMUP = 4, 3, 20
+ALL = torch.ones(RANKS, dtype=torch.bool)
+FULL = torch.ones(RANKS, dtype=torch.float64)
+
+
+def noisy(seed: int, level: float = 1.0) -> Tensor:
+    """Norms of all ranks and modules about a level, with a spread of 5 %."""
+    noise = torch.randn(
+        RANKS, MODULES, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    return level * (1 + 0.05 * noise.clamp(-2, 2))
+
+
+def fresh(**arguments: Any) -> Jury:
+    jury = guard.outliers(**{"warmup": WARMUP, **arguments}).jury(RANKS, MODULES)
+    assert jury is not None
+    return jury
+
+
+def experienced(rounds: int = WARMUP) -> Jury:
+    jury = fresh()
+    for seed in range(rounds):
+        jury.weigh(noisy(seed), ALL, FULL)
+    return jury
+
+
+def spoiled(norms: Tensor, rank: int, by: float) -> Tensor:
+    norms = norms.clone()
+    norms[rank] *= by
+    return norms
+
+
+def only(norms: Tensor, ranks: Sequence[int]) -> Tensor:
+    """softmax(-norm) over some of the ranks, 0 for the others."""
+    weights = torch.zeros_like(norms)
+    weights[list(ranks)] = (-norms[list(ranks)]).softmax(dim=0)
+    return weights
+
+
+def test_only_guards_that_compare_have_a_jury() -> None:
+    plain: list[Guard] = [guard.non_finite(), guard.trusting(), guard.clip(1.0)]
+    assert [each.jury(2, 3) for each in plain] == [None] * 3
+    assert guard.clip(1.0, inner=guard.outliers()).jury(2, 3) is not None
+    assert replace(strategies.local_sgd(4), guard=guard.outliers()).anchored
+
+
+def test_outliers_weighs_and_scales_alone_as_the_guard_inside_it() -> None:
+    both = guard.outliers(inner=guard.clip(2.0))
+    assert (both.weight(True), both.weight(False), both.scale(4.0)) == (1.0, 0.0, 0.5)
+
+
+@pytest.mark.parametrize("rounds", [WARMUP, 10 * WARMUP])
+def test_a_replica_that_leaps_is_left_out_and_the_others_share_its_weight(rounds: int) -> None:
+    norms = spoiled(noisy(999), rank=2, by=100.0)
+    weights = experienced(rounds).weigh(norms, ALL, FULL)
+    torch.testing.assert_close(weights, only(norms, [0, 1, 3]))
+    assert not weights[2].any()
+
+
+def test_one_module_of_a_replica_can_be_left_out_alone() -> None:
+    norms = noisy(999)
+    norms[2, 1] *= 100.0
+    weights = experienced().weigh(norms, ALL, FULL)
+    assert (weights == 0).nonzero().tolist() == [[2, 1]]
+    torch.testing.assert_close(weights.sum(dim=0), torch.ones(MODULES, dtype=torch.float64))
+
+
+def test_a_replica_is_compared_with_itself_and_not_with_the_others() -> None:
+    jury = fresh()
+    for seed in range(WARMUP):
+        jury.weigh(spoiled(noisy(seed), rank=2, by=100.0), ALL, FULL)
+    norms = spoiled(noisy(999), rank=2, by=100.0)
+    torch.testing.assert_close(jury.weigh(norms, ALL, FULL), only(norms, range(RANKS)))
+
+
+def test_a_norm_that_falls_is_good() -> None:
+    norms = spoiled(noisy(999), rank=2, by=0.01)
+    torch.testing.assert_close(experienced().weigh(norms, ALL, FULL), only(norms, range(RANKS)))
+
+
+def test_where_all_are_outliers_nobody_has_weight() -> None:
+    jury = experienced()
+    assert not jury.weigh(noisy(999, level=100.0), ALL, FULL).any()
+    assert (jury.weigh(noisy(1000), ALL, FULL) > 0).all()
+
+
+def test_during_warmup_nobody_is_left_out() -> None:
+    norms = spoiled(noisy(999), rank=2, by=100.0)
+    torch.testing.assert_close(
+        experienced(WARMUP - 1).weigh(norms, ALL, FULL), only(norms, range(RANKS))
+    )
+
+
+def test_an_outlier_hides_no_later_one() -> None:
+    jury = experienced()
+    for seed in range(5):
+        weights = jury.weigh(spoiled(noisy(100 + seed), rank=2, by=100.0), ALL, FULL)
+        assert not weights[2].any()
+
+
+def test_a_level_that_has_changed_for_good_is_learned() -> None:
+    jury = experienced(10 * WARMUP)
+    good = [bool(jury.weigh(noisy(seed, 2.0), ALL, FULL).all()) for seed in range(60)]
+    assert not good[0]
+    assert all(good[30:])
+
+
+@pytest.mark.parametrize("rounds", [0, WARMUP])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_contribution_that_is_not_finite_has_no_weight_and_teaches_nothing(
+    rounds: int, bad: float
+) -> None:
+    jury, other = experienced(rounds), experienced(rounds)
+    finite = torch.tensor([True, False, True, True])
+    norms = noisy(999)
+    norms[1] = bad
+    torch.testing.assert_close(jury.weigh(norms, finite, FULL), only(norms, [0, 2, 3]))
+    other.weigh(spoiled(noisy(999), rank=1, by=7.0), finite, FULL)
+    after = noisy(1000)
+    assert torch.equal(jury.weigh(after, ALL, FULL), other.weigh(after, ALL, FULL))
+
+
+def test_where_nothing_is_finite_nobody_has_weight() -> None:
+    norms = torch.full((RANKS, MODULES), math.nan, dtype=torch.float64)
+    assert torch.equal(fresh().weigh(norms, ~ALL, FULL), torch.zeros_like(norms))
+
+
+def test_weights_are_in_proportion_to_work() -> None:
+    work = torch.tensor([1.0, 0.5, 0.0, 0.25], dtype=torch.float64)
+    level = torch.ones(RANKS, MODULES, dtype=torch.float64)
+    weights = fresh().weigh(level, ALL, work)
+    expected = torch.tensor([4 / 7, 2 / 7, 0, 1 / 7], dtype=torch.float64)
+    torch.testing.assert_close(weights, expected.unsqueeze(1).expand(-1, MODULES))
+
+
+def test_large_norms_do_not_underflow_to_no_weight() -> None:
+    weights = fresh().weigh(noisy(0, level=1e30), ALL, FULL)
+    torch.testing.assert_close(weights.sum(dim=0), torch.ones(MODULES, dtype=torch.float64))
+
+
+def test_a_module_that_has_never_moved_may_begin_to() -> None:
+    jury = fresh()
+    still = torch.zeros(RANKS, MODULES, dtype=torch.float64)
+    for _ in range(2 * WARMUP):
+        jury.weigh(still, ALL, FULL)
+    assert (jury.weigh(noisy(0), ALL, FULL) > 0).all()
+
+
+@given(
+    norms=st.lists(
+        st.floats(0.0, 1e6) | st.sampled_from([math.nan, math.inf]), min_size=12, max_size=12
+    ),
+    finite=st.lists(st.booleans(), min_size=RANKS, max_size=RANKS),
+    work=st.lists(st.floats(0.0, 1.0), min_size=RANKS, max_size=RANKS),
+    rounds=st.sampled_from([0, 3, WARMUP]),
+)
+def test_weights_of_a_module_sum_to_one_or_to_nothing(
+    norms: list[float], finite: list[bool], work: list[float], rounds: int
+) -> None:
+    given_norms = torch.tensor(norms, dtype=torch.float64).view(RANKS, MODULES)
+    given_work = torch.tensor(work, dtype=torch.float64)
+    weights = experienced(rounds).weigh(given_norms, torch.tensor(finite), given_work)
+    assert (weights >= 0).all()
+    for total in weights.sum(dim=0).tolist():
+        assert total == 0 or total == pytest.approx(1.0)
+    idle = ~torch.tensor(finite) | (given_work == 0)
+    assert not weights[idle].any()
+
+
+def test_a_modules_mean_is_limited_on_its_own() -> None:
+    jury = fresh(max_norm=10.0)
+    norms = torch.tensor([5.0, 40.0, 0.0], dtype=torch.float64)
+    assert jury.scale(norms).tolist() == [1.0, 0.25, 1.0]
+
+
+@pytest.mark.parametrize("rounds", [0, 5, 3 * WARMUP])
+def test_a_jurys_memory_is_resumed_to_the_bit(rounds: int) -> None:
+    jury, twin = experienced(rounds), fresh()
+    twin.load_state_dict(unpack(*pack(jury.state_dict())))
+    for seed in range(1000, 1000 + 2 * WARMUP):
+        norms = spoiled(noisy(seed), rank=seed % RANKS, by=1.0 + seed % 3)
+        assert torch.equal(jury.weigh(norms, ALL, FULL), twin.weigh(norms, ALL, FULL))
+
+
+def test_a_saved_memory_does_not_change_as_the_jury_learns() -> None:
+    jury = experienced(3)
+    state = jury.state_dict()
+    before = {name: value.clone() for name, value in state.items()}
+    jury.weigh(noisy(0), ALL, FULL)
+    assert all(torch.equal(state[name], before[name]) for name in before)
+
+
+def test_a_memory_of_other_ranks_is_refused() -> None:
+    other = guard.outliers(warmup=WARMUP).jury(RANKS + 1, MODULES)
+    assert other is not None
+    with pytest.raises(ValueError, match=r"must be of shape \(4, 3\), got 'seen' of \(5, 3\)"):
+        fresh().load_state_dict(other.state_dict())
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"threshold": 0.0}, r"threshold must be above 0, got 0\.0"),
+    ({"threshold": math.nan}, "threshold must be above 0, got nan"),
+    ({"decay": 0.0}, r"decay must be above 0 and at most 1, got 0\.0"),
+    ({"decay": 1.5}, r"decay must be above 0 and at most 1, got 1\.5"),
+    ({"warmup": 0}, "warmup must be at least 1 synchronization, got 0"),
+    ({"max_norm": -1.0}, r"max_norm must be above 0, got -1\.0"),
+    ({"inner": guard.outliers()}, "inner must be a guard without a jury, got outliers"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_what_makes_no_sense_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        guard.outliers(**arguments)

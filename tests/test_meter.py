@@ -1,7 +1,10 @@
 """The meter counts what is sent, by purpose and by synchronization."""
 
 import math
+import pickle
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import postlocal
 from postlocal import strategies, virtual
 from postlocal.group import Group
-from postlocal.meter import Meter, Purpose
+from postlocal.meter import Meter, Purpose, SyncRecord
 from tests.models import batches, mlp, sgd, train_step
 
 Ranks = Callable[..., list[Any]]
@@ -30,9 +33,10 @@ def test_totals_are_sums_and_a_record_holds_what_was_sent_within_it(
     meter = Meter()
     for purpose, size in outside:
         meter.count(purpose, size)
-    with meter.sync(step=3, level="world") as record:
-        for purpose, size in inside:
-            meter.count(purpose, size)
+    record = SyncRecord(step=3, level="world")
+    for purpose, size in inside:
+        meter.count(purpose, size, record)
+    meter.close(record)
     meter.count("gradients", 1)
     within = sum(size for _, size in inside)
     assert sum(record.payload_bytes.values()) == within
@@ -42,33 +46,56 @@ def test_totals_are_sums_and_a_record_holds_what_was_sent_within_it(
 def test_only_the_latest_records_are_kept_and_all_are_counted() -> None:
     meter = Meter(history=2)
     for step in range(5):
-        with meter.sync(step, "world") as record:
-            record.excluded = (0, 2)
+        meter.close(SyncRecord(step, "world", excluded=(0, 2)))
     assert [record.step for record in meter.records] == [3, 4]
     assert (meter.syncs, meter.excluded) == (5, 10)
 
 
-def test_a_sync_that_fails_is_no_record_and_leaves_nothing_open() -> None:
-    meter = Meter()
-    with pytest.raises(KeyError), meter.sync(4, "world") as record:
+def test_time_in_a_block_that_fails_is_not_counted() -> None:
+    meter, record = Meter(), SyncRecord(4, "world")
+    with pytest.raises(KeyError), meter.waiting(record):
         raise KeyError
+    assert (meter.wait_seconds, record.wait_seconds) == (0, 0)
+
+
+def test_waiting_is_counted_for_the_run_and_for_the_synchronization() -> None:
+    meter, record = Meter(), SyncRecord(4, "world")
+    for _ in range(2):
+        with meter.waiting(record):
+            time.sleep(0.01)
+    meter.wait(1.0)
+    assert record.wait_seconds >= 0.02
+    assert meter.wait_seconds == pytest.approx(1.0 + record.wait_seconds)
+
+
+def test_threads_count_together() -> None:
+    meter, record = Meter(), SyncRecord(4, "world")
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(400):
+            pool.submit(meter.count, "parameters", 1, record)
+    assert (meter.total_bytes, record.payload_bytes) == (400, {"parameters": 400})
+
+
+def test_a_meter_survives_pickling() -> None:
+    meter = Meter()
     meter.count("control", 7)
-    assert (meter.syncs, len(meter.records), record.payload_bytes) == (0, 0, {})
+    again = pickle.loads(pickle.dumps(meter))
+    again.count("control", 1)
+    assert (again.total_bytes, meter.total_bytes) == (8, 7)
 
 
 def test_counting_goes_on_after_a_resume() -> None:
     meter, again = Meter(), Meter()
-    with meter.sync(4, "node") as record:
-        meter.count("parameters", 100)
-        record.excluded = (1,)
+    meter.count("parameters", 100)
+    meter.close(SyncRecord(4, "node", excluded=(1,)))
     again.load_state_dict(meter.state_dict())
     again.count("parameters", 11)
-    with again.sync(8, "node"):
-        again.wait(1.0)
+    again.wait(1.0, last := SyncRecord(8, "node"))
+    again.close(last)
     assert again.payload_bytes == {"parameters": 111}
     assert meter.payload_bytes == {"parameters": 100}
     assert (again.syncs, again.excluded, len(again.records)) == (2, 1, 1)
-    assert again.wait_seconds > 1.0 + meter.wait_seconds
+    assert again.wait_seconds == 1.0
 
 
 WIDE = 2**20 + 3

@@ -35,7 +35,8 @@ def moved(anchor: Anchor, parameter: Tensor, by: Tensor, inner_lr: float = 0.1) 
     """The parameter after local steps that moved it by ``by``, and one outer step."""
     with torch.no_grad():
         parameter.add_(by)
-        anchor.step(anchor.pseudo_gradients(), inner_lr)
+        anchor.step(anchor.pseudo_gradients(), step=0, inner_lr=inner_lr)
+        anchor.give()
     return parameter.detach().clone()
 
 
@@ -130,7 +131,8 @@ def test_small_outer_steps_add_up_where_parameters_are_too_coarse_to_show_them()
     parameter = torch.ones(1, dtype=torch.bfloat16)
     anchor = Anchor({"p": parameter}, outer.nesterov(0.1, 0.0))
     for _ in range(20):
-        anchor.step([torch.full((1,), 0.01)], 0.1)
+        anchor.step([torch.full((1,), 0.01)], step=0, inner_lr=0.1)
+        anchor.give()
     assert float(anchor.tensors["p"]) == pytest.approx(0.98)
     assert float(parameter) == pytest.approx(0.98, abs=2**-8)
 
@@ -140,23 +142,104 @@ def test_the_last_agreed_values_can_be_taken_back() -> None:
     anchor = Anchor({"p": parameter}, outer.nesterov())
     parameter.fill_(float("nan"))
     anchor.pseudo_gradients()
-    anchor.restore()
+    anchor.give()
     assert torch.equal(parameter, noise(0))
 
 
-BAD: list[tuple[Callable[..., Any], tuple[float, float], str]] = [
+STEPS = st.integers(0, 10**6)
+DECAYS = st.sampled_from([outer.cosine, outer.linear])
+
+
+@given(decay=DECAYS, warmup=st.integers(0, 50), length=st.integers(1, 500), final=st.floats(0, 1))
+def test_a_decay_rises_to_one_then_falls_to_its_final_value(
+    decay: Any, warmup: int, length: int, final: float
+) -> None:
+    total = warmup + length
+    factor = decay(total, final, warmup)
+    values = [factor(step) for step in range(total + 10)]
+    assert values[: warmup + 1] == sorted(values[: warmup + 1])
+    assert values[warmup] == 1.0
+    assert values[warmup:] == sorted(values[warmup:], reverse=True)
+    assert values[total] == pytest.approx(final)
+    assert len(set(values[total:])) == 1
+    assert all(0 <= value <= 1 for value in values)
+
+
+@pytest.mark.parametrize("decay", [outer.cosine(100, 0.5), outer.linear(100, 0.5)])
+def test_a_decay_is_half_way_in_the_middle(decay: Callable[[int], float]) -> None:
+    assert decay(50) == pytest.approx(0.75)
+
+
+def test_pieces_are_taken_in_the_order_of_their_steps() -> None:
+    factor = outer.piecewise({200: 0.1, 0: 2.0, 100: 0.5})
+    assert [factor(step) for step in (0, 99, 100, 199, 200, 9999)] == [2, 2, 0.5, 0.5, 0.1, 0.1]
+    assert factor == outer.piecewise({0: 2.0, 100: 0.5, 200: 0.1})
+
+
+@given(step=STEPS)
+def test_factors_of_nested_schedules_multiply(step: int) -> None:
+    first, second = outer.cosine(1000, 0.1), outer.piecewise({300: 3.0})
+    both = outer.scheduled(outer.scheduled(outer.nesterov(), first), second)
+    assert outer.rate(both, step) == pytest.approx(first(step) * second(step))
+
+
+@pytest.mark.parametrize("name", OUTERS)
+def test_only_a_scheduled_outer_has_a_rate_of_its_own(name: str) -> None:
+    assert outer.rate(OUTERS[name], 10) == 1.0
+    assert outer.rate(outer.scheduled(OUTERS[name], outer.linear(20)), 10) == 0.5
+
+
+def test_a_schedule_leaves_the_optimizer_as_its_recipe_made_it() -> None:
+    plain, wrapped = outer.nesterov(), outer.scheduled(outer.nesterov(), outer.cosine(10))
+    assert wrapped([noise(0)]).state_dict() == plain([noise(0)]).state_dict()
+
+
+def test_a_scheduled_outer_prints_all_that_ranks_must_share() -> None:
+    text = repr(outer.scheduled(outer.nesterov(0.7), outer.piecewise({5: 0.5})))
+    assert text == (
+        "scheduled(inner=nesterov(lr=0.7, momentum=0.9), factor=piecewise(factors=((5, 0.5),)))"
+    )
+
+
+@pytest.mark.parametrize("bad", [-0.5, float("nan"), float("inf")])
+def test_a_factor_of_ones_own_that_makes_no_sense_is_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"got (-0\.5|nan|inf) at step 7"):
+        outer.rate(outer.scheduled(outer.nesterov(), lambda step: bad), 7)
+
+
+BAD: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
     (outer.nesterov, (0.0, 0.9), "outer lr must be above 0, got 0"),
     (outer.nesterov, (-1.0, 0.9), "outer lr must be above 0, got -1"),
     (outer.nesterov, (float("nan"), 0.9), "outer lr must be above 0, got nan"),
     (outer.nesterov, (0.7, 1.0), "outer momentum must be at least 0 and below 1, got 1"),
     (outer.slow_momentum, (0.0, 0.5), "outer lr must be above 0, got 0"),
     (outer.slow_momentum, (1.0, -0.1), "outer momentum must be at least 0 and below 1, got -0.1"),
+    (outer.cosine, (0,), "total must be at least 1 step, got 0"),
+    (outer.cosine, (10, 1.5), "final must be from 0 to 1, got 1.5"),
+    (outer.linear, (10, float("nan")), "final must be from 0 to 1, got nan"),
+    (
+        outer.linear,
+        (10, 0.0, 10),
+        r"warmup must be at least 0 steps and below total \(10\), got 10",
+    ),
+    (
+        outer.linear,
+        (10, 0.0, -1),
+        r"warmup must be at least 0 steps and below total \(10\), got -1",
+    ),
+    (outer.piecewise, ({},), "factors must name at least one step, got none"),
+    (outer.piecewise, ({-1: 0.5},), "factors must be of steps of at least 0, got -1"),
+    (
+        outer.piecewise,
+        ({5: -0.5},),
+        r"factors\[5\] must be a finite number of at least 0, got -0.5",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("make", "arguments", "message"), BAD)
 def test_what_is_out_of_range_is_refused(
-    make: Callable[..., Any], arguments: tuple[float, float], message: str
+    make: Callable[..., Any], arguments: tuple[Any, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make(*arguments)

@@ -7,7 +7,9 @@ from importlib.metadata import version
 
 from postlocal import (
     checkpoint,
+    codec,
     errors,
+    fragments,
     guard,
     meter,
     outer,
@@ -40,7 +42,9 @@ __all__ = [
     "__version__",
     "attach",
     "checkpoint",
+    "codec",
     "errors",
+    "fragments",
     "guard",
     "meter",
     "outer",

@@ -1,23 +1,23 @@
 """The parameters last agreed on, and the outer optimizer that moves them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from postlocal.outer import Outer
+from postlocal.outer import Outer, rate
 
 
 class Anchor:
-    """An fp32 copy of the parameters (fp64 for fp64 ones), and the outer optimizer's state.
-
-    Pseudo-gradients of parameters that are as precise as the anchor need no memory: they take the
-    parameters' own place until the outer step gives new ones.
+    """An fp32 copy of parameters (fp64 for fp64 ones), and the outer optimizer's state.
 
     Args:
-        parameters: the replica's, by name; they are changed in place.
+        parameters: those of a replica, or some of them, by name; they are changed in place.
         outer: makes the outer optimizer.
+
+    Attributes:
+        tensors: the copies, by name.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], outer: Outer) -> None:
@@ -26,31 +26,73 @@ class Anchor:
             name: parameter.detach().to(_wide(parameter), copy=True)
             for name, parameter in parameters.items()
         }
+        self._recipe = outer
         self._outer = outer(list(self.tensors.values()))
+        self._base_lrs = [group["lr"] for group in self._outer.param_groups]
 
-    def pseudo_gradients(self) -> list[Tensor]:
-        """Anchor minus parameters. What the parameters held is lost until `step` or `restore`."""
-        return [
-            torch.sub(anchor, parameter, out=parameter)
-            if parameter.dtype == anchor.dtype
-            else anchor - parameter
-            for anchor, parameter in zip(self.tensors.values(), self._parameters, strict=True)
-        ]
+    def pseudo_gradients(self, out: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Anchor minus parameters.
 
-    def step(self, pseudo_gradients: Sequence[Tensor], inner_lr: float) -> None:
-        """Take one outer step, and give the parameters the anchor's new values."""
-        for group in self._outer.param_groups:
+        Args:
+            out: where to write them, in the anchor's shapes and dtypes. None: pseudo-gradients of
+                parameters that are as precise as the anchor take the parameters' own memory, and
+                what these held is lost until `give`.
+        """
+        if out is None:
+            out = [
+                parameter if parameter.dtype == anchor.dtype else torch.empty_like(anchor)
+                for anchor, parameter in self._pairs()
+            ]
+        for (anchor, parameter), difference in zip(self._pairs(), out, strict=True):
+            torch.sub(anchor, parameter, out=difference)
+        return list(out)
+
+    def step(
+        self,
+        pseudo_gradients: Sequence[Tensor],
+        step: int,
+        inner_lr: float,
+        resting: Collection[str] = (),
+    ) -> None:
+        """Take one outer step; the parameters are left alone.
+
+        Args:
+            pseudo_gradients: in the order of the parameters.
+            step: the clock's, for outer learning rates that follow it.
+            inner_lr: the inner optimizer's learning rate.
+            resting: names of parameters whose anchor stays where it is, momentum and all.
+        """
+        factor = rate(self._recipe, step)
+        for group, lr in zip(self._outer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = lr * factor
             if "inner_lr" in group:
                 group["inner_lr"] = inner_lr
-        for anchor, gradient in zip(self.tensors.values(), pseudo_gradients, strict=True):
-            anchor.grad = gradient
+        for (name, anchor), gradient in zip(self.tensors.items(), pseudo_gradients, strict=True):
+            anchor.grad = None if name in resting else gradient
         self._outer.step()
         self._outer.zero_grad(set_to_none=True)
-        self.restore()
 
-    def restore(self) -> None:
-        """Give the parameters the anchor's values."""
-        torch._foreach_copy_(self._parameters, list(self.tensors.values()))
+    def give(self, mix: float = 0.0, wholly: Collection[str] = ()) -> None:
+        """Give the parameters the anchor's values, and keep a share ``mix`` of their own.
+
+        Args:
+            mix: share of its own value that a parameter keeps, 0 to 1.
+            wholly: names of parameters that keep none of it.
+        """
+        if mix == 0:
+            torch._foreach_copy_(self._parameters, list(self.tensors.values()))
+            return
+        for name, (anchor, parameter) in zip(self.tensors, self._pairs(), strict=True):
+            if name in wholly:
+                parameter.copy_(anchor)
+            elif parameter.dtype == anchor.dtype:
+                parameter.lerp_(anchor, 1 - mix)
+            else:
+                parameter.copy_(anchor.lerp(parameter.to(anchor.dtype), mix))
+
+    def take(self) -> None:
+        """Take the parameters' values."""
+        torch._foreach_copy_(list(self.tensors.values()), self._parameters)
 
     def state_dict(self) -> dict[str, Any]:
         """The anchor's tensors, not copied, and the outer optimizer's state."""
@@ -62,6 +104,9 @@ class Anchor:
             for name, anchor in self.tensors.items():
                 anchor.copy_(state["tensors"][name])
         self._outer.load_state_dict(state["outer"])
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.tensors.values(), self._parameters, strict=True))
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -2,16 +2,13 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
 
 import torch
 from torch import Tensor
 
 from postlocal.errors import DisagreementError
 from postlocal.group import Group
-
-_FIELDS = ("weight", "buffer_weight", "square", "step", "planned", "lr", "layout")
-BYTES = 8 * len(_FIELDS)
-"""Bytes that one rank tells each other one."""
 
 
 def layout_number(lines: Sequence[str]) -> int:
@@ -25,76 +22,117 @@ def layout_number(lines: Sequence[str]) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=6).digest())
 
 
+@dataclass(frozen=True)
+class Vote:
+    """What one rank says.
+
+    Attributes:
+        weight: of its contribution in the mean.
+        buffer_weight: of its buffers in theirs.
+        finite: whether all values of its contribution are.
+        work: share of the round's steps that it did.
+        step: steps it has taken.
+        planned: steps of the round that it plans next.
+        lr: its learning rate, for messages.
+        layout: a `layout_number` of what has to be the same on all ranks.
+    """
+
+    weight: float = 1.0
+    buffer_weight: float = 1.0
+    finite: bool = True
+    work: float = 1.0
+    step: int = 0
+    planned: int = 0
+    lr: float = 0.0
+    layout: int = 0
+
+
+_FIELDS = tuple(field.name for field in fields(Vote))
+
+
 class Ballot:
     """One row of numbers a rank, exchanged while the tensors travel.
 
     Args:
         group: who synchronizes.
         device: where collectives of the group take tensors from.
-        weight: of this rank's contribution in the mean.
-        buffer_weight: of this rank's buffers in theirs.
-        square: squared norm of this rank's contribution.
-        step: steps this rank has taken.
-        planned: steps of the round that this rank plans next.
-        lr: this rank's learning rate, for messages.
-        layout: a `layout_number` of what has to be the same on all ranks.
+        vote: what this rank says.
+        squares: squared norms of this rank's contribution, module by module; as many on all ranks.
     """
 
     def __init__(
-        self,
-        group: Group,
-        device: torch.device,
-        *,
-        weight: float,
-        buffer_weight: float,
-        square: float,
-        step: int,
-        planned: int,
-        lr: float,
-        layout: int,
+        self, group: Group, device: torch.device, vote: Vote, squares: Sequence[float] = ()
     ) -> None:
-        self.weight = weight
-        self._buffer_weight = buffer_weight
-        values = [weight, buffer_weight, square, step, planned, lr, layout]
-        row = torch.tensor(values, dtype=torch.float64)
-        self._output = torch.empty(group.size * len(_FIELDS), dtype=torch.float64, device=device)
+        self.vote = vote
+        self._size = group.size
+        row = torch.tensor([*map(float, astuple(vote)), *squares], dtype=torch.float64)
+        self._output = torch.empty(group.size * len(row), dtype=torch.float64, device=device)
         self._work = group.all_gather(self._output, row.to(device))
         self._rows: Tensor | None = None
+        self.payload_bytes = row.nbytes * (group.size - 1)
+
+    @classmethod
+    def counted(cls, rows: Tensor, rank: int) -> "Ballot":
+        """A ballot whose `rows` are known, as rank ``rank`` of the group saw it."""
+        ballot = cls.__new__(cls)
+        ballot._rows = rows
+        ballot._size = len(rows)
+        ballot.payload_bytes = rows[0].nbytes * (len(rows) - 1)
+        said = dict(zip(_FIELDS, rows[rank].tolist(), strict=False))
+        kinds = {field.name: field.type for field in fields(Vote)}
+        ballot.vote = Vote(**{name: kinds[name](value) for name, value in said.items()})  # type: ignore[operator]
+        return ballot
+
+    @property
+    def rows(self) -> Tensor:
+        """All that was said, one row a rank, fp64.
+
+        Raises:
+            PeerError: if a rank did not take part in time.
+            DisagreementError: if ranks are at different steps, or plan different rounds.
+        """
+        if self._rows is None:
+            self._work.wait()
+            self._rows = self._output.cpu().view(self._size, -1)
+            self._check_clocks()
+        return self._rows
+
+    @property
+    def finite(self) -> Tensor:
+        """Whose contributions are finite, shape ``(ranks,)``, bool."""
+        return self._column("finite") > 0
+
+    @property
+    def work(self) -> Tensor:
+        """Shares of the round's steps, shape ``(ranks,)``, fp64."""
+        return self._column("work")
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights of contributions, shape ``(ranks,)``, fp64."""
+        return self._column("weight")
+
+    @property
+    def squares(self) -> Tensor:
+        """Squared norms of contributions, shape ``(ranks, modules)``, fp64."""
+        return self.rows[:, len(_FIELDS) :]
 
     def total_weight(self) -> float:
         """Sum of all weights; 1 where all are 0 (and so is the sum of the contributions)."""
-        return float(self._column("weight").sum()) or 1.0
+        return float(self.weights.sum()) or 1.0
 
     def buffer_weights(self) -> tuple[float, float]:
         """This rank's buffers' weight and the sum of all; all are 1 where none is above 0."""
         total = float(self._column("buffer_weight").sum())
-        return (self._buffer_weight, total) if total else (1.0, float(len(self._wait())))
-
-    @property
-    def excluded(self) -> tuple[int, ...]:
-        """Ranks of the group whose contribution has no weight."""
-        return tuple((self._column("weight") == 0).nonzero().flatten().tolist())
+        return (self.vote.buffer_weight, total) if total else (1.0, float(self._size))
 
     @property
     def unanimous(self) -> bool:
         """Whether all ranks have the same layout of optimizer state."""
         return bool((self._column("layout") == self._column("layout")[0]).all())
 
-    def mean_square(self) -> float:
-        """Weighted mean of the contributions' squared norms."""
-        weights = self._column("weight")
-        squares = self._column("square").where(weights > 0, 0.0)
-        return float((weights * squares).sum()) / self.total_weight()
-
     def _column(self, name: str) -> Tensor:
-        return self._wait()[:, _FIELDS.index(name)]
-
-    def _wait(self) -> Tensor:
-        if self._rows is None:
-            self._work.wait()
-            self._rows = self._output.cpu().view(-1, len(_FIELDS))
-            self._check_clocks()
-        return self._rows
+        return self.rows[:, _FIELDS.index(name)]
 
     def _check_clocks(self) -> None:
         steps, planned, lrs = (self._column(name) for name in ("step", "planned", "lr"))

@@ -3,10 +3,52 @@
 A guard decides two things at each synchronization: the weight of a replica's contribution in the
 mean, and the factor by which the agreed pseudo-gradient is scaled before the outer step. Guards
 are frozen values; `clip` wraps another one.
+
+A guard that compares replicas with each other, or with how they were before, has a **jury**: it
+sees one norm of each replica and module, the same on all ranks, and remembers.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Jury(Protocol):
+    """Judges the contributions of all replicas together; the same on all ranks.
+
+    A **module** is a part of the parameters that is weighed on its own, such as a layer.
+    """
+
+    def weigh(self, norms: Tensor, finite: Tensor, work: Tensor) -> Tensor:
+        """Weights in the mean; called once at each synchronization.
+
+        Args:
+            norms: Euclidean norms of pseudo-gradients, fp64, ``(ranks, modules)``.
+            finite: whether all values of a rank's contribution are finite, bool, ``(ranks,)``.
+            work: share of the round's steps that a rank really took, from 0 to 1, fp64,
+                ``(ranks,)``.
+
+        Returns:
+            fp64, ``(ranks, modules)``: for each module they sum to 1 over ranks, or all are 0
+            where no contribution is good: the module keeps its anchor.
+        """
+        ...
+
+    def scale(self, norms: Tensor) -> Tensor:
+        """Factors on modules' mean pseudo-gradients, from their norms; both ``(modules,)``."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers, not copied."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved memory of as many ranks and modules."""
+        ...
 
 
 class Guard(Protocol):
@@ -23,6 +65,10 @@ class Guard(Protocol):
 
     def scale(self, norm: float) -> float:
         """Factor on the mean pseudo-gradient, from its Euclidean norm over all parameters."""
+        ...
+
+    def jury(self, ranks: int, modules: int) -> Jury | None:
+        """A new jury for so many ranks and modules; None where `weight` alone decides."""
         ...
 
 
@@ -43,6 +89,9 @@ class non_finite:
     def scale(self, norm: float) -> float:
         return 1.0
 
+    def jury(self, ranks: int, modules: int) -> Jury | None:
+        return None
+
 
 @dataclass(frozen=True)
 class trusting:
@@ -60,6 +109,9 @@ class trusting:
 
     def scale(self, norm: float) -> float:
         return 1.0
+
+    def jury(self, ranks: int, modules: int) -> Jury | None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -83,8 +135,7 @@ class clip:
     anchored = True
 
     def __post_init__(self) -> None:
-        if not self.max_norm > 0:
-            raise ValueError(f"max_norm must be above 0, got {self.max_norm}")
+        _check_max_norm(self.max_norm)
 
     def weight(self, finite: bool) -> float:
         return self.inner.weight(finite)
@@ -92,3 +143,139 @@ class clip:
     def scale(self, norm: float) -> float:
         before = self.inner.scale(norm)
         return before * min(1.0, self.max_norm / max(norm * before, 1e-38))
+
+    def jury(self, ranks: int, modules: int) -> Jury | None:
+        return self.inner.jury(ranks, modules)
+
+
+@dataclass(frozen=True)
+class outliers:
+    """Leaves out replicas whose pseudo-gradient is unlike their own before (arXiv 2412.07210, 3.3).
+
+    EDiT's pseudo-gradient penalty. Each module of each replica has a moving mean and variance of
+    its pseudo-gradient's norm. After ``warmup`` synchronizations a norm more than ``threshold``
+    standard deviations above the mean is an outlier, of weight 0; where z-scores have lately spread
+    by more than 1, so many times more. The others weigh as ``work * softmax(-norm)`` over ranks,
+    and the mean's norm is limited. A module in which all replicas are outliers keeps its anchor.
+
+    Differences from the paper: an outlier enters the statistics as if it lay at the limit, so that
+    one moves them little and a level that has really changed is learned; for the first
+    ``1 / decay`` synchronizations mean and variance are plain ones of all seen so far, which makes
+    them unbiased; a standard deviation counts as at least 1 % of the mean.
+
+    Args:
+        threshold: standard deviations above the mean that are still good, above 0.
+        decay: weight of the newest norm in mean and variance, above 0 and at most 1.
+        warmup: synchronizations before anything is an outlier, and the number of last z-scores
+            whose spread counts, at least 1.
+        max_norm: greatest Euclidean norm of a module's mean pseudo-gradient, above 0.
+        inner: the guard that weighs buffers, and scales all modules together; it has no jury.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+        >>> jury = outliers(warmup=8).jury(ranks=2, modules=1)
+        >>> finite, work = torch.tensor([True, True]), torch.ones(2, dtype=torch.float64)
+        >>> for round in range(8):
+        ...     norms = torch.tensor([[1.0], [1.0]], dtype=torch.float64)
+        ...     weights = jury.weigh(norms, finite, work)
+        >>> jury.weigh(norms * torch.tensor([[1.0], [100.0]]), finite, work)
+        tensor([[1.],
+                [0.]], dtype=torch.float64)
+    """
+
+    threshold: float = 3.0
+    decay: float = 0.02
+    warmup: int = 120
+    max_norm: float = 10.0
+    inner: Guard = field(default_factory=non_finite)
+    anchored = True
+
+    def __post_init__(self) -> None:
+        if not self.threshold > 0:
+            raise ValueError(f"threshold must be above 0, got {self.threshold}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must be above 0 and at most 1, got {self.decay}")
+        if self.warmup < 1:
+            raise ValueError(f"warmup must be at least 1 synchronization, got {self.warmup}")
+        _check_max_norm(self.max_norm)
+        if self.inner.jury(1, 1) is not None:
+            raise ValueError(f"inner must be a guard without a jury, got {self.inner}")
+
+    def weight(self, finite: bool) -> float:
+        return self.inner.weight(finite)
+
+    def scale(self, norm: float) -> float:
+        return self.inner.scale(norm)
+
+    def jury(self, ranks: int, modules: int) -> Jury | None:
+        return Outliers(self, ranks, modules)
+
+
+class Outliers:
+    """The jury of `outliers`: moving statistics of each replica's norms, by module."""
+
+    def __init__(self, recipe: outliers, ranks: int, modules: int) -> None:
+        self._recipe = recipe
+        zeros = torch.zeros(ranks, modules, dtype=torch.float64)
+        self._memory = {
+            "seen": zeros,
+            "mean": zeros.clone(),
+            "variance": zeros.clone(),
+            "scores": zeros.repeat(recipe.warmup, 1, 1),
+        }
+
+    def weigh(self, norms: Tensor, finite: Tensor, work: Tensor) -> Tensor:
+        counted = (finite & (work > 0)).unsqueeze(1) & norms.isfinite()
+        scores, limits = self._scores(norms), self._limits()
+        self._learn(norms.where(counted, 0.0), scores.where(counted, 0.0), limits, counted)
+        good = counted & (scores <= limits)
+        wishes = (work.log().unsqueeze(1) - norms).where(good, -math.inf)
+        return wishes.softmax(dim=0).nan_to_num(0.0)
+
+    def scale(self, norms: Tensor) -> Tensor:
+        return (self._recipe.max_norm / norms).clamp(max=1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._memory)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, mine in self._memory.items():
+            if state[name].shape != mine.shape:
+                raise ValueError(
+                    f"state of the guard must be of shape {tuple(mine.shape)}, got {name!r} of "
+                    f"{tuple(state[name].shape)}: it is of other ranks, modules or warmup"
+                )
+        self._memory = {name: state[name].clone() for name in self._memory}
+
+    def _scores(self, norms: Tensor) -> Tensor:
+        """z-scores; 0 during warm-up, and for a module that has never moved."""
+        mean = self._memory["mean"]
+        known = (self._memory["seen"] >= self._recipe.warmup) & (mean > 0)
+        return ((norms - mean) / self._deviation()).where(known, 0.0)
+
+    def _deviation(self) -> Tensor:
+        return self._memory["variance"].sqrt().maximum(0.01 * self._memory["mean"])
+
+    def _limits(self) -> Tensor:
+        spread = self._memory["scores"].std(dim=0, correction=0)
+        return self._recipe.threshold * spread.clamp(min=1.0)
+
+    def _learn(self, norms: Tensor, scores: Tensor, limits: Tensor, counted: Tensor) -> None:
+        seen, mean, variance, past = self._memory.values()
+        highest = (mean + limits * self._deviation()).where(scores > limits, math.inf)
+        seen = seen + counted
+        rate = (1 / seen).clamp(min=self._recipe.decay).where(counted, 0.0)
+        step = norms.minimum(highest) - mean
+        self._memory = {
+            "seen": seen,
+            "mean": mean + rate * step,
+            "variance": (1 - rate) * (variance + rate * step.square()),
+            "scores": torch.cat([past[1:], scores.minimum(limits).unsqueeze(0)]),
+        }
+
+
+def _check_max_norm(max_norm: float) -> None:
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be above 0, got {max_norm}")

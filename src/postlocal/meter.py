@@ -5,7 +5,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from threading import Lock
 from typing import Any, Literal
 
 Purpose = Literal["gradients", "parameters", "buffers", "optimizer", "control"]
@@ -16,8 +17,10 @@ class SyncRecord:
     """One synchronization.
 
     Attributes:
-        step: optimizer steps taken before it.
+        step: optimizer steps taken before it was launched.
         level: with whom.
+        fragment: number of the fragment, from 0; None for all parameters at once.
+        landed: optimizer steps taken before its result was applied; None until then.
         payload_bytes: bytes this rank sent, by purpose.
         wait_seconds: seconds that training stood still.
         drift: how far replicas were apart: root mean square distance from their mean, relative
@@ -27,14 +30,20 @@ class SyncRecord:
 
     step: int
     level: str
+    fragment: int | None = None
+    landed: int | None = None
     payload_bytes: dict[str, int] = field(default_factory=dict)
     wait_seconds: float = 0.0
     drift: float = math.nan
     excluded: tuple[int, ...] = ()
 
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as plain values."""
+        return asdict(self)
+
 
 class Meter:
-    """Counts what this rank sends and how long it waits.
+    """Counts what this rank sends and how long it waits; several threads may count at a time.
 
     Payload is what an algorithm sends, without the framing of any protocol below it.
 
@@ -47,12 +56,14 @@ class Meter:
         wait_seconds: seconds that training stood still for communication.
         syncs: number of synchronizations.
         excluded: number of contributions left out of a mean.
-        records: the latest synchronizations, oldest first.
+        records: the latest synchronizations, in the order in which they ended.
 
     Example:
         >>> meter = Meter()
-        >>> with meter.sync(step=16, level="world") as record:
-        ...     meter.count("parameters", 4096)
+        >>> record = SyncRecord(step=16, level="world")
+        >>> with meter.waiting(record):
+        ...     meter.count("parameters", 4096, record)
+        >>> meter.close(record)
         >>> meter.total_bytes, record.payload_bytes["parameters"], meter.syncs
         (4096, 4096, 1)
     """
@@ -63,35 +74,43 @@ class Meter:
         self.syncs = 0
         self.excluded = 0
         self.records: deque[SyncRecord] = deque(maxlen=history)
-        self._open: SyncRecord | None = None
+        self._lock = Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state, _lock=Lock())
 
     @property
     def total_bytes(self) -> int:
         """Bytes sent since the start, for every purpose."""
         return sum(self.payload_bytes.values())
 
-    def count(self, purpose: Purpose, payload_bytes: int) -> None:
-        """Add bytes sent, to the total and to the synchronization under way if there is one."""
-        self.payload_bytes[purpose] += payload_bytes
-        if self._open is not None:
-            before = self._open.payload_bytes.get(purpose, 0)
-            self._open.payload_bytes[purpose] = before + payload_bytes
+    def count(self, purpose: Purpose, payload_bytes: int, record: SyncRecord | None = None) -> None:
+        """Add bytes sent, to the total and to a synchronization's record."""
+        with self._lock:
+            self.payload_bytes[purpose] += payload_bytes
+            if record is not None:
+                before = record.payload_bytes.get(purpose, 0)
+                record.payload_bytes[purpose] = before + payload_bytes
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float, record: SyncRecord | None = None) -> None:
         """Add seconds that training stood still."""
-        self.wait_seconds += seconds
+        with self._lock:
+            self.wait_seconds += seconds
+            if record is not None:
+                record.wait_seconds += seconds
 
     @contextmanager
-    def sync(self, step: int, level: str) -> Iterator[SyncRecord]:
-        """Record the synchronization that happens inside the ``with`` block."""
-        record = self._open = SyncRecord(step, level)
+    def waiting(self, record: SyncRecord) -> Iterator[None]:
+        """Add the time that the ``with`` block takes, unless it fails."""
         start = time.perf_counter()
-        try:
-            yield record
-        finally:
-            self._open = None
-        record.wait_seconds = time.perf_counter() - start
-        self.wait(record.wait_seconds)
+        yield
+        self.wait(time.perf_counter() - start, record)
+
+    def close(self, record: SyncRecord) -> None:
+        """Keep the record of a synchronization that has ended."""
         self.syncs += 1
         self.excluded += len(record.excluded)
         self.records.append(record)

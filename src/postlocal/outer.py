@@ -4,9 +4,18 @@ The **anchor** is the parameters last agreed on. At a synchronization its gradie
 pseudo-gradient, anchor minus mean of the replicas, and the outer optimizer takes one step. So an
 outer optimizer is any function from the anchor's tensors to a `torch.optim.Optimizer`, torch's
 own among them: ``functools.partial(torch.optim.Adam, lr=0.01)``.
+
+`scheduled` wraps one, to have its learning rate follow the step: a **factor** is any function from
+the number of steps taken to a number, 1 for the learning rate as it is.
+
+Example:
+    >>> decaying = scheduled(nesterov(lr=0.7), cosine(total=1000, final=0.1))
+    >>> rate(decaying, step=500)
+    0.55
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,6 +114,145 @@ class slow_momentum:
         return SlowMomentum(anchor, self.lr, self.momentum)
 
 
+@dataclass(frozen=True)
+class scheduled:
+    """Another outer optimizer, its learning rate multiplied by a factor that follows the step.
+
+    Args:
+        inner: the outer optimizer; all of its parameter groups have an ``"lr"``.
+        factor: from the number of inner steps taken to a factor, at least 0; a pure function. At
+            0 an outer step leaves the anchor where it was: what replicas did in that round is lost.
+
+    Example:
+        >>> halved = scheduled(nesterov(), piecewise({1000: 0.5}))
+        >>> [rate(halved, step) for step in (999, 1000)]
+        [1.0, 0.5]
+    """
+
+    inner: Outer
+    factor: Callable[[int], float]
+
+    def __call__(self, anchor: Sequence[Tensor]) -> Optimizer:
+        return self.inner(anchor)
+
+
+def rate(outer: Outer, step: int) -> float:
+    """Factor on an outer optimizer's learning rate after ``step`` inner steps; 1 if unscheduled.
+
+    Nested ones multiply.
+
+    Raises:
+        ValueError: if a factor is negative or not finite.
+
+    Example:
+        >>> rate(nesterov(), step=10)
+        1.0
+    """
+    if not isinstance(outer, scheduled):
+        return 1.0
+    factor = outer.factor(step)
+    if not 0 <= factor < math.inf:
+        raise ValueError(
+            f"outer lr factor must be a finite number of at least 0, got {factor} at step {step} "
+            f"from {outer.factor}"
+        )
+    return factor * rate(outer.inner, step)
+
+
+@dataclass(frozen=True)
+class cosine:
+    """A factor that falls from 1 to ``final`` along half a cosine (arXiv 1608.03983, equation 5).
+
+    Args:
+        total: step at which ``final`` is reached, and kept.
+        final: the last factor, from 0 to 1.
+        warmup: number of first steps in which the factor rises from 0 in a straight line, at
+            least 0 and below ``total``.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+        >>> [round(cosine(total=100, final=0.2)(step), 3) for step in (0, 50, 100, 200)]
+        [1.0, 0.6, 0.2, 0.2]
+    """
+
+    total: int
+    final: float = 0.0
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        _check_decay(self.total, self.final, self.warmup)
+
+    def __call__(self, step: int) -> float:
+        done = _share(step - self.warmup, self.total - self.warmup)
+        fallen = (1 - math.cos(math.pi * done)) / 2
+        return _share(step, self.warmup) * (1 - (1 - self.final) * fallen)
+
+
+@dataclass(frozen=True)
+class linear:
+    """A factor that falls from 1 to ``final`` in a straight line.
+
+    Args:
+        total: step at which ``final`` is reached, and kept.
+        final: the last factor, from 0 to 1.
+        warmup: number of first steps in which the factor rises from 0 in a straight line, at
+            least 0 and below ``total``.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+        >>> [linear(total=100, final=0.5, warmup=20)(step) for step in (10, 20, 60, 100)]
+        [0.5, 1.0, 0.75, 0.5]
+    """
+
+    total: int
+    final: float = 0.0
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        _check_decay(self.total, self.final, self.warmup)
+
+    def __call__(self, step: int) -> float:
+        done = _share(step - self.warmup, self.total - self.warmup)
+        return _share(step, self.warmup) * (1 - (1 - self.final) * done)
+
+
+@dataclass(frozen=True, init=False)
+class piecewise:
+    """A factor that changes at given steps; 1 before the first of them.
+
+    Args:
+        factors: step, at least 0 -> factor from there on, at least 0.
+
+    Raises:
+        ValueError: if there are none, or one is out of its range.
+
+    Example:
+        >>> [piecewise({100: 0.5, 200: 0.1})(step) for step in (99, 100, 250)]
+        [1.0, 0.5, 0.1]
+    """
+
+    factors: tuple[tuple[int, float], ...]
+
+    def __init__(self, factors: Mapping[int, float]) -> None:
+        object.__setattr__(self, "factors", tuple(sorted(factors.items())))
+        if not self.factors:
+            raise ValueError("factors must name at least one step, got none")
+        for step, factor in self.factors:
+            if step < 0:
+                raise ValueError(f"factors must be of steps of at least 0, got {step}")
+            if not 0 <= factor < math.inf:
+                raise ValueError(
+                    f"factors[{step}] must be a finite number of at least 0, got {factor}"
+                )
+
+    def __call__(self, step: int) -> float:
+        return next((factor for start, factor in reversed(self.factors) if step >= start), 1.0)
+
+
 class SlowMomentum(Optimizer):
     """The outer optimizer of SlowMo, Algorithm 1, lines 7 and 8 (arXiv 1910.00643).
 
@@ -141,3 +289,17 @@ def _check(lr: float, momentum: float) -> None:
         raise ValueError(f"outer lr must be above 0, got {lr}")
     if not 0 <= momentum < 1:
         raise ValueError(f"outer momentum must be at least 0 and below 1, got {momentum}")
+
+
+def _check_decay(total: int, final: float, warmup: int) -> None:
+    if total < 1:
+        raise ValueError(f"total must be at least 1 step, got {total}")
+    if not 0 <= final <= 1:
+        raise ValueError(f"final must be from 0 to 1, got {final}")
+    if not 0 <= warmup < total:
+        raise ValueError(f"warmup must be at least 0 steps and below total ({total}), got {warmup}")
+
+
+def _share(step: int, steps: int) -> float:
+    """How much of some steps is done, from 0 to 1; all of no steps."""
+    return min(1.0, max(0.0, step / steps)) if steps else 1.0

@@ -27,9 +27,11 @@ class Metrics:
       (of all workers, from the start), ``tokens_per_second``, ``payload_bytes``,
       ``ddp_payload_bytes`` (what plain fp32 DDP would have sent), ``train_seconds``,
       ``wait_seconds``.
-    - ``sync``: ``level``, ``payload_bytes`` (of this synchronization, by purpose),
-      ``wait_seconds`` (of this one), ``drift`` (root mean square distance of replicas from their
-      mean, relative to its norm; null if unknown), ``excluded`` (ranks left out).
+    - ``sync`` (``step`` is that of its launch): ``level``, ``fragment`` (its number; null for all
+      parameters at once), ``landed`` (step after which it was applied), ``payload_bytes`` (of this
+      synchronization, by purpose), ``wait_seconds`` (of this one), ``drift`` (root mean square
+      distance of replicas from their mean, relative to its norm; null if unknown), ``excluded``
+      (ranks left out).
     - ``eval``: ``val_loss`` (nats a byte, on agreed parameters), ``payload_bytes``,
       ``train_seconds``.
 

@@ -7,6 +7,9 @@ same function with the same two numbers, all get the same round.
 Any callable of that form is a schedule. The ones below are frozen values that are called like
 functions (as `itertools.count` is), so that they compare, print and travel between processes.
 
+What replicas did can have a say too, as one number that all ranks know: `adaptive` changes a
+planned round by the drift measured at the end of the one before.
+
 Example:
     >>> from postlocal import schedule
     >>> when = schedule.post_local(warmup=100, then=schedule.periodic(16))
@@ -18,9 +21,9 @@ Example:
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 RANK = "rank"
 WORLD = "world"
@@ -62,6 +65,24 @@ class Schedule(Protocol):
         ...
 
 
+@runtime_checkable
+class Adapting(Protocol):
+    """What a schedule may have beside `Schedule`."""
+
+    def adapt(self, planned: Round, before: Round, drift: float) -> Round:
+        """The round to take after a synchronization, instead of the planned one.
+
+        Depends on nothing but its arguments, which are the same on all ranks.
+
+        Args:
+            planned: what the schedule itself gave.
+            before: the round that has just ended.
+            drift: root mean square distance of replicas from their mean at its end, relative to
+                the norm of the mean; it can be infinite or NaN.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class every_step:
     """Gradients are averaged over the world at every step: plain data-parallel training.
@@ -70,6 +91,8 @@ class every_step:
         >>> every_step()(step=7, lr=0.1)
         Round(steps=1, gradients='world', parameters=None)
     """
+
+    shortest = 1
 
     @property
     def levels(self) -> frozenset[str]:
@@ -109,6 +132,10 @@ class periodic:
     @property
     def levels(self) -> frozenset[str]:
         return Round(self.period, self.gradients, self.parameters).levels
+
+    @property
+    def shortest(self) -> int:
+        return self.period
 
     def __call__(self, step: int, lr: float) -> Round:
         return Round(self.period - step % self.period, self.gradients, self.parameters)
@@ -156,9 +183,12 @@ class hierarchical:
     def levels(self) -> frozenset[str]:
         return frozenset({level for level, _ in self.periods} | {self.gradients}) - {RANK}
 
+    @property
+    def shortest(self) -> int:
+        return self.periods[0][1]
+
     def __call__(self, step: int, lr: float) -> Round:
-        shortest = self.periods[0][1]
-        end = step - step % shortest + shortest
+        end = step - step % self.shortest + self.shortest
         due = [level for level, period in self.periods if end % period == 0]
         return Round(end - step, self.gradients, due[-1])
 
@@ -190,10 +220,18 @@ class post_local:
     def levels(self) -> frozenset[str]:
         return levels(self.then) | {WORLD}
 
+    @property
+    def shortest(self) -> int:
+        return shortest(self.then)
+
     def __call__(self, step: int, lr: float) -> Round:
         if step < self.warmup:
             return Round(self.warmup - step, WORLD, None)
         return self.then(step - self.warmup, lr)
+
+    def adapt(self, planned: Round, before: Round, drift: float) -> Round:
+        # Rounds of the warm-up synchronize no parameters, and have no drift to learn from.
+        return planned if before.parameters is None else adapt(self.then, planned, before, drift)
 
 
 @dataclass(frozen=True)
@@ -246,6 +284,10 @@ class quadratic:
     def levels(self) -> frozenset[str]:
         return Round(1, self.gradients, self.parameters).levels
 
+    @property
+    def shortest(self) -> int:
+        return min(self.base, self.initial or self.base)
+
     def __call__(self, step: int, lr: float) -> Round:
         return Round(self._period(step, lr), self.gradients, self.parameters)
 
@@ -257,6 +299,176 @@ class quadratic:
         period = min(max(self.base, wanted), left)
         # At a learning rate of zero and with no known end no period follows from the rule.
         return self.base if math.isinf(period) else math.floor(period + 1e-9)
+
+
+@dataclass(frozen=True)
+class growing:
+    """The period is multiplied by a factor after every so many rounds, whatever the learning rate.
+
+    A growing period goes with a learning rate that falls in stages (STL-SGD, arXiv 2006.06377);
+    arXiv 1910.13598 has a condition on periods that change from round to round.
+
+    Rounds end on a grid that only the arguments decide, also when one was cut short by an early
+    synchronization.
+
+    Args:
+        start: steps of the first rounds, at least 1.
+        factor: what the period is multiplied by, above 1; periods are rounded down.
+        every: number of rounds of equal length, at least 1.
+        limit: the longest period, at least ``start``; None: there is none.
+        gradients: level at which gradients are averaged within a round.
+        parameters: level of the synchronization.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+        >>> when = growing(start=2, every=2, limit=8)
+        >>> [each.steps for _, each in rollout(when, steps=40)]
+        [2, 2, 4, 4, 8, 8, 8, 4]
+    """
+
+    start: int
+    factor: float = 2.0
+    every: int = 1
+    limit: int | None = None
+    gradients: str = RANK
+    parameters: str = WORLD
+
+    def __post_init__(self) -> None:
+        _at_least_one("start", self.start)
+        if not 1 < self.factor < math.inf:
+            raise ValueError(f"factor must be a finite number above 1, got {self.factor}")
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1 round, got {self.every}")
+        if self.limit is not None and self.limit < self.start:
+            raise ValueError(f"limit must be at least start ({self.start} steps), got {self.limit}")
+
+    @property
+    def levels(self) -> frozenset[str]:
+        return Round(1, self.gradients, self.parameters).levels
+
+    @property
+    def shortest(self) -> int:
+        return self.start
+
+    def __call__(self, step: int, lr: float) -> Round:
+        begin, period = self._stage(step)
+        return Round(period - (step - begin) % period, self.gradients, self.parameters)
+
+    def _stage(self, step: int) -> tuple[int, int]:
+        """First step and period of the stage that a step is in."""
+        begin, length, limit = 0, float(self.start), self.limit or math.inf
+        # Multiplied time by time: unlike a power, the same bits on every machine.
+        while length < limit and begin + self.every * math.floor(length) <= step:
+            begin += self.every * math.floor(length)
+            length *= self.factor
+        return begin, math.floor(min(length, limit))
+
+
+@dataclass(frozen=True)
+class adaptive:
+    """The period follows the measured drift: longer rounds while replicas stay close.
+
+    After a synchronization the period is multiplied by ``target_drift`` over the drift measured,
+    by a half at least and by 2 at most. A drift that is infinite halves it, one of 0 doubles it,
+    and one that is NaN keeps it.
+
+    That divergence of replicas says when to synchronize is the idea of dynamic averaging (arXiv
+    1807.03210), where ranks watch a threshold at every step. Here the drift that is measured anyway
+    sets the next period, and ranks ask each other nothing in between.
+
+    Args:
+        target_drift: root mean square distance of replicas from their mean at the end of a round,
+            relative to the norm of the mean; above 0.
+        initial: steps of the first round, from ``shortest`` to ``longest``.
+        shortest: the shortest period, at least 1.
+        longest: the longest period, at least ``shortest``.
+        gradients: level at which gradients are averaged within a round.
+        parameters: level of the synchronization.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+        >>> when = adaptive(target_drift=0.01, initial=16)
+        >>> first = when(step=0, lr=0.1)
+        >>> when.adapt(planned=when(step=16, lr=0.1), before=first, drift=0.008)
+        Round(steps=20, gradients='rank', parameters='world')
+    """
+
+    target_drift: float
+    initial: int
+    shortest: int = 1
+    longest: int = 1000
+    gradients: str = RANK
+    parameters: str = WORLD
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_drift < math.inf:
+            raise ValueError(
+                f"target_drift must be a finite number above 0, got {self.target_drift}"
+            )
+        _at_least_one("shortest", self.shortest)
+        if self.longest < self.shortest:
+            raise ValueError(
+                f"longest must be at least shortest ({self.shortest} steps), got {self.longest}"
+            )
+        if not self.shortest <= self.initial <= self.longest:
+            raise ValueError(
+                f"initial must be from shortest to longest ({self.shortest} to {self.longest} "
+                f"steps), got {self.initial}"
+            )
+
+    @property
+    def levels(self) -> frozenset[str]:
+        return Round(1, self.gradients, self.parameters).levels
+
+    def __call__(self, step: int, lr: float) -> Round:
+        return Round(self.initial, self.gradients, self.parameters)
+
+    def adapt(self, planned: Round, before: Round, drift: float) -> Round:
+        wanted = round(before.steps * self._change(drift))
+        return replace(planned, steps=min(max(wanted, self.shortest), self.longest))
+
+    def _change(self, drift: float) -> float:
+        if math.isnan(drift):
+            return 1.0
+        return 2.0 if drift == 0 else min(max(self.target_drift / drift, 0.5), 2.0)
+
+
+def adapt(schedule: Schedule, planned: Round, before: Round, drift: float) -> Round:
+    """The round to take after a synchronization: the planned one, unless the schedule adapts it.
+
+    Args:
+        schedule: the schedule that planned; it may be `Adapting`.
+        planned: what it gave for this step.
+        before: the round that has just ended.
+        drift: as in `Adapting`.
+
+    Example:
+        >>> adapt(periodic(16), planned=Round(16), before=Round(16), drift=0.5).steps
+        16
+        >>> adapt(adaptive(0.1, initial=16), planned=Round(16), before=Round(16), drift=0.5).steps
+        8
+    """
+    if not isinstance(schedule, Adapting):
+        return planned
+    return schedule.adapt(planned, before, drift)
+
+
+def shortest(schedule: Schedule) -> int:
+    """The least number of steps that a full round has where parameters are synchronized.
+
+    The schedules of this module know theirs; of any other callable only the first round is asked.
+    A round that is cut, by an early synchronization or the end of a run, can have fewer.
+
+    Example:
+        >>> shortest(post_local(warmup=100, then=hierarchical({"node": 4, "world": 16})))
+        4
+    """
+    known = getattr(schedule, "shortest", None)
+    return schedule(0, 1.0).steps if known is None else int(known)
 
 
 def levels(schedule: Schedule) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Named algorithms, each a composition of schedule, wire, outer optimizer and guard.
+"""Named algorithms, each a composition of schedule, wire, outer optimizer, fragments and guard.
 
 A `Strategy` is a frozen value. The functions below return one; `dataclasses.replace` varies it::
 
@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from postlocal import codec
+from postlocal import fragments as parts
 from postlocal import guard as guards
 from postlocal import outer as outers
 from postlocal import schedule as schedules
@@ -28,27 +30,31 @@ OptimizerState = Literal["keep", "average", "reset"]
 class Strategy:
     """When replicas communicate, how values travel, and what is done with their mean.
 
-    ``outer``, ``wire`` and ``guard.scale`` act where all replicas meet, at level ``"world"``.
-    Synchronizations of narrower levels, over the fast links, are plain fp32 averages.
+    ``outer``, ``wire``, ``fragments`` and ``guard.scale`` act where all replicas meet, at level
+    ``"world"``. Synchronizations of narrower levels, over the fast links, are plain fp32 averages.
 
     Args:
         schedule: when, and with whom.
         outer: what is done with the mean at level ``"world"``.
         wire: how parameters travel at level ``"world"``.
         gradient_wire: how gradients travel.
+        fragments: which parameters are synchronized together, and how long after they were sent
+            the result is applied.
         guard: weighs contributions and limits their mean.
         optimizer_state: what happens to the inner optimizer's state at a synchronization:
             ``"keep"`` it local, ``"average"`` it as well, or ``"reset"`` it.
         name: for tables and messages.
 
     Raises:
-        ValueError: if ``optimizer_state`` is none of the three.
+        ValueError: if ``optimizer_state`` is none of the three, or the delay of ``fragments`` is
+            as long as a round, or goes with averaged optimizer state.
     """
 
     schedule: schedules.Schedule
     outer: outers.Outer = field(default_factory=outers.average)
     wire: wires.Wire = field(default_factory=wires.fp32)
     gradient_wire: wires.Wire = field(default_factory=wires.fp32)
+    fragments: parts.Fragments = field(default_factory=parts.whole)
     guard: guards.Guard = field(default_factory=guards.non_finite)
     optimizer_state: OptimizerState = "keep"
     name: str = "custom"
@@ -59,12 +65,32 @@ class Strategy:
             raise ValueError(
                 f"optimizer_state must be one of {choices}, got {self.optimizer_state!r}"
             )
+        self._check_delay()
+
+    def _check_delay(self) -> None:
+        delay, shortest = self.fragments.delay, schedules.shortest(self.schedule)
+        if delay and delay >= shortest:
+            raise ValueError(
+                f"delay must be shorter than a round, of {shortest} steps in {self.schedule}, got "
+                f"{delay}: lower the delay of fragments, or take a longer period"
+            )
+        if delay and self.optimizer_state == "average":
+            raise ValueError(
+                "optimizer_state must be 'keep' or 'reset' where parameters are applied after a "
+                f"delay, got 'average' with a delay of {delay}: use delay=0, or keep it"
+            )
 
     @property
     def anchored(self) -> bool:
         """Whether the parameters last agreed on are kept, one fp32 copy of the model."""
         plain = isinstance(self.outer, outers.average)
-        return not plain or self.wire.lossy or self.guard.anchored
+        later = self.fragments.delay > 0 or self.fragments.mix > 0
+        return not plain or later or self.wire.lossy or self.guard.anchored
+
+    @property
+    def streams(self) -> bool:
+        """Whether parameters come in parts, late, or mixed, so that replicas always differ."""
+        return self.fragments.count > 1 or self.fragments.delay > 0 or self.fragments.mix > 0
 
     @property
     def fingerprint(self) -> str:
@@ -127,6 +153,93 @@ def diloco(period: int = 100, outer_lr: float = 0.7, outer_momentum: float = 0.9
     return Strategy(schedules.periodic(period), outer, name="diloco")
 
 
+def streaming_diloco(
+    period: int = 100,
+    fragments: int = 4,
+    delay: int = 1,
+    mix: float = 0.5,
+    order: parts.Order = "strided",
+    outer_lr: float = 0.4,
+    outer_momentum: float = 0.9,
+) -> Strategy:
+    """Streaming DiLoCo: fragments, overlap and 4 bits (Douillard et al., arXiv 2501.18512).
+
+    Replicas differ until ``finish``; evaluate within ``sync.agreed_parameters()``.
+
+    Args:
+        period: steps between two synchronizations of a fragment.
+        fragments: number of fragments, spread over the period.
+        delay: steps from sending a fragment to applying the result (tau); the paper goes up to 5.
+        mix: share of its own value that a replica then keeps (alpha).
+        order: how layers are dealt to fragments.
+        outer_lr: outer learning rate.
+        outer_momentum: outer Nesterov momentum.
+    """
+    return Strategy(
+        schedules.periodic(period),
+        outers.nesterov(outer_lr, outer_momentum),
+        wires.quantised(codec.fp4()),
+        fragments=parts.streaming(fragments, order, delay, mix),
+        name="streaming_diloco",
+    )
+
+
+def sparse_loco(
+    period: int = 30,
+    top_k: int = 64,
+    chunk: int = 4096,
+    bits: int = 2,
+    feedback: float = 0.95,
+    outer_lr: float = 1.0,
+) -> Strategy:
+    """SparseLoCo: the largest moves only, the rest remembered (Sarfi et al., arXiv 2508.15706).
+
+    Args:
+        period: steps a round.
+        top_k: values sent of each chunk.
+        chunk: values in a chunk.
+        bits: bits a value sent.
+        feedback: share of what was not sent that is added the next time (beta); it takes the
+            place of outer momentum.
+        outer_lr: outer learning rate.
+    """
+    wire = wires.gathered(codec.top_k(top_k, chunk, bits))
+    return Strategy(
+        schedules.periodic(period),
+        outers.nesterov(outer_lr, momentum=0.0),
+        wires.error_feedback(wire, feedback),
+        name="sparse_loco",
+    )
+
+
+def edit(
+    period: int = 128,
+    warmup: int = 0,
+    outer_lr: float = 0.7,
+    outer_momentum: float = 0.9,
+    max_norm: float = 10.0,
+) -> Strategy:
+    """EDiT: DiLoCo that weighs replicas by how far they went (Cheng et al., arXiv 2412.07210).
+
+    The paper shards the model too and synchronizes it layer by layer during the forward pass;
+    here all layers are synchronized together, and judged one by one.
+
+    Args:
+        period: steps a round.
+        warmup: number of synchronous steps before the first round.
+        outer_lr: outer learning rate; the default is DiLoCo's.
+        outer_momentum: outer Nesterov momentum; the default is DiLoCo's.
+        max_norm: greatest norm of a layer's mean pseudo-gradient.
+    """
+    schedule: schedules.Schedule = schedules.periodic(period)
+    return Strategy(
+        schedules.post_local(warmup, schedule) if warmup else schedule,
+        outers.nesterov(outer_lr, outer_momentum),
+        guard=guards.outliers(max_norm=max_norm),
+        name="edit",
+    )
+
+
 def qsr(alpha: float, base: int = 4, lr_warmup: int = 0, total: int | None = None) -> Strategy:
     """Quadratic synchronization rule: rounds grow as the learning rate falls (arXiv 2310.14423).
 
@@ -137,8 +250,11 @@ def qsr(alpha: float, base: int = 4, lr_warmup: int = 0, total: int | None = Non
 
 NAMED: Mapping[str, Callable[..., Strategy]] = {
     function.__name__: function
-    for function in (ddp, local_sgd, post_local_sgd, hierarchical, slowmo, diloco, qsr)
-}
+    for function in (
+        ddp, local_sgd, post_local_sgd, hierarchical, slowmo, diloco, streaming_diloco,
+        sparse_loco, edit, qsr,
+    )
+}  # fmt: skip
 """The functions above by name."""
 
 

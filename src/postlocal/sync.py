@@ -1,36 +1,33 @@
 """The one clock of a training loop: `attach` a strategy, then call `Sync.step` each iteration."""
 
-import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from postlocal import agreement, group, schedule
-from postlocal.anchor import Anchor
-from postlocal.ballot import BYTES as BALLOT_BYTES
-from postlocal.ballot import Ballot
-from postlocal.errors import DisagreementError, NonFiniteError, PostlocalError
+from postlocal import agreement, fragments, group, schedule
+from postlocal.courier import Courier
+from postlocal.errors import DisagreementError
+from postlocal.flight import Buffers, Flight, Fragment
 from postlocal.gradients import Local, Reduced
 from postlocal.group import Group, Processes
 from postlocal.inner import Inner
 from postlocal.meter import Meter, SyncRecord
-from postlocal.replica import Replica, find_ddp
-from postlocal.schedule import WORLD, Round
+from postlocal.replica import Replica, find_ddp, unwrap
+from postlocal.schedule import RANK, WORLD, Round
 from postlocal.strategies import Strategy
-from postlocal.tensors import all_finite, squared_norm, weigh_
 from postlocal.topology import Layout, Partition, Topology, unknown_level, world
-from postlocal.wire import Carrier, Staging, fp32, maximum_, mean_
-
-logger = logging.getLogger("postlocal")
+from postlocal.wire import Staging, fp32
 
 
 def attach(
@@ -99,6 +96,7 @@ def attach(
         ddp = find_ddp(model)
         _check_ddp(ddp, everyone)
         inner = Inner(optimizer, replica)
+        parts = strategy.fragments.split(unwrap(model), _sizes(replica))
         partitions = topology.partition(everyone.size)
         check_levels(strategy, partitions)
         first = strategy.schedule(0, inner.lr)
@@ -110,6 +108,7 @@ def attach(
             "first round": [repr(first)],
             "topology": [repr(partitions)],
             "parameters and buffers": replica.describe(),
+            "fragments": [", ".join(names) for names in parts],
             "initial": [initial],
         },
     )
@@ -119,11 +118,23 @@ def attach(
         where = _gradients(ddp, strategy, topology, everyone, layout, meter)
         where.use(first.gradients)
     _agree_on_start(layout[WORLD], replica, initial)
-    return Sync(strategy, replica, inner, layout, where, meter)
+    staging = Staging()
+    pieces = [
+        Fragment(
+            {name: replica.parameters[name] for name in names},
+            WORLD,
+            strategy.wire.open(layout, WORLD, staging),
+            strategy,
+            fragments.modules(unwrap(model), names),
+            number=index if len(parts) > 1 else None,
+        )
+        for index, names in enumerate(parts)
+    ]
+    return Sync(strategy, replica, inner, layout, where, meter, pieces)
 
 
 class Sync:
-    """The clock that `attach` returns: counts steps, and synchronizes when a round ends.
+    """The clock that `attach` returns: counts steps, and synchronizes when the schedule says so.
 
     Attributes:
         strategy: what it runs.
@@ -141,6 +152,7 @@ class Sync:
         layout: Layout,
         where: Local | Reduced,
         meter: Meter,
+        parts: Sequence[Fragment],
     ) -> None:
         self.strategy = strategy
         self.replica = replica
@@ -148,11 +160,20 @@ class Sync:
         self.layout = layout
         self.meter = meter
         self._gradients = where
-        self._anchor = Anchor(replica.parameters, strategy.outer) if strategy.anchored else None
-        self._staging = Staging()
-        self._carrier = strategy.wire.open(layout, WORLD, self._staging)
+        self._fragments = parts
+        self._narrow = {
+            level: Fragment(replica.parameters, level, fp32().open(layout, level), strategy)
+            for level in layout.levels
+            if level not in (RANK, WORLD)
+        }
+        self._delay, self._mix = strategy.fragments.delay, strategy.fragments.mix
+        self._courier = Courier() if self._delay else None
+        self._hangar = Staging()
+        self._flights: deque[Flight] = deque()
         self._steps = 0
+        self._work = 0.0
         self._lr = inner.lr
+        self._drift = math.nan
         self._agreed_at = 0
         self._lockstep = True
         self._begin(self._plan())
@@ -172,54 +193,108 @@ class Sync:
         """Whether all replicas hold the same parameters at this moment."""
         return self._lockstep or self._steps == self._agreed_at
 
-    def step(self) -> None:
-        """Count one iteration, and synchronize if it was the last of its round.
+    def step(self, work: float = 1.0) -> None:
+        """Count one iteration, and land and launch what is due after it.
 
         To be called on every rank once for each optimizer step that the loop intends, after it;
         also where a GradScaler skipped it, and once for all micro-batches of an accumulation.
+
+        Args:
+            work: how much of a step this rank really did, at least 0: its share of the usual
+                batch, or 0 where it skipped the step. Contributions to a mean of parameters weigh
+                as much as the work since the last one.
 
         Raises:
             PeerError: if a rank does not come to the synchronization within the timeout.
             DisagreementError: if ranks are not at the same step, or plan different rounds.
             NonFiniteError: if every replica is non-finite and the strategy has no anchor.
             RuntimeError: if called inside ``model.no_sync()``.
+            ValueError: if ``work`` is negative or not finite.
         """
         self._gradients.check()
+        if not 0 <= work < math.inf:
+            raise ValueError(f"work must be a share of a step, at least 0, got {work}")
         self._steps += 1
+        self._work += work
         self._lr = max(self._lr, self.inner.lr)
         self._lockstep = self._lockstep and self._round.gradients == WORLD
+        self._land_launched_until(self._steps - self._delay)
         if self._steps < self._end:
+            self._launch_due(self._round)
             return
         following = self._plan()
-        if self._round.parameters is not None:
-            self._synchronize(self._round.parameters, following)
-        self._begin(following)
+        self._end_round(following)
+        self._begin(self._adapt(following, self._drift))
 
     def finish(self) -> None:
         """Make every replica equal: synchronize now, unless they agree already.
 
-        Training can go on after it, with a new round.
+        What is under way is landed before. Training can go on after it, with a new round.
 
         Raises:
             PeerError, DisagreementError, NonFiniteError: as `step` does.
         """
         following = self._plan()
+        self._land_launched_until(self._steps)
         if not self.agreed:
-            self._synchronize(WORLD, following)
-        self._begin(following)
+            for fragment in self._fragments:
+                self._synchronize(fragment, following)
+            self._agreed_at = self._steps
+        self._begin(self._adapt(following, math.nan))
+
+    @contextmanager
+    def agreed_parameters(self) -> Iterator[None]:
+        """A ``with`` block in which the model holds the parameters last agreed on.
+
+        These are what a strategy with fragments, delay or mix is evaluated on: its replicas are
+        never all equal before `finish`. It needs memory for a second copy of the parameters.
+
+        Raises:
+            RuntimeError: if replicas have gone apart and the strategy keeps no anchor.
+
+        Example:
+            >>> import torch
+            >>> import postlocal
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> sync = postlocal.attach(model, optimizer, postlocal.strategies.diloco(period=8))
+            >>> with sync.agreed_parameters():
+            ...     _ = model(torch.ones(4))
+        """
+        if self.agreed:
+            yield
+            return
+        if not self.strategy.anchored:
+            raise RuntimeError(
+                f"replicas of {self.strategy.name} agree only right after a synchronization, and "
+                "it keeps no anchor: evaluate where sync.agreed is true, or after sync.finish()"
+            )
+        parameters = [parameter.detach() for parameter in self.replica.parameters.values()]
+        local = [parameter.clone() for parameter in parameters]
+        self._give_anchor()
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(parameters, local)
 
     def close(self) -> None:
-        """End the threads that this clock started, if any. It communicates with nobody."""
+        """End the threads that this clock started, if any, once they have done their work."""
         self._gradients.close()
+        if self._courier is not None:
+            self._courier.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume in the middle of a round needs beside the model and the optimizer.
 
-        Local to this rank and not copied; calling it changes nothing.
+        Local to this rank and not copied. It waits for what is under way; calling it changes
+        nothing.
         """
+        for flight in self._flights:
+            flight.wait()
         return {
             "strategy": self.strategy.fingerprint,
             "steps": self._steps,
+            "work": self._work,
             "round": {
                 "steps": self._round.steps,
                 "gradients": self._round.gradients,
@@ -227,12 +302,13 @@ class Sync:
             },
             "end": self._end,
             "lr": self._lr,
+            "drift": self._drift,
             "agreed_at": self._agreed_at,
             "lockstep": self._lockstep,
-            "meter": self.meter.state_dict(),
-            "wire": self._carrier.state_dict(),
+            "fragments": [fragment.state_dict() for fragment in self._fragments],
+            "flights": [flight.state_dict() for flight in self._flights],
             "gradients": self._gradients.state_dict(),
-            "anchor": None if self._anchor is None else self._anchor.state_dict(),
+            "meter": self.meter.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -243,160 +319,180 @@ class Sync:
         Raises:
             ValueError: if the state is that of another strategy.
         """
+        self._load_clock(state)
+        self._gradients.load_state_dict(state["gradients"])
+        for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
+            fragment.load_state_dict(saved)
+        self._flights = deque(self._load_flight(saved) for saved in state["flights"])
+
+    def restart(self, state: Mapping[str, Any]) -> None:
+        """Start a new round at the step of a state that another number of ranks saved.
+
+        Parameters become the saved anchor; where the strategy has none, or replicas have not gone
+        apart yet, all ranks must hold equal parameters already. The outer optimizer's state is
+        taken over; what was under way, and what wires and guards remembered, is not.
+
+        Args:
+            state: the `state_dict` of any of the ranks that saved it.
+        """
+        self._load_clock(state)
+        for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
+            if fragment.anchor is not None:
+                fragment.anchor.load_state_dict(saved["anchor"])
+        if not self._lockstep:
+            self._give_anchor()
+        self._agreed_at = self._steps
+        self._begin(self._adapt(self._plan(), math.nan))
+
+    def _load_clock(self, state: Mapping[str, Any]) -> None:
         if state["strategy"] != self.strategy.fingerprint:
             raise ValueError(
                 f"state is of strategy {state['strategy']}, this is {self.strategy.fingerprint}"
             )
         self._steps = state["steps"]
-        self._begin(Round(**state["round"]))
-        self._end = state["end"]
-        self._lr = state["lr"]
+        self._work = state["work"]
+        self._drift = state["drift"]
         self._agreed_at = state["agreed_at"]
         self._lockstep = state["lockstep"]
+        self._set_round(Round(**state["round"]), state["end"])
+        self._lr = state["lr"]
         self.meter.load_state_dict(state["meter"])
-        self._carrier.load_state_dict(state["wire"])
-        self._gradients.load_state_dict(state["gradients"])
-        if self._anchor is not None:
-            self._anchor.load_state_dict(state["anchor"])
 
-    def restart(self, state: Mapping[str, Any]) -> None:
-        """Start a new round at the step of a state that another number of ranks saved.
-
-        Parameters become the saved anchor; where the strategy has none, all ranks must hold equal
-        parameters already. The outer optimizer's state is taken over.
-
-        Args:
-            state: the `state_dict` of any of the ranks that saved it.
-        """
-        self.load_state_dict(state)
-        self._carrier.forget()
-        self._gradients.forget()
-        if self._anchor is not None:
-            self._anchor.restore()
-        self._lockstep = False
-        self._agreed_at = self._steps
-        self._begin(self._plan())
+    def _load_flight(self, state: Mapping[str, Any]) -> Flight:
+        buffers = None if state["buffers"] is None else Buffers(self.replica, apart=True)
+        flight = Flight(
+            self._fragments[state["fragment"] or 0],
+            SyncRecord(**state["record"]),
+            self.meter,
+            state["inner_lr"],
+            buffers,
+            self._hangar,
+        )
+        flight.load_state_dict(state)
+        return flight
 
     def _plan(self) -> Round:
         return self.strategy.schedule(self._steps, self.inner.lr)
 
+    def _adapt(self, planned: Round, drift: float) -> Round:
+        return schedule.adapt(self.strategy.schedule, planned, self._round, drift)
+
     def _begin(self, following: Round) -> None:
-        self._round = following
-        self._end = self._steps + following.steps
+        if self._lockstep and self._steps and following.gradients != WORLD:
+            for fragment in self._fragments:  # replicas part here, from what they agree on
+                if fragment.anchor is not None:
+                    fragment.anchor.take()
+        self._set_round(following, self._steps + following.steps)
         self._lr = self.inner.lr
+
+    def _set_round(self, following: Round, end: int) -> None:
+        self._round = following
+        self._end = end
+        launches = fragments.launch_steps(following.steps, len(self._fragments))
+        self._launches = [end - following.steps + launch for launch in launches]
         self._gradients.use(following.gradients)
 
-    def _synchronize(self, level: str, following: Round) -> None:
-        group = self.layout[level]
-        anchor = self._anchor if level == WORLD else None
-        if group.size > 1 or anchor is not None:
-            self.layout[WORLD].arrive(self._steps)
-            with torch.no_grad(), self.meter.sync(self._steps, level) as record:
-                self._meet(group, anchor, following, record)
-            if record.excluded and (group.rank == 0 or group.rank in record.excluded):
-                logger.warning(
-                    "the mean after step %d at level %r leaves out rank %s: not finite",
-                    record.step, level, ", ".join(map(str, record.excluded)),
-                )  # fmt: skip
+    def _end_round(self, following: Round) -> None:
+        level = self._round.parameters
         if level == WORLD:
-            self._agreed_at = self._steps
+            self._launch_due(following)
+            if not self.strategy.streams:
+                self._agreed_at = self._steps
+        elif level is not None:
+            self._synchronize(self._narrow[level], following)
 
-    def _meet(
-        self, group: Group, anchor: Anchor | None, following: Round, record: SyncRecord
-    ) -> None:
-        if anchor is None:
-            ballot = self._average(group, following, record)
-        else:
-            ballot = self._move(anchor, group, following, record)
-        record.excluded = ballot.excluded
-        self._average_buffers(group, ballot)
-        self._settle_optimizer(group, ballot)
-        self.meter.count("control", BALLOT_BYTES * (group.size - 1))
+    def _launch_due(self, following: Round) -> None:
+        """Launch the fragments whose turn it is within the round."""
+        if self._round.parameters != WORLD:
+            return
+        for fragment, step in zip(self._fragments, self._launches, strict=True):
+            if step != self._steps:
+                continue
+            if self._delay:
+                self._launch(fragment, following)
+            else:
+                self._synchronize(fragment, following, self._mix)
 
-    def _average(self, group: Group, following: Round, record: SyncRecord) -> Ballot:
-        parameters = list(self.replica.parameters.values())
-        exact = fp32().open(self.layout, record.level, self._staging)
-        ballot = self._mean(parameters, exact, following)
-        if len(ballot.excluded) == group.size:
-            self._lose(parameters, record.level)
-            return ballot
-        square = squared_norm(parameters)
-        record.drift = _drift(ballot.mean_square(), square, square)
-        return ballot
+    def _synchronize(self, fragment: Fragment, following: Round, mix: float = 0.0) -> None:
+        """Launch a fragment and land it at once."""
+        if fragment.group.size == 1 and fragment.anchor is None:
+            return
+        flight = self._prepare(fragment, apart=mix > 0)
+        with torch.no_grad(), self.meter.waiting(flight.record):
+            self._load(flight, following)
+            flight.exchange_here()
+        self._land(flight, mix)
 
-    def _lose(self, parameters: list[Tensor], level: str) -> None:
-        if level == WORLD:
-            raise NonFiniteError(
-                f"after step {self._steps} the parameters of every replica hold infinities or "
-                "NaN: resume from a checkpoint, with a lower learning rate"
-            )
-        # Other groups may be well: they leave this one out where they meet, if it stays marked.
-        for parameter in parameters:
-            parameter.fill_(math.nan)
+    def _launch(self, fragment: Fragment, following: Round) -> None:
+        """Send a fragment on its way, to be landed later."""
+        assert self._courier is not None
+        while any(flight.fragment is fragment for flight in self._flights):
+            self._land(self._flights.popleft(), self._mix)  # after a round that was cut short
+        flight = self._prepare(fragment, apart=True)
+        with torch.no_grad(), self.meter.waiting(flight.record):
+            self._load(flight, following)
+            flight.exchange_beside(self._courier)
+        self._flights.append(flight)
 
-    def _move(self, anchor: Anchor, group: Group, following: Round, record: SyncRecord) -> Ballot:
-        scale = squared_norm(anchor.tensors.values())
-        differences = anchor.pseudo_gradients()
-        try:
-            ballot = self._mean(differences, self._carrier, following)
-        except PostlocalError:
-            anchor.restore()
-            raise
-        if len(ballot.excluded) == group.size:
-            anchor.restore()
-            return ballot
-        square = squared_norm(differences)
-        record.drift = _drift(ballot.mean_square(), square, scale)
-        weigh_(differences, self.strategy.guard.scale(math.sqrt(square)))
-        anchor.step(differences, self._lr)
-        return ballot
+    def _prepare(self, fragment: Fragment, apart: bool) -> Flight:
+        last = fragment.number in (None, len(self._fragments) - 1)
+        return Flight(
+            fragment,
+            SyncRecord(self._steps, fragment.level, fragment.number),
+            self.meter,
+            self._lr,
+            Buffers(self.replica, apart) if last else None,
+            self._hangar if apart else None,
+        )
 
-    def _mean(self, tensors: list[Tensor], carrier: Carrier, following: Round) -> Ballot:
-        square = squared_norm(tensors)
-        ballot = Ballot(
-            carrier.group,
-            tensors[0].device,
-            weight=self.strategy.guard.weight(all_finite(tensors, square)),
-            buffer_weight=self.strategy.guard.weight(not self.replica.has_nan_buffer()),
-            square=square,
+    def _load(self, flight: Flight, following: Round) -> None:
+        self.layout[WORLD].arrive(self._steps)
+        averages = self.strategy.optimizer_state == "average"
+        flight.load()
+        flight.vote(
+            buffers_finite=not self.replica.has_nan_buffer(),
+            work=flight.fragment.work_since_launch(self._steps, self._work),
             step=self._steps,
             planned=following.steps,
             lr=self.inner.lr,
-            layout=self.inner.layout() if self.strategy.optimizer_state == "average" else 0,
+            layout=self.inner.layout() if averages else 0,
         )
-        weigh_(tensors, ballot.weight)
-        named = dict(zip(self.replica.parameters, tensors, strict=True))
-        self.meter.count("parameters", carrier.mean_(named, ballot.total_weight))
-        if ballot.weight == 0:
-            carrier.forget()
-        return ballot
 
-    def _average_buffers(self, group: Group, ballot: Ballot) -> None:
-        floats, others = self.replica.float_buffers(), self.replica.other_buffers()
-        weight, total = ballot.buffer_weights()
-        weigh_(floats, weight)
-        sent = mean_(floats, group, fp32(), lambda: total)
-        self.meter.count("buffers", sent + maximum_(others, group))
+    def _land_launched_until(self, step: int) -> None:
+        while self._flights and self._flights[0].record.step <= step:
+            self._land(self._flights.popleft(), self._mix)
 
-    def _settle_optimizer(self, group: Group, ballot: Ballot) -> None:
+    def _land(self, flight: Flight, mix: float) -> None:
+        with torch.no_grad(), self.meter.waiting(flight.record):
+            flight.land(self._steps, mix)
+            if flight.buffers is not None:
+                self._settle_optimizer(flight)
+        self._drift = flight.record.drift
+        self.meter.close(flight.record)
+
+    def _settle_optimizer(self, flight: Flight) -> None:
         match self.strategy.optimizer_state:
             case "reset":
                 self.inner.reset()
             case "average":
+                ballot = flight.ballot
                 sent = self.inner.average_(
-                    group, ballot.weight, ballot.total_weight, ballot.unanimous
+                    flight.fragment.group,
+                    ballot.vote.weight,
+                    ballot.total_weight,
+                    ballot.unanimous,
                 )
-                self.meter.count("optimizer", sent)
+                self.meter.count("optimizer", sent, flight.record)
             case "keep":
-                if ballot.weight == 0:
+                if flight.excluded:
                     self.inner.heal()
+        if flight.excluded:
+            self._gradients.forget()
 
-
-def _drift(mean_square: float, square_of_mean: float, scale: float) -> float:
-    """Root mean square distance of vectors from their mean, relative to a norm, from squares."""
-    if scale == 0:
-        return 0.0 if mean_square == 0 else math.inf
-    return math.sqrt(max(0.0, mean_square - square_of_mean) / scale)
+    def _give_anchor(self) -> None:
+        for fragment in self._fragments:
+            if fragment.anchor is not None:
+                fragment.anchor.give()
 
 
 def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> None:
@@ -421,6 +517,10 @@ def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> Non
             )
 
 
+def _sizes(replica: Replica) -> dict[str, int]:
+    return {name: parameter.nbytes for name, parameter in replica.parameters.items()}
+
+
 def _gradients(
     ddp: DistributedDataParallel | None,
     strategy: Strategy,
@@ -432,7 +532,7 @@ def _gradients(
     if ddp is None:
         return Local(layout)
     # What travels in several legs runs beside the backward pass, where DDP may communicate too.
-    given = {} if strategy.gradient_wire != fp32() else {WORLD: Processes(ddp.process_group)}
+    given = {} if strategy.gradient_wire.lossy else {WORLD: Processes(ddp.process_group)}
     return Reduced(ddp, Layout(everyone, topology, given), strategy.gradient_wire, meter)
 
 

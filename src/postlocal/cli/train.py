@@ -14,6 +14,7 @@ from postlocal.train.config import TrainConfig
 from postlocal.train.model import SIZES
 from postlocal.train.run import check_before_launch
 from postlocal.train.world import launch, launched
+from postlocal.wire import NAMED as WIRES
 
 
 def _option(panel: str, text: str, *names: str, **settings: Any) -> Any:
@@ -25,6 +26,7 @@ _axis = partial(_option, "The strategy")
 _fit = partial(_option, "Training")
 _kept = partial(_option, "Output")
 _D = TrainConfig()
+_OWN_WIRE = "the strategy's own, or bf16"
 
 
 def train(
@@ -55,17 +57,37 @@ def train(
     gradients: Annotated[
         str | None, _axis("Level at which gradients meet in a round: rank, node.")
     ] = None,
-    outer_lr: Annotated[float | None, _axis("Of diloco.")] = None,
-    outer_momentum: Annotated[float | None, _axis("Of diloco.")] = None,
+    outer_lr: Annotated[float | None, _axis("Of the DiLoCo family.")] = None,
+    outer_momentum: Annotated[float | None, _axis("Of the DiLoCo family.")] = None,
+    fragments: Annotated[int | None, _axis("Parts that streaming_diloco sends.")] = None,
+    delay: Annotated[
+        int | None, _axis("Steps that streaming_diloco goes on before a result is applied.")
+    ] = None,
+    mix: Annotated[
+        float | None, _axis("Share of its own value that a worker of streaming_diloco keeps.")
+    ] = None,
+    order: Annotated[
+        str | None, _axis("Of layers in streaming_diloco: strided, sequential.")
+    ] = None,
+    top_k: Annotated[int | None, _axis("Values that sparse_loco sends of each chunk.")] = None,
+    chunk: Annotated[int | None, _axis("Values in a chunk of sparse_loco.")] = None,
+    bits: Annotated[int | None, _axis("Bits a value of sparse_loco.")] = None,
+    feedback: Annotated[
+        float | None, _axis("Share of what sparse_loco did not send that it adds next time.")
+    ] = None,
+    max_norm: Annotated[float | None, _axis("Greatest norm of a layer's move in edit.")] = None,
     slow_lr: Annotated[float | None, _axis("Of slowmo.")] = None,
     slow_momentum: Annotated[float | None, _axis("Of slowmo.")] = None,
     alpha: Annotated[float | None, _axis("Growth coefficient of qsr.")] = None,
     base: Annotated[int | None, _axis("Shortest period of qsr.")] = None,
     periods: Annotated[str | None, _axis("Of hierarchical, such as node=4,world=16.")] = None,
-    wire: Annotated[str, _axis("How parameters travel: fp32, bf16, fp16.")] = _D.wire,
+    wire: Annotated[
+        str | None,
+        _axis(f"How parameters travel: {', '.join(WIRES)}.", show_default=_OWN_WIRE),
+    ] = None,
     gradient_wire: Annotated[
-        str, _axis("How gradients travel: fp32, bf16, fp16.")
-    ] = _D.gradient_wire,
+        str | None, _axis("How gradients travel, as above.", show_default=_OWN_WIRE)
+    ] = None,
     optimizer_state: Annotated[
         str, _axis("At a synchronization: keep, average or reset.")
     ] = _D.optimizer_state,
@@ -119,7 +141,8 @@ def train(
 
 
 _PARAMETERS = (
-    "period", "warmup", "gradients", "outer_lr", "outer_momentum", "slow_lr", "slow_momentum",
+    "period", "warmup", "gradients", "outer_lr", "outer_momentum", "fragments", "delay", "mix",
+    "order", "top_k", "chunk", "bits", "feedback", "max_norm", "slow_lr", "slow_momentum",
     "alpha", "base", "periods",
 )  # fmt: skip
 

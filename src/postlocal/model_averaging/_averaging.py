@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from postlocal import agreement
-from postlocal.ballot import Ballot, layout_number
+from postlocal.ballot import Ballot, Vote, layout_number
 from postlocal.errors import NonFiniteError
 from postlocal.group import Group, Processes
 from postlocal.replica import once
@@ -52,10 +52,7 @@ class Averaging:
             self._meet(*tensors, device)
 
     def _agree(self, lines: Sequence[str], step: int, device: torch.device) -> None:
-        ballot = Ballot(
-            self._group, device, weight=1.0, buffer_weight=1.0,
-            square=0.0, step=step, planned=0, lr=0.0, layout=layout_number(lines),
-        )  # fmt: skip
+        ballot = Ballot(self._group, device, Vote(step=step, layout=layout_number(lines)))
         if not ballot.unanimous:
             agreement.check(self._group, {"parameters to average": lines})
 

@@ -11,8 +11,6 @@ from postlocal import strategies, topology, wire
 from postlocal.strategies import Strategy
 from postlocal.train.model import SIZES
 
-Wire = Literal["fp32", "bf16", "fp16"]
-
 
 class TrainConfig(BaseModel):
     """Settings of `postlocal train`; its flags, with the same names and defaults.
@@ -29,8 +27,8 @@ class TrainConfig(BaseModel):
     model: str = "tiny"
     strategy: str = "post_local_sgd"
     parameters: dict[str, Any] = {}
-    wire: Wire = "bf16"
-    gradient_wire: Wire = "bf16"
+    wire: str | None = None
+    gradient_wire: str | None = None
     optimizer_state: Literal["keep", "average", "reset"] = "keep"
     steps: Annotated[int, Field(ge=1)] = 100
     batch_size: Annotated[int, Field(ge=1)] = 32
@@ -82,10 +80,11 @@ class TrainConfig(BaseModel):
         }
         taken = strategies.parameters_of(self.strategy)
         given = {name: value for name, value in suited.items() if name in taken} | self.parameters
+        named = strategies.named(self.strategy, **given)
         return replace(
-            strategies.named(self.strategy, **given),
-            wire=getattr(wire, self.wire)(),
-            gradient_wire=getattr(wire, self.gradient_wire)(),
+            named,
+            wire=_wire(self.wire, named.wire),
+            gradient_wire=_wire(self.gradient_wire, named.gradient_wire),
             optimizer_state=self.optimizer_state,
         )
 
@@ -112,6 +111,13 @@ class TrainConfig(BaseModel):
         """One line a setting that all ranks must have in common."""
         local = {"out", "data", "resume", "overwrite"}
         return [f"{name}: {value!r}" for name, value in self if name not in local]
+
+
+def _wire(name: str | None, own: wire.Wire) -> wire.Wire:
+    """The wire by name, or the strategy's own if that is a narrow one, or bf16."""
+    if name is None:
+        return own if own.lossy else wire.bf16()
+    return wire.named(name)
 
 
 def make_config(**settings: Any) -> TrainConfig:

@@ -101,7 +101,7 @@ class _Run:
         with agreement.together(everyone):
             self.windows, self.share = open_data(config, everyone.rank, everyone.size)
         self.model = self._make_model()
-        self.optimizer = self._make_optimizer()
+        self.optimizer = make_optimizer(self.model, config)
         self.sync = attach(
             self.model,
             self.optimizer,
@@ -133,22 +133,6 @@ class _Run:
         torch.manual_seed(self.config.seed)
         model = Transformer(SIZES[self.config.model]).to(self.device)
         return DistributedDataParallel(model) if dist.is_initialized() else model
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        parameters = list(self.model.parameters())
-        matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
-        vectors = [parameter for parameter in parameters if parameter.dim() < 2]
-        groups: list[dict[str, Any]] = [
-            {"params": matrices},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            groups,
-            lr=self.config.lr_at(0),
-            betas=(0.9, 0.99),
-            weight_decay=self.config.weight_decay,
-            fused=True,
-        )
 
     def _restore(self) -> None:
         restored = None
@@ -198,12 +182,7 @@ class _Run:
     def _log(self) -> None:
         step, meter = self.sync.steps, self.sync.meter
         self.view.advance(step)
-        new = meter.syncs - self.logged_syncs
-        self.logged_syncs = meter.syncs
-        for record in list(meter.records)[len(meter.records) - new :]:
-            self.view.sync(record.drift)
-            if self.everyone.rank == 0:
-                self.metrics.add_sync(record)
+        self._log_syncs()
         if step % self.config.log_every and step != self.config.steps:
             return
         tokens = step * self._tokens_a_step()
@@ -222,15 +201,26 @@ class _Run:
             self.metrics.add("step", step, **entry)
         self.view.step(step, entry)
 
+    def _log_syncs(self) -> None:
+        records = self.sync.meter.records
+        new = self.sync.meter.syncs - self.logged_syncs
+        self.logged_syncs = self.sync.meter.syncs
+        for record in list(records)[len(records) - new :]:
+            self.view.sync(record.drift)
+            if self.everyone.rank == 0:
+                self.metrics.add_sync(record)
+
     def _evaluate_if_due(self) -> None:
         # Replicas agree only now and then; all ranks see the same clock and so the same moment.
-        if self.sync.agreed and self.next_eval <= self.sync.steps < self.config.steps:
+        can = self.sync.agreed or self.sync.strategy.streams
+        if can and self.next_eval <= self.sync.steps < self.config.steps:
             self._evaluate()
             interval = self.config.eval_interval
             self.next_eval = self.sync.steps - self.sync.steps % interval + interval
 
     def _evaluate(self) -> float:
-        loss = self._held_out_loss()
+        with self.sync.agreed_parameters():
+            loss = self._held_out_loss()
         self.view.evaluated(loss)
         if self.everyone.rank == 0:
             self.metrics.add(
@@ -279,7 +269,7 @@ class _Run:
         start = time.perf_counter()
         self.sync.finish()
         self.train_seconds += time.perf_counter() - start
-        self._log_last_sync()
+        self._log_syncs()
         loss = self._evaluate()
         self._save()
         summary = self._summarize(loss)
@@ -288,10 +278,6 @@ class _Run:
             save_weights(unwrap(self.model), self.config, self.config.out / WEIGHTS)
             summary.write(self.config.out)
         return summary
-
-    def _log_last_sync(self) -> None:
-        if self.sync.meter.syncs > self.logged_syncs and self.everyone.rank == 0:
-            self.metrics.add_sync(self.sync.meter.records[-1])
 
     def _summarize(self, loss: float) -> Summary:
         meter = self.sync.meter
@@ -332,6 +318,22 @@ class _Run:
 
 def _resumes(config: TrainConfig) -> bool:
     return config.resume or restarted()
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW of a model's parameters, with no weight decay of vectors."""
+    parameters = list(model.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in parameters if parameter.dim() >= 2]},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr_at(0),
+        betas=(0.9, 0.99),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
 def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,157 @@
+"""Held-out loss at equal tokens: strategies against DDP, over several seeds.
+
+    python -m benchmarks.convergence --settings 'ddp,diloco-*' --resume
+
+Four workers train a small language model on the standard library's sources, as threads of one
+process (`postlocal.virtual`). The control is one model that takes the batches of all four at once,
+which is what DDP computes. Results are kept, run by run, under ``runs/convergence``.
+"""
+
+import statistics
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib as mpl
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from benchmarks.campaign import Cache, Campaign, Result, Run
+from benchmarks.measure import write_record
+from postlocal import Strategy, strategies
+from postlocal.train import make_config
+
+FOLDER = Path("runs/convergence")
+WORKERS = 4
+CONTROL = "ddp"
+
+SETTINGS: dict[str, Strategy] = {
+    CONTROL: strategies.ddp(),
+    "averaging-30": strategies.local_sgd(period=30),
+    "averaging-100": strategies.local_sgd(period=100),
+    "averaging-200": strategies.local_sgd(period=200),
+    "diloco-30-lr0.4": strategies.diloco(period=30, outer_lr=0.4),
+    "diloco-30-lr0.6": strategies.diloco(period=30, outer_lr=0.6),
+    "diloco-30-lr0.7": strategies.diloco(period=30, outer_lr=0.7),
+    "diloco-30-lr0.8": strategies.diloco(period=30, outer_lr=0.8),
+    "diloco-100-lr0.4": strategies.diloco(period=100, outer_lr=0.4),
+    "diloco-100-lr0.7": strategies.diloco(period=100, outer_lr=0.7),
+}
+
+
+def summarize(campaign: Campaign, results: Mapping[Run, Result]) -> dict[str, dict[str, Any]]:
+    """Over seeds: losses, penalties in percent of the control's loss of the same seed, bytes."""
+    rows = {}
+    for name in campaign.settings:
+        own = [results[name, seed] for seed in range(campaign.seeds)]
+        control = [results[CONTROL, seed] for seed in range(campaign.seeds)]
+        rows[name] = {
+            "strategy": campaign.settings[name].fingerprint,
+            "losses": [result.loss for result in own],
+            "penalties": [100 * (a.loss / b.loss - 1) for a, b in zip(own, control, strict=True)],
+            "payload_bytes": own[0].payload_bytes,
+            "ddp_over_payload": own[0].ddp_bytes / max(1, own[0].payload_bytes),
+            "tokens_per_second": statistics.median(r.tokens / r.seconds for r in own),
+            "source": sorted({result.source for result in own}),
+        }
+    return rows
+
+
+def table(campaign: Campaign, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The summary in Markdown."""
+    config = campaign.config
+    tokens = config.steps * config.workers * config.batch_size * config.sequence_length
+    lines = [
+        f"Model `{config.model}`, {config.workers} workers, {config.steps} steps of "
+        f"{config.batch_size} x {config.sequence_length} bytes each ({tokens / 1e6:.2f} M tokens "
+        f"in all), AdamW, peak learning rate {config.lr:g}, {campaign.seeds} seeds. Loss is held "
+        "out, in nats a byte, with its standard deviation over seeds; the penalty is against DDP "
+        "of the same seed, mean (least..greatest).",
+        "",
+        "| setting | loss | penalty, % | MB a worker | fewer bytes than DDP |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        losses, penalties = row["losses"], row["penalties"]
+        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+        lines.append(
+            f"| {name} | {statistics.mean(losses):.4f}{spread} | {statistics.mean(penalties):+.2f} "
+            f"({min(penalties):+.2f}..{max(penalties):+.2f}) | {row['payload_bytes'] / 1e6:.2f} "
+            f"| {row['ddp_over_payload']:.1f} |"
+        )
+    sources = {source for row in rows.values() for source in row["source"]}
+    if len(sources) > 1:
+        lines += ["", f"The runs are of {len(sources)} states of the source."]
+    return "\n".join(lines) + "\n"
+
+
+def plot(campaign: Campaign, rows: Mapping[str, Mapping[str, Any]], to: Path) -> None:
+    """Draw penalties and their spread, a line a setting."""
+    mpl.use("Agg", force=False)
+    figure = Figure(figsize=(8, 1.2 + 0.35 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows.values()):
+        penalties = row["penalties"]
+        axes.plot([min(penalties), max(penalties)], [place, place], color="C0", alpha=0.5)
+        axes.plot([statistics.mean(penalties)], [place], "o", color="C0")
+    axes.axvline(0, color="grey", linewidth=1)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"held-out loss above DDP's, % ({campaign.config.model}, equal tokens)")
+    axes.grid(axis="x", alpha=0.3)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(to, dpi=120)
+
+
+def choose(patterns: str) -> dict[str, Strategy]:
+    """The settings whose names match, in the order of the table, and the control.
+
+    Raises:
+        typer.BadParameter: if a pattern matches nothing.
+    """
+    wanted = [pattern.strip() for pattern in patterns.split(",")]
+    for pattern in wanted:
+        if not any(fnmatch(name, pattern) for name in SETTINGS):
+            raise typer.BadParameter(f"{pattern!r} is none of {', '.join(SETTINGS)}")
+    return {
+        name: strategy
+        for name, strategy in SETTINGS.items()
+        if name == CONTROL or any(fnmatch(name, pattern) for pattern in wanted)
+    }
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Size of the model: tiny or small.")] = "tiny",
+    steps: Annotated[int, typer.Option(help="Steps a run.")] = 600,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of the inner optimizer.")] = 3e-3,
+    settings: Annotated[str, typer.Option(help="Names, or patterns such as 'diloco-*'.")] = "*",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting.")] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, a core each.")] = 2,
+    resume: Annotated[bool, typer.Option(help="Take results that are there already.")] = False,
+    record: Annotated[bool, typer.Option(help="Write a record under benchmarks/records.")] = True,
+) -> None:
+    """Train each setting with several seeds, and compare held-out losses with DDP's."""
+    console = Console()
+    config = make_config(
+        model=model, steps=steps, lr=lr, workers=WORKERS, batch_size=4, eval_sequences=512
+    )
+    campaign = Campaign(config, choose(settings), seeds)
+    results = campaign.train(Cache(FOLDER / "results.jsonl"), jobs, resume)
+    rows = summarize(campaign, results)
+    text = table(campaign, rows)
+    console.print(text, markup=False, soft_wrap=True)
+    draw = partial(plot, campaign, rows)
+    draw(FOLDER / f"{model}.png")
+    console.print(f"Plot: {FOLDER / f'{model}.png'}")
+    if record:
+        title = "Convergence at equal tokens"
+        path = write_record(f"convergence-{model}", title, {"settings": rows}, text)
+        draw(path.with_suffix(".png"))
+        console.print(f"Record: {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,167 @@
+"""What one synchronization costs, as a multiple of one raw all-reduce of as many elements.
+
+    python -m benchmarks.sync_cost
+
+Each case has ranks of its own and the raw all-reduce beside it, round by round; figures are medians
+over rounds of ratios within a round.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+import postlocal
+from benchmarks.measure import (
+    as_text,
+    bytes_of,
+    extra_memory,
+    ratios,
+    run_ranks,
+    slowest,
+    write_record,
+)
+from benchmarks.peers import PEERS, Case, installed
+from benchmarks.shapes import fifty_million, ten_million
+from postlocal import Strategy, strategies, wire
+
+SIZES = {"10 M": ten_million, "50 M": fifty_million}
+
+OURS: dict[str, Strategy] = {
+    "local SGD, postlocal": strategies.local_sgd(period=1),
+    "DiLoCo, postlocal": strategies.diloco(period=1),
+    "DiLoCo bf16, postlocal": replace(strategies.diloco(period=1), wire=wire.bf16()),
+}
+"""A strategy whose round has several steps is timed over one round, on the main thread alone."""
+
+GOALS = {"local SGD, postlocal": 1.15, "DiLoCo, postlocal": 1.6}
+MEMORY_GOAL = 64  # MiB beyond the outer optimizer's state
+
+
+def attached(module: nn.Module, strategy: Strategy) -> Case:
+    """One round of a strategy on a module that nobody trains."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    sync = postlocal.attach(module, optimizer, strategy)
+    return Case(sync.step, sync.round.steps, sync.state_dict)
+
+
+def make(name: str, module: nn.Module) -> Case:
+    """The case of a name in `OURS` or in `PEERS`."""
+    return attached(module, OURS[name]) if name in OURS else PEERS[name][1](module)
+
+
+def measure(rank: int, name: str, size: str, rounds: int, warmup: int = 3) -> dict[str, Any]:
+    """Times, bytes and memory of one case."""
+    torch.manual_seed(0)
+    module = SIZES[size]()
+    flat = torch.randn(sum(parameter.numel() for parameter in module.parameters()))
+    drift = _drifting(module, flat, rank)
+    dist.all_reduce(flat)  # connections are made at the first use
+    case = make(name, module)
+    drift()
+    state = case.state_bytes()
+    memory = extra_memory(lambda: [case.call() for _ in range(case.calls)])
+    memory -= case.state_bytes() - state
+    seconds: dict[str, list[float]] = {"raw": [], "case": []}
+    for index in range(warmup + rounds):
+        drift()
+        raw = _time(lambda: dist.all_reduce(flat), calls=1, pause=0.0)
+        own = _time(case.call, case.calls, pause=raw)
+        if index >= warmup:
+            seconds["raw"].append(raw)
+            seconds["case"].append(own)
+    return {
+        "time_over_raw": ratios(seconds, "case", "raw"),
+        "bytes": bytes_of(case.call, times=case.calls) * case.calls,
+        "extra_memory": memory,
+        "seconds": seconds,
+    }
+
+
+def _time(call: Callable[[], object], calls: int, pause: float) -> float:
+    """Seconds in ``calls`` calls, with a pause between them as training would make."""
+    dist.barrier()
+    seconds = 0.0
+    for index in range(calls):
+        if index:
+            time.sleep(pause)
+        start = time.perf_counter()
+        call()
+        seconds += time.perf_counter() - start
+    return slowest(seconds)
+
+
+def _drifting(module: nn.Module, flat: Tensor, rank: int) -> Callable[[], None]:
+    """Moves parameters as training would, apart from each other, so that there is a difference."""
+
+    @torch.no_grad()
+    def drift() -> None:
+        flat.div_(dist.get_world_size())  # else the sum of sums overflows
+        for parameter in module.parameters():
+            parameter.mul_(1 + 1e-4 * (rank + 1))
+
+    return drift
+
+
+def _rows(world: int, size: str, rounds: int, console: Console) -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for name in [*OURS, *PEERS]:
+        if name in PEERS and not installed(name):
+            rows[name] = None
+            continue
+        with console.status(f"{size} parameters, {world} ranks: {name}"):
+            rows[name] = run_ranks(world, measure, name, size, rounds)
+    return rows
+
+
+def _table(world: int, size: str, rows: dict[str, Any]) -> str:
+    lines = [
+        f"## {size} parameters, {world} ranks",
+        "",
+        "Median and quartiles of ratios within a round. Memory is the peak of the first "
+        f"synchronization, without outer state (goal: at most {MEMORY_GOAL} MiB).",
+        "",
+        "| synchronization | time / raw all-reduce | goal | MB a rank | MiB more |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        if row is None:
+            lines.append(f"| {name} | not installed | | | |")
+            continue
+        goal = f"{GOALS[name]:.2f}" if name in GOALS else ""
+        lines.append(
+            f"| {name} | {as_text(row['time_over_raw'])} | {goal} | {row['bytes'] / 1e6:.0f} "
+            f"| {row['extra_memory'] / 2**20:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    world: Annotated[list[int] | None, typer.Option(help="Numbers of ranks; repeatable.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="10 M, 50 M; repeatable.")] = None,
+    rounds: Annotated[int, typer.Option(min=4, help="Rounds a case.")] = 40,
+    record: Annotated[bool, typer.Option(help="Write a record under benchmarks/records.")] = True,
+) -> None:
+    """Measure synchronizations of ours and of other packages against a raw all-reduce."""
+    console = Console()
+    content: dict[str, Any] = {}
+    texts = []
+    for ranks in world or [2, 4]:
+        for parameters in size or list(SIZES):
+            rows = _rows(ranks, parameters, rounds, console)
+            content[f"{parameters} parameters, {ranks} ranks"] = rows
+            texts.append(_table(ranks, parameters, rows))
+            console.print(texts[-1], markup=False, soft_wrap=True)
+    if record:
+        path = write_record("sync-cost", "Cost of a synchronization", content, "\n".join(texts))
+        console.print(f"Record: {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,396 @@
+"""One synchronization of some parameters: launched, carried out, and landed."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.futures import Future
+
+from postlocal.anchor import Anchor
+from postlocal.ballot import Ballot, Vote
+from postlocal.courier import Courier
+from postlocal.errors import NonFiniteError, PostlocalError
+from postlocal.group import Group
+from postlocal.guard import Jury
+from postlocal.meter import Meter, SyncRecord
+from postlocal.replica import Replica
+from postlocal.schedule import WORLD
+from postlocal.strategies import Strategy
+from postlocal.tensors import all_finite, squared_norm, weigh_
+from postlocal.wire import Carrier, Staging, fp32, maximum_, mean_
+
+logger = logging.getLogger("postlocal")
+
+# A rank that did no step hardly counts, and counts fully where nobody did one.
+_IDLE = 1e-9
+
+
+class Fragment:
+    """Parameters that are synchronized together, and what stays between synchronizations.
+
+    Args:
+        parameters: by name; they are changed in place.
+        level: with whom they are synchronized.
+        carrier: how they travel, and with whom.
+        strategy: its guard weighs contributions, and its outer optimizer moves the anchor, if
+            there is one at this level.
+        modules: names of the parameters, in groups that the guard may judge one by one.
+        number: from 0; None where there is but one fragment.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        level: str,
+        carrier: Carrier,
+        strategy: Strategy,
+        modules: Sequence[Sequence[str]] = (),
+        number: int | None = None,
+    ) -> None:
+        self.parameters = {name: tensor.detach() for name, tensor in parameters.items()}
+        self.level = level
+        self.carrier = carrier
+        self.number = number
+        self.guard = strategy.guard
+        self.anchor: Anchor | None = None
+        self.jury: Jury | None = None
+        if strategy.anchored and level == WORLD:
+            self.anchor = Anchor(parameters, strategy.outer)
+            self.jury = strategy.guard.jury(carrier.group.size, len(modules))
+        self.modules = [tuple(parameters)] if self.jury is None else [*map(tuple, modules)]
+        self._since = (0, 0.0)
+
+    @property
+    def group(self) -> Group:
+        """Who takes part."""
+        return self.carrier.group
+
+    def work_since_launch(self, steps: int, work: float) -> float:
+        """Share of the steps since the last launch that this rank did, given all so far."""
+        before_steps, before_work = self._since
+        self._since = (steps, work)
+        return (work - before_work) / (steps - before_steps) if steps > before_steps else 1.0
+
+    def of(self, module: Sequence[str], tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """The tensors of one module."""
+        return [tensors[name] for name in module]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Anchor, what the wire and the guard remember, and the clock at the last launch."""
+        return {
+            "anchor": None if self.anchor is None else self.anchor.state_dict(),
+            "wire": self.carrier.state_dict(),
+            "jury": None if self.jury is None else self.jury.state_dict(),
+            "since": self._since,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state_dict` gave."""
+        if self.anchor is not None:
+            self.anchor.load_state_dict(state["anchor"])
+        self.carrier.load_state_dict(state["wire"])
+        if self.jury is not None:
+            self.jury.load_state_dict(state["jury"])
+        self._since = tuple(state["since"])
+
+
+class Buffers:
+    """Buffers of a replica on their way: means of floats, the greatest of integers.
+
+    Args:
+        replica: whose buffers.
+        apart: whether copies travel, since training goes on meanwhile.
+    """
+
+    def __init__(self, replica: Replica, apart: bool) -> None:
+        self._floats, self._others = replica.float_buffers(), replica.other_buffers()
+        self._apart = apart
+        self.floats = [b.clone() for b in self._floats] if apart else self._floats
+        self.others = [b.clone() for b in self._others] if apart else self._others
+
+    def meet(self, group: Group, ballot: Ballot) -> int:
+        """Average over a group; returns the bytes of payload that this rank sent."""
+        weight, total = ballot.buffer_weights()
+        weigh_(self.floats, weight)
+        return mean_(self.floats, group, fp32(), lambda: total) + maximum_(self.others, group)
+
+    def land(self) -> None:
+        """Give the replica what came back."""
+        if not self._apart:
+            return
+        for buffer, mean in zip(self._floats, self.floats, strict=True):
+            buffer.copy_(mean)
+        for buffer, greatest in zip(self._others, self.others, strict=True):
+            buffer.copy_(torch.maximum(buffer, greatest))
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """What is on its way."""
+        return {"floats": self.floats, "others": self.others}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[Tensor]]) -> None:
+        """Go on with what `state_dict` gave."""
+        for mine, saved in ((self.floats, state["floats"]), (self.others, state["others"])):
+            for tensor, value in zip(mine, saved, strict=True):
+                tensor.copy_(value)
+
+
+class Flight:
+    """A synchronization of one fragment from its launch to its landing.
+
+    Args:
+        fragment: what is synchronized.
+        record: where bytes, waiting and drift are noted.
+        meter: counts them.
+        inner_lr: the inner optimizer's learning rate in the steps before it.
+        buffers: travel along; None: they do not.
+        hangar: memory for contributions that travel while training goes on; None: they travel in
+            the parameters' own memory, which has to be left alone until the landing.
+    """
+
+    def __init__(
+        self,
+        fragment: Fragment,
+        record: SyncRecord,
+        meter: Meter,
+        inner_lr: float,
+        buffers: Buffers | None = None,
+        hangar: Staging | None = None,
+    ) -> None:
+        self.fragment = fragment
+        self.inner_lr = inner_lr
+        self.record = record
+        self.buffers = buffers
+        self._meter = meter
+        self._hangar = hangar
+        self._memory: list[Tensor] = []
+        self._contributions: dict[str, Tensor] = {}
+        self._weights: Tensor | None = None
+        self._future: Future[Tensor] | None = None
+        self.ballot: Ballot
+
+    def load(self) -> None:
+        """Take the contribution of this rank: parameters, or how far they moved."""
+        fragment = self.fragment
+        if fragment.anchor is None:
+            self._contributions = dict(fragment.parameters)
+            return
+        room = None if self._hangar is None else self._room(fragment.anchor, self._hangar)
+        differences = fragment.anchor.pseudo_gradients(room)
+        self._contributions = dict(zip(fragment.parameters, differences, strict=True))
+
+    def vote(self, *, buffers_finite: bool, work: float, **said: Any) -> None:
+        """Open the ballot with what this rank has to say; see `Vote`."""
+        fragment, values = self.fragment, self._contributions
+        squares = [squared_norm(fragment.of(module, values)) for module in fragment.modules]
+        finite = all_finite(values.values(), sum(squares))
+        self._squares = squares
+        self._vote = Vote(
+            weight=fragment.guard.weight(finite) * max(work, _IDLE),
+            buffer_weight=fragment.guard.weight(buffers_finite),
+            finite=finite,
+            work=work,
+            **said,
+        )
+
+    def exchange(self) -> None:
+        """Communicate; on the thread that carries all flights of the group, in one order.
+
+        Raises:
+            PeerError: if a rank did not take part in time.
+            DisagreementError: if ranks are not at the same step, or plan different rounds.
+        """
+        fragment, values = self.fragment, self._contributions
+        device = next(iter(values.values())).device
+        ballot = self.ballot = Ballot(fragment.group, device, self._vote, self._squares)
+        divisor = ballot.total_weight
+        if self._vote.weight == 0:
+            fragment.carrier.forget()
+        if fragment.jury is None:
+            weigh_(values.values(), self._vote.weight)
+        else:
+            self._weights = fragment.jury.weigh(ballot.squares.sqrt(), ballot.finite, ballot.work)
+            own = self._weights[fragment.group.rank].tolist()
+            for module, weight in zip(fragment.modules, own, strict=True):
+                weigh_(fragment.of(module, values), weight)
+            divisor = _one
+        self._meter.count("parameters", fragment.carrier.mean_(values, divisor), self.record)
+        if self.buffers is not None:
+            self._meter.count("buffers", self.buffers.meet(fragment.group, ballot), self.record)
+        self._meter.count("control", ballot.payload_bytes, self.record)
+
+    def exchange_here(self) -> None:
+        """Communicate now; where that fails, the parameters are the anchor's again."""
+        try:
+            self.exchange()
+        except PostlocalError:
+            if self.fragment.anchor is not None:
+                self.fragment.anchor.give()
+            raise
+
+    def exchange_beside(self, courier: Courier) -> None:
+        """Communicate on the courier's thread while training goes on."""
+        self._future = courier.send(next(iter(self._contributions.values())), self.exchange)
+
+    def wait(self) -> None:
+        """Block until the result is here.
+
+        Raises:
+            PeerError, DisagreementError: what the exchange met.
+        """
+        if self._future is not None:
+            self._future.wait()
+            self._future = None
+
+    def land(self, step: int, mix: float) -> None:
+        """Apply the result to anchor, parameters and buffers.
+
+        Args:
+            step: of the clock.
+            mix: share of its own value that a parameter keeps.
+
+        Raises:
+            NonFiniteError: if no contribution at level ``"world"`` was finite and there is no
+                anchor.
+        """
+        self.wait()
+        self.record.landed = step
+        self.record.excluded = tuple((self.weights.sum(dim=1) == 0).nonzero().flatten().tolist())
+        self._warn()
+        if self.fragment.anchor is None:
+            self._land_in_place()
+        else:
+            self._land_on(self.fragment.anchor, step, mix)
+        if self.buffers is not None:
+            self.buffers.land()
+        if self._hangar is not None:
+            self._hangar.give(*self._memory)
+
+    @property
+    def weights(self) -> Tensor:
+        """Weight of each rank's contribution to each module, shape ``(ranks, modules)``."""
+        if self._weights is None:
+            self._weights = self.ballot.weights[:, None].expand_as(self.ballot.squares)
+        return self._weights
+
+    @property
+    def excluded(self) -> bool:
+        """Whether this rank's contribution was left out of the mean."""
+        return self.fragment.group.rank in self.record.excluded
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is to be landed, once it has been waited for. Nothing is copied."""
+        return {
+            "fragment": self.fragment.number,
+            "record": self.record.state_dict(),
+            "inner_lr": self.inner_lr,
+            "contributions": dict(self._contributions),
+            "rows": self.ballot.rows,
+            "weights": self.weights,
+            "buffers": None if self.buffers is None else self.buffers.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Be the flight that `state_dict` was taken of: what came back is here, to be landed."""
+        assert self._hangar is not None
+        assert self.fragment.anchor is not None
+        room = self._room(self.fragment.anchor, self._hangar)
+        self._contributions = dict(zip(self.fragment.parameters, room, strict=True))
+        for name, tensor in self._contributions.items():
+            tensor.copy_(state["contributions"][name])
+        self.ballot = Ballot.counted(state["rows"], self.fragment.group.rank)
+        self._weights = state["weights"]
+        if self.buffers is not None:
+            self.buffers.load_state_dict(state["buffers"])
+
+    def _room(self, anchor: Anchor, hangar: Staging) -> list[Tensor]:
+        """Memory for pseudo-gradients that must outlive this step."""
+        tensors = list(anchor.tensors.values())
+        room: list[Tensor] = []
+        for dtype in {tensor.dtype for tensor in tensors}:
+            numel = sum(tensor.numel() for tensor in tensors if tensor.dtype == dtype)
+            self._memory.append(hangar.take(numel, tensors[0], dtype))
+        free = {memory.dtype: memory for memory in self._memory}
+        for tensor in tensors:
+            part, free[tensor.dtype] = free[tensor.dtype].tensor_split([tensor.numel()])
+            room.append(part.view(tensor.shape))
+        return room
+
+    def _land_in_place(self) -> None:
+        parameters = list(self.fragment.parameters.values())
+        if len(self.record.excluded) == self.fragment.group.size:
+            self._lose(parameters)
+            return
+        square = squared_norm(parameters)
+        self.record.drift = _drift(self._mean_square(), square, square)
+
+    def _lose(self, parameters: list[Tensor]) -> None:
+        if self.record.level == WORLD:
+            raise NonFiniteError(
+                f"after step {self.record.step} the parameters of every replica hold infinities "
+                "or NaN: resume from a checkpoint, with a lower learning rate"
+            )
+        # Other groups may be well: they leave this one out where they meet, if it stays marked.
+        for parameter in parameters:
+            parameter.fill_(math.nan)
+
+    def _land_on(self, anchor: Anchor, step: int, mix: float) -> None:
+        fragment, values = self.fragment, self._contributions
+        if len(self.record.excluded) == fragment.group.size:
+            anchor.give()
+            return
+        modules = [fragment.of(module, values) for module in fragment.modules]
+        squares = [squared_norm(tensors) for tensors in modules]
+        scale = squared_norm(anchor.tensors.values())
+        self.record.drift = _drift(self._mean_square(), sum(squares), scale)
+        for tensors, factor in zip(modules, self._factors(squares), strict=True):
+            weigh_(tensors, factor)
+        resting = self._names(self.weights.sum(dim=0) == 0)
+        anchor.step(list(values.values()), step, self.inner_lr, resting)
+        anchor.give(mix, self._names(self.weights[fragment.group.rank] == 0))
+
+    def _factors(self, squares: Sequence[float]) -> list[float]:
+        """What each module's mean is multiplied by, given its squared norm."""
+        jury, guard = self.fragment.jury, self.fragment.guard
+        norms = torch.tensor(squares, dtype=torch.float64).sqrt()
+        factors = torch.ones_like(norms) if jury is None else jury.scale(norms)
+        total = float(torch.linalg.vector_norm(norms * factors))
+        scaled: list[float] = (factors * guard.scale(total)).tolist()
+        return scaled
+
+    def _names(self, chosen: Tensor) -> set[str]:
+        modules = zip(self.fragment.modules, chosen.tolist(), strict=True)
+        return {name for module, wanted in modules if wanted for name in module}
+
+    def _mean_square(self) -> float:
+        """Weighted mean of the contributions' squared norms."""
+        totals = self.weights.sum(dim=0)
+        squares = self.ballot.squares.where(self.weights > 0, 0.0)
+        sums = (self.weights * squares).sum(dim=0)
+        return float((sums / totals.where(totals > 0, 1.0)).sum())
+
+    def _warn(self) -> None:
+        group, excluded = self.fragment.group, self.record.excluded
+        if not excluded or (group.rank != 0 and group.rank not in excluded):
+            return
+        finite = self.ballot.finite.tolist()
+        reasons = [
+            f"rank {rank}: {'an outlier' if finite[rank] else 'not finite'}" for rank in excluded
+        ]
+        logger.warning(
+            "the mean after step %d at level %r leaves out %s",
+            self.record.step, self.record.level, ", ".join(reasons),
+        )  # fmt: skip
+
+
+def _one() -> float:
+    return 1.0
+
+
+def _drift(mean_square: float, square_of_mean: float, scale: float) -> float:
+    """Root mean square distance of vectors from their mean, relative to a norm, from squares."""
+    if scale == 0:
+        return 0.0 if mean_square == 0 else math.inf
+    return math.sqrt(max(0.0, mean_square - square_of_mean) / scale)

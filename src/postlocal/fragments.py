@@ -1,0 +1,265 @@
+"""Which parts of the parameters are synchronized on their own, and when each is sent.
+
+A **fragment** is a set of whole layers. Sent one after the other, spread over the round, fragments
+need a fraction of the network's peak rate; applied some steps after they were sent, they need not
+be waited for (Streaming DiLoCo, arXiv 2501.18512).
+
+**Layers** are the children of the model's outermost lists of modules (`torch.nn.ModuleList`,
+`torch.nn.Sequential`): the blocks of a transformer, the blocks of a ResNet's stages.
+
+Example:
+    >>> from torch import nn
+    >>> model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(4)))
+    >>> sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    >>> streaming(count=2).split(model, sizes)
+    (('0.weight', '2.weight'), ('1.weight', '3.weight'))
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, combinations, pairwise
+from typing import Literal, Protocol, get_args
+
+from torch import nn
+
+Order = Literal["strided", "sequential"]
+Names = tuple[str, ...]
+
+
+class Fragments(Protocol):
+    """A way to cut parameters into parts."""
+
+    @property
+    def count(self) -> int:
+        """Number of fragments."""
+        ...
+
+    @property
+    def delay(self) -> int:
+        """Steps between sending a fragment and applying the result."""
+        ...
+
+    @property
+    def mix(self) -> float:
+        """Share of the local value that is kept where the result is applied, from 0 to 1."""
+        ...
+
+    def split(self, model: nn.Module, sizes: Mapping[str, int]) -> tuple[Names, ...]:
+        """Names of the parameters of each fragment, in the model's order.
+
+        Args:
+            model: the user's own module, without wrappers.
+            sizes: name of each trained parameter, tied ones once -> its bytes.
+
+        Raises:
+            ValueError: if the model cannot be cut in this way.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class whole:
+    """One part, applied at once: all parameters are synchronized together.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> whole().split(model, {"weight": 8, "bias": 4})
+        (('weight', 'bias'),)
+    """
+
+    count = 1
+    delay = 0
+    mix = 0.0
+
+    def split(self, model: nn.Module, sizes: Mapping[str, int]) -> tuple[Names, ...]:
+        return (tuple(sizes),)
+
+
+@dataclass(frozen=True)
+class streaming:
+    """Fragments of layers, each sent at its own step (Streaming DiLoCo, arXiv 2501.18512).
+
+    What belongs to no layer, such as an embedding or a head, goes to the lightest fragments, the
+    largest first.
+
+    Args:
+        count: number of fragments, at least 1 and at most the number of layers. The paper has 3
+            layers a fragment.
+        order: ``"strided"`` puts layer ``i`` in fragment ``i % count``; ``"sequential"`` makes
+            runs of neighbouring layers, of about equal bytes.
+        delay: steps between sending a fragment and applying the result (tau in the paper, which
+            goes up to 5), at least 0.
+        mix: share of the local value that is kept where the result is applied (alpha in the
+            paper), from 0 to 1.
+        layers: prefixes of names, such as ``"blocks.0"``, in order; None: found in the model.
+
+    Raises:
+        ValueError: if an argument is out of its range, or two layers hold each other.
+
+    Example:
+        >>> streaming(count=3)
+        streaming(count=3, order='strided', delay=1, mix=0.5, layers=None)
+    """
+
+    count: int
+    order: Order = "strided"
+    delay: int = 1
+    mix: float = 0.5
+    layers: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1 fragment, got {self.count}")
+        if self.order not in get_args(Order):
+            raise ValueError(f"order must be one of {get_args(Order)}, got {self.order!r}")
+        if self.delay < 0:
+            raise ValueError(f"delay must be at least 0 steps, got {self.delay}")
+        if not 0 <= self.mix <= 1:
+            raise ValueError(f"mix must be from 0 to 1, got {self.mix}")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+            _check_apart(self.layers)
+
+    def split(self, model: nn.Module, sizes: Mapping[str, int]) -> tuple[Names, ...]:
+        layers, others = _owners(model, sizes, self.layers)
+        if self.count > len(layers):
+            raise ValueError(
+                f"count must be at most the number of layers: got {self.count} fragments of "
+                f"{len(layers)} layers; lower count, or name smaller modules in layers="
+            )
+        weights = [_total(sizes, layer) for layer in layers]
+        parts = self._deal(layers, weights)
+        loads = [_total(sizes, part) for part in parts]
+        for other in sorted(others, key=lambda names: -_total(sizes, names)):
+            lightest = loads.index(min(loads))
+            parts[lightest] |= set(other)
+            loads[lightest] += _total(sizes, other)
+        return tuple(tuple(name for name in sizes if name in part) for part in parts)
+
+    def _deal(self, layers: Sequence[Names], weights: Sequence[int]) -> list[set[str]]:
+        if self.order == "strided":
+            hands = [layers[part :: self.count] for part in range(self.count)]
+        else:
+            cuts = _cuts(weights, self.count)
+            hands = [layers[start:end] for start, end in pairwise(cuts)]
+        return [{name for layer in hand for name in layer} for hand in hands]
+
+
+def launch_steps(steps: int, count: int) -> tuple[int, ...]:
+    """After which step of a round each fragment is sent: evenly spread, the last one at its end.
+
+    Args:
+        steps: steps of the round, at least 1.
+        count: number of fragments, at least 1.
+
+    Returns:
+        For each fragment a step, from 1 to ``steps``, never falling.
+
+    Example:
+        >>> launch_steps(steps=10, count=4)
+        (3, 5, 8, 10)
+    """
+    return tuple(-(-part * steps // count) for part in range(1, count + 1))
+
+
+def modules(
+    model: nn.Module, names: Collection[str], layers: Sequence[str] | None = None
+) -> tuple[Names, ...]:
+    """The layers, and the modules outside of all layers, that a set of parameters consists of.
+
+    Args:
+        model: the user's own module, without wrappers.
+        names: of parameters, each in exactly one of the tuples that are returned.
+        layers: as in `streaming`.
+
+    Raises:
+        ValueError: if one of ``layers`` holds none of the model's parameters.
+
+    Example:
+        >>> body = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> model = nn.ModuleDict({"body": body, "head": nn.Linear(2, 1)})
+        >>> modules(model, ["body.1.weight", "head.weight", "head.bias"])
+        (('body.1.weight',), ('head.weight', 'head.bias'))
+    """
+    every = dict.fromkeys([*names, *(name for name, _ in model.named_parameters())])
+    found, others = _owners(model, every, layers)
+    wanted = set(names)
+    cut = (tuple(name for name in owner if name in wanted) for owner in (*found, *others))
+    return tuple(names for names in cut if names)
+
+
+def _owners(
+    model: nn.Module, names: Iterable[str], layers: Sequence[str] | None
+) -> tuple[list[Names], list[Names]]:
+    """Names by layer; then, by the largest modules that hold no layer, those of no layer."""
+    prefixes = _found(model) if layers is None else layers
+    held: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
+    above = {start for prefix in prefixes for start in _starts(prefix) if start != prefix}
+    others: dict[str, list[str]] = {}
+    for name in names:
+        starts = list(_starts(name))
+        layer = next((start for start in starts if start in held), None)
+        if layer is not None:
+            held[layer].append(name)
+        else:
+            owner = next(start for start in starts if start not in above)
+            others.setdefault(owner, []).append(name)
+    empty = [prefix for prefix, owned in held.items() if not owned]
+    if layers is not None and empty:
+        raise ValueError(
+            f"layers must be prefixes of names of trained parameters, tied ones under their first "
+            f"name; got {empty[0]!r}, which holds none"
+        )
+    return [tuple(owned) for owned in held.values() if owned], [*map(tuple, others.values())]
+
+
+def _found(model: nn.Module) -> list[str]:
+    """Prefixes of the layers: children of the outermost lists, or, with no list, of the model.
+
+    A layer that holds more than half of the parameters, as in ``Sequential(embedding, encoder,
+    head)``, is looked into in its turn.
+    """
+    half = _numel(model) / 2
+    return list(_layers(model, "", half)) or [name for name, _ in model.named_children()]
+
+
+def _layers(module: nn.Module, prefix: str, half: float) -> Iterator[str]:
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if not isinstance(module, nn.ModuleList | nn.Sequential):
+            yield from _layers(child, f"{path}.", half)
+        elif _numel(child) > half:
+            yield from list(_layers(child, f"{path}.", half)) or [path]
+        else:
+            yield path
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _starts(name: str) -> Iterator[str]:
+    """The prefixes of a dotted name, from the shortest to itself."""
+    return accumulate(name.split("."), lambda start, part: f"{start}.{part}")
+
+
+def _check_apart(layers: Sequence[str]) -> None:
+    for first, second in combinations(layers, 2):
+        if f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}."):
+            raise ValueError(
+                f"layers must not hold each other, got {first!r} and {second!r}: name one of them"
+            )
+
+
+def _total(sizes: Mapping[str, int], names: Iterable[str]) -> int:
+    return sum(sizes[name] for name in names)
+
+
+def _cuts(weights: Sequence[int], count: int) -> list[int]:
+    """Where runs of about equal weight begin, and the end; no run is empty."""
+    sums = list(accumulate(weights, initial=0))
+    cuts = [0]
+    for part in range(1, count):
+        room = range(cuts[-1] + 1, len(weights) - count + part + 1)
+        cuts.append(min(room, key=lambda cut: abs(count * sums[cut] - part * sums[-1])))
+    return [*cuts, len(weights)]
