@@ -73,7 +73,7 @@ def test_gradients_by_a_wire_with_memory_resume_bit_for_bit(ranks: Ranks, name: 
     )
 
 
-def train_by(rank: int, way: str, options: dict[str, bool]) -> list[Tensor]:
+def train_by(rank: int, way: str, options: dict[str, Any]) -> list[Tensor]:
     start_with = wire.powersgd(rank=64, min_compression=1e-6)
     if way == "wire":
         model, optimizer, sync = start(
