@@ -6,6 +6,7 @@ No `from __future__ import annotations` here: torch checks the hook's annotation
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -13,12 +14,12 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from postlocal.courier import Courier
+from postlocal.courier import Courier, promise
 from postlocal.group import Group, Processes
 from postlocal.meter import Meter
 from postlocal.schedule import RANK, WORLD
 from postlocal.topology import Layout
-from postlocal.wire import Staging, Wire, fp32
+from postlocal.wire import ChunkWire, Staging, Wire, fp32
 
 
 class Local:
@@ -65,7 +66,12 @@ class Reduced:
 
     In rounds at level ``"rank"`` DDP is told to leave gradients alone: nothing is copied to
     buckets, and neither its broadcast of buffers nor its search for unused parameters
-    communicates. At level ``"world"`` the arithmetic is DDP's own, bit for bit.
+    communicates. At level ``"world"`` the arithmetic of the wire fp32 is DDP's own, bit for bit.
+
+    Other wires run beside the backward pass, bucket by bucket. Those that remember something wait
+    for the last bucket and take all gradients at once, in the order of the model's parameters: DDP
+    makes its buckets anew after the first backward pass of each process, and blocks of codes that
+    lay across other parameters would not resume bit for bit.
 
     Args:
         model: the DDP module; it must have no communication hook yet.
@@ -91,6 +97,8 @@ class Reduced:
         self._syncs_buffers = model.broadcast_buffers
         self._reducing = True
         self._courier = None if wire == fp32() else Courier()
+        self._by_bucket = isinstance(wire, ChunkWire)
+        self._waiting: list[_Bucket] = []
         try:
             model.register_comm_hook(self, _hook)
         except RuntimeError as error:
@@ -166,16 +174,36 @@ class Reduced:
         return future.then(lambda done: done.value()[0])
 
     def _exchange(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
-        assert self._courier is not None
-        carrier = self._carrier
-        # Memory is by parameter: DDP makes its buckets anew after the first backward pass.
+        if bucket.index() == 0:
+            self._waiting.clear()  # a backward pass that failed may have left some
         names = [self._names[parameter] for parameter in bucket.parameters()]
         gradients = dict(zip(names, bucket.gradients(), strict=True))
+        if not (self._by_bucket or bucket.is_last()):
+            waiting = _Bucket(bucket.buffer(), gradients, promise(bucket.buffer()))
+            self._waiting.append(waiting)
+            return waiting.promise
+        return self._carry(bucket.buffer(), gradients)
+
+    def _carry(self, buffer: Tensor, gradients: dict[str, Tensor]) -> Future[Tensor]:
+        """Send gradients of the bucket with ``buffer``, and of those that waited for it."""
+        assert self._courier is not None
+        carrier, waiting = self._carrier, list(self._waiting)
+        self._waiting.clear()
+        for bucket in waiting:
+            gradients = gradients | bucket.gradients
+        ordered = {name: gradients[name] for name in self._names.values() if name in gradients}
 
         def exchange() -> None:
-            self._meter.count("gradients", carrier.mean_(gradients))
+            try:
+                self._meter.count("gradients", carrier.mean_(ordered))
+            except Exception as error:
+                for bucket in waiting:
+                    bucket.promise.set_exception(error)  # type: ignore[arg-type]
+                raise
+            for bucket in waiting:
+                bucket.promise.set_result(bucket.buffer)
 
-        return self._courier.send(bucket.buffer(), exchange)
+        return self._courier.send(buffer, exchange)
 
     def _waited(self, start: float) -> Callable[[Future[Tensor]], Tensor]:
         def stop(done: Future[Tensor]) -> Tensor:
@@ -183,6 +211,15 @@ class Reduced:
             return done.value()
 
         return stop
+
+
+@dataclass
+class _Bucket:
+    """Gradients that wait for others to travel with them."""
+
+    buffer: Tensor
+    gradients: dict[str, Tensor]
+    promise: Future[Tensor]
 
 
 def _hook(gradients: Reduced, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
