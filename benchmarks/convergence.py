@@ -9,6 +9,7 @@ which is what DDP computes. Results are kept, run by run, under ``runs/convergen
 
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -21,25 +22,52 @@ from rich.console import Console
 
 from benchmarks.campaign import Cache, Campaign, Result, Run
 from benchmarks.measure import write_record
-from postlocal import Strategy, strategies
+from postlocal import Strategy, strategies, wire
 from postlocal.train import make_config
 
 FOLDER = Path("runs/convergence")
 WORKERS = 4
 CONTROL = "ddp"
 
-SETTINGS: dict[str, Strategy] = {
-    CONTROL: strategies.ddp(),
-    "averaging-30": strategies.local_sgd(period=30),
-    "averaging-100": strategies.local_sgd(period=100),
-    "averaging-200": strategies.local_sgd(period=200),
-    "diloco-30-lr0.4": strategies.diloco(period=30, outer_lr=0.4),
-    "diloco-30-lr0.6": strategies.diloco(period=30, outer_lr=0.6),
-    "diloco-30-lr0.7": strategies.diloco(period=30, outer_lr=0.7),
-    "diloco-30-lr0.8": strategies.diloco(period=30, outer_lr=0.8),
-    "diloco-100-lr0.4": strategies.diloco(period=100, outer_lr=0.4),
-    "diloco-100-lr0.7": strategies.diloco(period=100, outer_lr=0.7),
-}
+LRS = (0.4, 0.7, 1.0)
+"""Outer learning rates that are tried."""
+LR = 0.7
+"""The one that wires and delays are compared at."""
+
+
+def _diloco(period: int, lr: float, momentum: float = 0.9, **axes: Any) -> Strategy:
+    return replace(strategies.diloco(period, lr, momentum), **axes)
+
+
+def _streaming(period: int, lr: float, delay: int = 1, **axes: Any) -> Strategy:
+    strategy = strategies.streaming_diloco(period, delay=delay, outer_lr=lr)
+    return replace(strategy, **{"wire": wire.fp32()} | axes)
+
+
+def _settings() -> dict[str, Strategy]:
+    settings = {CONTROL: strategies.ddp()}
+    for period in (30, 100):
+        for lr in LRS:
+            settings[f"averaging-{period}-lr{lr}"] = _diloco(period, lr, momentum=0.0)
+            settings[f"diloco-{period}-lr{lr}"] = _diloco(period, lr)
+            settings[f"streaming-{period}-lr{lr}"] = _streaming(period, lr)
+    for delay in (0, 2, 5):
+        settings[f"streaming-30-lr{LR}-delay{delay}"] = _streaming(30, LR, delay)
+    for name in ("int8", "int4", "fp4", "sign"):
+        bare = getattr(wire, name)()
+        settings[f"diloco-30-lr{LR}-{name}"] = _diloco(30, LR, wire=bare)
+        settings[f"diloco-30-lr{LR}-{name}-feedback"] = _diloco(
+            30, LR, wire=wire.error_feedback(bare)
+        )
+    for lr in LRS:
+        settings[f"sparse-30-lr{lr}"] = strategies.sparse_loco(30, outer_lr=lr)
+    settings["sparse-30-no-feedback"] = replace(strategies.sparse_loco(30), wire=wire.top_k())
+    settings[f"streaming-100-lr{LR}-fp4"] = _streaming(100, LR, wire=wire.fp4())
+    settings[f"streaming-30-lr{LR}-fp4"] = _streaming(30, LR, wire=wire.fp4())
+    return settings
+
+
+SETTINGS = _settings()
 
 
 def summarize(campaign: Campaign, results: Mapping[Run, Result]) -> dict[str, dict[str, Any]]:
@@ -126,6 +154,7 @@ def choose(patterns: str) -> dict[str, Strategy]:
 def main(
     model: Annotated[str, typer.Option(help="Size of the model: tiny or small.")] = "tiny",
     steps: Annotated[int, typer.Option(help="Steps a run.")] = 600,
+    batch_size: Annotated[int, typer.Option(help="Sequences a step for each worker.")] = 1,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the inner optimizer.")] = 3e-3,
     settings: Annotated[str, typer.Option(help="Names, or patterns such as 'diloco-*'.")] = "*",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting.")] = 3,
@@ -136,7 +165,7 @@ def main(
     """Train each setting with several seeds, and compare held-out losses with DDP's."""
     console = Console()
     config = make_config(
-        model=model, steps=steps, lr=lr, workers=WORKERS, batch_size=4, eval_sequences=512
+        model=model, steps=steps, lr=lr, workers=WORKERS, batch_size=batch_size, eval_sequences=512
     )
     campaign = Campaign(config, choose(settings), seeds)
     results = campaign.train(Cache(FOLDER / "results.jsonl"), jobs, resume)

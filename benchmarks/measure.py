@@ -96,22 +96,23 @@ def as_text(ratio: Mapping[str, float]) -> str:
     return f"{ratio['median']:.2f} ({ratio['lower']:.2f}..{ratio['upper']:.2f})"
 
 
-def loopback_bytes() -> int:
-    """Bytes sent so far through the loopback interface, frames included."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
+def loopback_traffic() -> tuple[int, int]:
+    """Bytes and packets sent so far through the loopback interface, frames included."""
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
         if line.strip().startswith("lo:"):
-            return int(line.split()[9])
-    raise RuntimeError("there is no loopback interface in /proc/net/dev")
+            fields = line.split()
+            return int(fields[9]), int(fields[10])
+    raise RuntimeError("there is no loopback interface in /proc/self/net/dev")
 
 
 def bytes_of(case: Callable[[], object], times: int = 3) -> float:
     """Bytes a rank sends through the interface in one call, measured over a few."""
     dist.barrier()
-    before = loopback_bytes()
+    before, _ = loopback_traffic()
     for _ in range(times):
         case()
     dist.barrier()
-    return (loopback_bytes() - before) / times / dist.get_world_size()
+    return (loopback_traffic()[0] - before) / times / dist.get_world_size()
 
 
 def extra_memory(case: Callable[[], object]) -> int:

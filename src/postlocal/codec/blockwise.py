@@ -16,12 +16,14 @@ class Blockwise(ABC):
     so that processors that work on many neighbours at a time can pack and unpack them.
 
     Attributes:
-        parameters: fp32 numbers that a block has; what it decodes to is linear in the first.
+        parameters: fp32 numbers that a block has.
         packed: codes that share a byte.
+        compiled: whether `kernels` may compile the arithmetic.
     """
 
     parameters: int = 1
     packed: int = 1
+    compiled: bool = True
 
     @property
     @abstractmethod
@@ -44,8 +46,13 @@ class Blockwise(ABC):
         ...
 
     @abstractmethod
-    def restore(self, parameters: Tensor, codes: Tensor) -> list[Tensor]:
-        """The sections of blocks, fp32, each of shape ``(n, block / packed)``."""
+    def restore(self, parameters: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What codes stand for.
+
+        Returns:
+            Numbers of any dtype that fp32 holds, one tensor of shape ``(n, block / packed)`` for
+            each section; and the scales, fp32, shape ``(n, 1)``, to multiply them by.
+        """
         ...
 
     def layout(self, numel: int) -> Layout:
@@ -75,30 +82,21 @@ class Blockwise(ABC):
             blocks = values[: layout.whole * layout.block].view(-1, layout.block)
             kernels.decode(self, *layout.whole_blocks(payload), blocks)
         if layout.tail:
-            parameters, codes = layout.short_block(payload)
-            values[-layout.tail :].copy_(self._short(layout, parameters, codes))
+            values[-layout.tail :].copy_(self._short(payload, layout, weight=1.0))
 
     def accumulate(self, payload: Tensor, values: Tensor, alpha: float = 1.0) -> None:
         layout = self.layout(values.numel())
+        weight = torch.tensor(alpha, dtype=torch.float32, device=values.device)
         if layout.whole:
             blocks = values[: layout.whole * layout.block].view(-1, layout.block)
-            parameters, codes = layout.whole_blocks(payload)
-            kernels.accumulate(self, _weighted(parameters, alpha), codes, blocks)
+            kernels.accumulate(self, *layout.whole_blocks(payload), blocks, weight)
         if layout.tail:
-            parameters, codes = layout.short_block(payload)
-            tail = values[-layout.tail :]
-            tail.add_(self._short(layout, _weighted(parameters, alpha), codes))
+            values[-layout.tail :].add_(self._short(payload, layout, weight))
 
-    def _short(self, layout: Layout, parameters: Tensor, codes: Tensor) -> Tensor:
-        return torch.cat(self.restore(parameters, codes), dim=1).view(-1)[: layout.tail]
-
-
-def _weighted(parameters: Tensor, alpha: float) -> Tensor:
-    if alpha == 1:
-        return parameters
-    weighted = parameters.clone()
-    weighted[:, 0].mul_(alpha)
-    return weighted
+    def _short(self, payload: Tensor, layout: Layout, weight: Tensor | float) -> Tensor:
+        numbers, scales = self.restore(*layout.short_block(payload))
+        block = torch.cat([part.float() for part in numbers], dim=1).mul_(scales * weight)
+        return block.view(-1)[: layout.tail]
 
 
 def _padded(values: Tensor, layout: Layout) -> Tensor:
@@ -107,19 +105,27 @@ def _padded(values: Tensor, layout: Layout) -> Tensor:
     return short
 
 
-def scales_of(greatest: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """Scales that map greatest magnitudes to a code, and what to divide by.
+def scales_of(greatest: Tensor, code: int) -> Tensor:
+    """Scales of blocks: what code 1 stands for.
+
+    They follow from what the payload keeps, the greatest magnitude, rather than being kept
+    themselves: a compiled encoder then passes through memory once.
 
     Args:
-        greatest: of each block, fp32, shape ``(n, 1)``.
-        codes: the greatest code.
+        greatest: magnitude of each block, fp32, shape ``(n, 1)``.
+        code: the greatest.
 
     Returns:
-        Scales, NaN where the magnitude is not finite; and divisors: 1 where the scale is 0, of a
-        block of zeros or by underflow, so that the block decodes to zeros.
+        fp32, shape ``(n, 1)``; NaN where the magnitude is not finite; never below 2^-126, since
+        subnormal numbers are too coarse to be scales.
+
+    Example:
+        >>> scales_of(torch.tensor([[254.0], [torch.inf]]), 127)
+        tensor([[2.],
+                [nan]])
     """
-    scales = torch.where(greatest.isfinite(), greatest / codes, torch.nan)
-    return scales, torch.where(scales == 0, 1.0, scales)
+    scales = (greatest / code).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(greatest.isfinite(), scales, torch.nan)
 
 
 def zero_unless(finite: Tensor, codes: Tensor) -> Tensor:

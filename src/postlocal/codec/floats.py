@@ -14,9 +14,9 @@ from postlocal.codec.rounding import noise
 class fp8(Blockwise):
     """Numbers of 8 bits, 4 of them exponent (e4m3: arXiv 2209.05433), with one scale a block.
 
-    The scale is the greatest magnitude of the block over 448, fp32. Values down to 2^-15 of the
-    greatest keep a relative precision of 2^-4. A block that holds an infinity or NaN, or what fp32
-    cannot hold, decodes to NaN throughout.
+    The scale is the greatest magnitude of the block, which travels as fp32, over 448.
+    Values down to 2^-15 of the greatest keep a relative precision of 2^-4. A block that holds an
+    infinity or NaN, or what fp32 cannot hold, decodes to NaN throughout.
 
     Args:
         block: elements that share a scale.
@@ -38,13 +38,12 @@ class fp8(Blockwise):
         check_block(self.block)
 
     def quantise(self, blocks: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-        scales, divisors = scales_of(blocks.abs().amax(dim=1, keepdim=True), 448)
-        quotients = (blocks / divisors).clamp_(-448, 448)
-        codes = quotients.to(torch.float8_e4m3fn).view(torch.uint8)
-        return scales, zero_unless(scales.isfinite(), codes)
+        greatest = blocks.abs().amax(dim=1, keepdim=True)
+        codes = (blocks / scales_of(greatest, 448)).to(torch.float8_e4m3fn).view(torch.uint8)
+        return greatest, zero_unless(greatest.isfinite(), codes)
 
-    def restore(self, parameters: Tensor, codes: Tensor) -> list[Tensor]:
-        return [codes.view(torch.float8_e4m3fn).to(torch.float32).mul_(parameters)]
+    def restore(self, parameters: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]:
+        return [codes.view(torch.float8_e4m3fn)], scales_of(parameters, 448)
 
 
 @dataclass(frozen=True)
@@ -81,19 +80,19 @@ class fp4(Blockwise):
 
     def quantise(self, blocks: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
         greatest = blocks.abs().amax(dim=1, keepdim=True)
-        scales = torch.where(greatest.isfinite(), greatest, torch.nan)
         quotients = blocks / torch.where(greatest == 0, 1.0, greatest)
         if self.stochastic:
-            magnitudes = _exponents_by_chance(quotients.abs(), noise(blocks, scales, first))
+            magnitudes = _exponents_by_chance(quotients.abs(), noise(blocks, greatest, first))
         else:
             magnitudes = _nearest_exponents(quotients)
         codes = (quotients.view(torch.int32) >> 28).bitwise_and_(8).bitwise_or_(magnitudes)
         low, high = codes.chunk(2, dim=1)
-        return scales, zero_unless(scales.isfinite(), ((high << 4) | low).to(torch.uint8))
+        return greatest, zero_unless(greatest.isfinite(), ((high << 4) | low).to(torch.uint8))
 
-    def restore(self, parameters: Tensor, codes: Tensor) -> list[Tensor]:
+    def restore(self, parameters: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]:
+        scales = torch.where(parameters.isfinite(), parameters, torch.nan)
         wide = codes.to(torch.int32)
-        return [_powers(wide).mul_(parameters), _powers(wide >> 4).mul_(parameters)]
+        return [_powers(wide), _powers(wide >> 4)], scales
 
 
 # The bits of fp32: 23 of a fraction of 1, then the exponent plus 127, then the sign. 2^-6, the

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from postlocal.codec.blockwise import Blockwise, scales_of, zero_unless
 from postlocal.codec.layout import Layout, check_block
-from postlocal.codec.rounding import noise, rounded
+from postlocal.codec.rounding import noise, rounded_by_chance
 
 
 @dataclass(frozen=True)
 class int8(Blockwise):
     """Integers of 8 bits with one scale a block: a value is ``scale * code``, -127 <= code <= 127.
 
-    The scale is the greatest magnitude of the block over 127, fp32. A block that holds an infinity
-    or NaN, or what fp32 cannot hold, decodes to NaN throughout.
+    The scale is the greatest magnitude of the block, which travels as fp32, over 127. A
+    block that holds an infinity or NaN, or what fp32 cannot hold, decodes to NaN throughout.
 
     Args:
         block: elements that share a scale.
@@ -40,20 +40,20 @@ class int8(Blockwise):
         check_block(self.block)
 
     def quantise(self, blocks: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-        scales, codes = _symmetric(blocks, 127, first, self.stochastic)
-        return scales, zero_unless(scales.isfinite(), codes.to(torch.int8).view(torch.uint8))
+        greatest, codes = _symmetric(blocks, 127, first, self.stochastic)
+        return greatest, zero_unless(greatest.isfinite(), codes.to(torch.int8).view(torch.uint8))
 
-    def restore(self, parameters: Tensor, codes: Tensor) -> list[Tensor]:
-        return [codes.view(torch.int8) * parameters]
+    def restore(self, parameters: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]:
+        return [codes.view(torch.int8)], scales_of(parameters, 127)
 
 
 @dataclass(frozen=True)
 class int4(Blockwise):
     """Integers of 4 bits with one scale a block: a value is ``scale * code``, -7 <= code <= 7.
 
-    The scale is the greatest magnitude of the block over 7, fp32. The low halves of bytes hold the
-    first half of the block, the high halves the second. A block that holds an infinity or NaN, or
-    what fp32 cannot hold, decodes to NaN throughout.
+    The scale is the greatest magnitude of the block, which travels as fp32, over 7. The low
+    halves of bytes hold the first half of the block, the high halves the second. A block that holds
+    an infinity or NaN, or what fp32 cannot hold, decodes to NaN throughout.
 
     Args:
         block: elements that share a scale.
@@ -79,16 +79,15 @@ class int4(Blockwise):
         check_block(self.block, self.packed)
 
     def quantise(self, blocks: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-        scales, codes = _symmetric(blocks, 7, first, self.stochastic)
+        greatest, codes = _symmetric(blocks, 7, first, self.stochastic)
         low, high = codes.chunk(2, dim=1)
-        pairs = (high * 16).add_(low).add_(8 * 17)  # codes are written from 1 to 15
-        return scales, zero_unless(scales.isfinite(), pairs.to(torch.uint8))
+        # Low halves are written from 1 to 15; high halves are the signed numbers themselves.
+        pairs = (high * 16).add_(low).add_(8).to(torch.int8)
+        return greatest, zero_unless(greatest.isfinite(), pairs.view(torch.uint8))
 
-    def restore(self, parameters: Tensor, codes: Tensor) -> list[Tensor]:
-        return [
-            codes.bitwise_and(15).view(torch.int8).sub_(8) * parameters,
-            codes.bitwise_right_shift(4).view(torch.int8).sub_(8) * parameters,
-        ]
+    def restore(self, parameters: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]:
+        signed = codes.view(torch.int8)
+        return [(signed & 15).sub_(8), signed >> 4], scales_of(parameters, 7)
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,7 @@ class affine(Blockwise):
 
     channel: int | None = None
     parameters = 2
+    compiled = False
 
     def __post_init__(self) -> None:
         if self.channel is not None:
@@ -130,22 +130,25 @@ class affine(Blockwise):
     def quantise(self, blocks: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
         low = blocks.amin(dim=1, keepdim=True).clamp_(max=0)
         high = blocks.amax(dim=1, keepdim=True).clamp_(min=0)
-        scales, divisors = scales_of(high - low, 255)
-        finite = scales.isfinite()
+        ranges = high - low
+        finite = ranges.isfinite()
+        scales = torch.where(finite, ranges / 255, torch.nan)
+        divisors = torch.where(scales == 0, 1.0, scales)
         zeros = torch.where(finite, low.div_(divisors).neg_().round_().clamp_(0, 255), 0.0)
         codes = (blocks / divisors).round_().add_(zeros).clamp_(0, 255).to(torch.uint8)
         return torch.cat([scales, zeros], dim=1), zero_unless(finite, codes)
 
-    def restore(self, parameters: Tensor, codes: Tensor) -> list[Tensor]:
+    def restore(self, parameters: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]:
         scales, zeros = torch.split(parameters, 1, dim=1)
-        return [(codes - zeros).mul_(scales)]
+        return [codes - zeros], scales
 
 
-def _symmetric(
-    blocks: Tensor, greatest: int, first: int, stochastic: bool
-) -> tuple[Tensor, Tensor]:
-    """Scales, NaN for blocks that are not finite, and codes from ``-greatest`` to ``greatest``."""
-    scales, divisors = scales_of(blocks.abs().amax(dim=1, keepdim=True), greatest)
-    random = noise(blocks, scales, first) if stochastic else None
-    codes = rounded(blocks / divisors, random)
-    return scales, codes.clamp_(-greatest, greatest)  # a scale that is subnormal is not precise
+def _symmetric(blocks: Tensor, code: int, first: int, stochastic: bool) -> tuple[Tensor, Tensor]:
+    """Greatest magnitudes, and codes from ``-code`` to ``code``; undefined if not finite."""
+    greatest = blocks.abs().amax(dim=1, keepdim=True)
+    quotients = blocks / scales_of(greatest, code)
+    if not stochastic:
+        return greatest, quotients.round_()
+    return greatest, rounded_by_chance(quotients, noise(blocks, greatest, first)).clamp_(
+        -code, code
+    )

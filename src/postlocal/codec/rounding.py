@@ -46,20 +46,19 @@ def noise(blocks: Tensor, scales: Tensor, first: int) -> Tensor:
     return mixed((blocks.view(torch.int32) ^ salt) + mixed(column + 1))
 
 
-def rounded(quotients: Tensor, bits: Tensor | None) -> Tensor:
+def rounded_by_chance(quotients: Tensor, bits: Tensor) -> Tensor:
     """Whole numbers beside quotients of magnitude below 128, in place.
+
+    Up or down with the probability that keeps the expectation, to within 2^-17.
 
     Args:
         quotients: fp32, shape ``(n, block)``.
-        bits: random, int32, of the same shape: up or down with the probability that keeps the
-            expectation, to within 2^-17; None: to the nearest, ties to even.
+        bits: random, int32, of the same shape.
 
     Example:
-        >>> rounded(torch.tensor([[0.5, 1.5, -0.7]]), None)
-        tensor([[ 0.,  2., -1.]])
+        >>> rounded_by_chance(torch.tensor([2.0, 1.5]), torch.tensor([-1, 0], dtype=torch.int32))
+        tensor([2., 1.])
     """
-    if bits is None:
-        return quotients.round_()
     # Halves of 2^-16 keep whole numbers as they are: the sum is exact.
     threshold = ((bits >> 16) & 0xFFFF).to(torch.float32).add_(0.5).mul_(2.0**-16)
     return quotients.add_(threshold).floor_()

@@ -44,9 +44,10 @@ class sign(Blockwise):
             codes = codes | (bits << position)
         return _mean_magnitudes(blocks, count), codes
 
-    def restore(self, parameters: Tensor, codes: Tensor) -> list[Tensor]:
+    def restore(self, parameters: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]:
+        # The sign in bit 0 becomes 1 - 2 * bit, as int8.
         bits = [(codes >> position) & 1 for position in range(self.packed)]
-        return [(1 - 2 * bit.view(torch.int8)) * parameters for bit in bits]
+        return [bit.mul_(254).add_(1).view(torch.int8) for bit in bits], parameters
 
 
 def _mean_magnitudes(blocks: Tensor, count: int) -> Tensor:

@@ -1,0 +1,187 @@
+"""How long training waits for a slow wire, and whether the bytes counted are the bytes sent.
+
+    python -m benchmarks.overlap
+
+Ranks are processes in a network namespace of their own, whose loopback interface they share at
+one limited rate: all bytes of all ranks go through it one after the other. The rate is chosen such
+that blocking DiLoCo waits about 30 % of its time. Needs root and iproute2.
+"""
+
+import operator
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import torch.distributed as dist
+import typer
+from rich.console import Console
+
+import postlocal
+from benchmarks.measure import loopback_traffic, run_ranks, slowest, write_record
+from benchmarks.network import missing, own_loopback
+from benchmarks.training import Worker
+from postlocal import Strategy, strategies, wire
+from postlocal.train import TrainConfig, make_config
+from postlocal.train.model import SIZES, Transformer
+from postlocal.wire import fp32
+
+PERIOD = 30
+SHARE = 0.3  # of its time that blocking DiLoCo shall wait
+GOAL = 0.03  # for strategies that overlap
+FRAME = 66  # bytes of Ethernet, IP and TCP headers a packet
+
+
+@dataclass(frozen=True)
+class Case:
+    """A strategy and how long to run it.
+
+    Attributes:
+        strategy: what is measured.
+        steps: number of steps.
+        overlaps: whether the goal for waiting applies.
+    """
+
+    strategy: Strategy
+    steps: int = 2 * PERIOD
+    overlaps: bool = False
+
+
+WAITING: dict[str, Case] = {
+    "DDP": Case(strategies.ddp(), steps=3),
+    "DiLoCo, blocking": Case(strategies.diloco(PERIOD)),
+}
+"""Over the slow wire."""
+
+COUNTED: dict[str, Case] = {
+    "local SGD": Case(strategies.local_sgd(period=1), steps=4),
+    "DiLoCo": Case(strategies.diloco(period=1), steps=4),
+    "DiLoCo bf16": Case(replace(strategies.diloco(period=1), wire=wire.bf16()), steps=4),
+}
+"""Over a wire of unlimited rate, for their bytes."""
+
+
+def compute_time(rank: int, config: TrainConfig, steps: int = 20) -> float:
+    """Seconds that a step takes on all ranks at once, with no communication."""
+    worker = Worker(config, [rank])
+    for step in range(3):
+        worker.step(step)
+    dist.barrier()
+    start = time.perf_counter()
+    for step in range(steps):
+        worker.step(step)
+    return slowest(time.perf_counter() - start) / steps
+
+
+def measure(rank: int, config: TrainConfig, case: Case) -> dict[str, float]:
+    """Time, waiting and bytes of a case."""
+    worker = Worker(config, [rank], distributed=True)
+    sync = postlocal.attach(worker.model, worker.optimizer, case.strategy)
+    dist.barrier()
+    traffic = loopback_traffic()
+    start = time.perf_counter()
+    for step in range(case.steps):
+        worker.step(step)
+        sync.step()
+    sync.finish()
+    seconds = slowest(time.perf_counter() - start)
+    waited = slowest(sync.meter.wait_seconds)
+    dist.barrier()
+    sent, packets = map(operator.sub, loopback_traffic(), traffic)
+    sync.close()
+    counted = sync.meter.total_bytes * config.workers  # each rank sends as many
+    return {
+        "seconds_a_step": seconds / case.steps,
+        "wait_share": waited / seconds,
+        "payload_bytes": counted,
+        "interface_bytes": sent,
+        "packets": packets,
+        "interface_over_payload": (sent - FRAME * packets) / counted,
+    }
+
+
+def choose_rate(config: TrainConfig, seconds_a_step: float) -> float:
+    """Bits a second at which a round of blocking DiLoCo waits `SHARE` of its time."""
+    numel = sum(p.numel() for p in Transformer(SIZES[config.model]).parameters())
+    sent = config.workers * fp32().payload_bytes(numel, config.workers)
+    return 8 * sent / (PERIOD * seconds_a_step * SHARE / (1 - SHARE))
+
+
+def _waiting_table(rate: float, compute: float, rows: Mapping[str, Mapping[str, float]]) -> str:
+    lines = [
+        f"A step computes for {1000 * compute:.0f} ms; the wire that all ranks share carries "
+        f"{rate / 1e6:.0f} Mbit/s.",
+        "",
+        "| strategy | ms a step | waiting, % | goal | MB a rank a step |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        goal = f"< {100 * GOAL:.0f}" if WAITING[name].overlaps else ""
+        megabytes = row["payload_bytes"] / row["ranks"] / row["steps"] / 1e6
+        lines.append(
+            f"| {name} | {1000 * row['seconds_a_step']:.0f} | {100 * row['wait_share']:.1f} "
+            f"| {goal} | {megabytes:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _bytes_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    lines = [
+        "Bytes of all ranks, by the meter and by the interface; the ratio is without headers.",
+        "",
+        "| strategy | MB, meter | MB, interface | interface / meter |",
+        "|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        lines.append(
+            f"| {name} | {row['payload_bytes'] / 1e6:.2f} | {row['interface_bytes'] / 1e6:.2f} "
+            f"| {row['interface_over_payload']:.4f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _run(config: TrainConfig, cases: Mapping[str, Case], console: Console) -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for name, case in cases.items():
+        with console.status(f"{config.workers} ranks: {name}"):
+            row = run_ranks(config.workers, measure, config, case)
+        rows[name] = {"ranks": config.workers, "steps": case.steps, **row}
+    return rows
+
+
+def main(
+    world: Annotated[list[int] | None, typer.Option(help="Numbers of ranks; repeatable.")] = None,
+    record: Annotated[bool, typer.Option(help="Write a record under benchmarks/records.")] = True,
+) -> None:
+    """Measure waiting over a slow wire, and compare bytes counted with bytes sent."""
+    console = Console()
+    if reason := missing():
+        console.print(f"Skipped: {reason}")
+        return
+    # Nobody resolves names in such a namespace, and each connection says so.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    content: dict[str, Any] = {}
+    texts = []
+    for ranks in world or [2, 4]:
+        config = make_config(model="tiny", workers=ranks, batch_size=4, steps=1000)
+        with own_loopback() as limit:
+            counted = _run(config, COUNTED, console)
+            compute = run_ranks(ranks, compute_time, config)
+            rate = choose_rate(config, compute)
+            limit(rate)
+            waiting = _run(config, WAITING, console)
+        content[f"{ranks} ranks"] = {
+            "bits_a_second": rate, "compute_seconds": compute, "waiting": waiting,
+            "counted": counted,
+        }  # fmt: skip
+        tables = _waiting_table(rate, compute, waiting), _bytes_table({**counted, **waiting})
+        texts.append("\n".join([f"## {ranks} ranks", "", *tables]))
+        console.print(texts[-1], markup=False, soft_wrap=True)
+    if record:
+        path = write_record("overlap", "Waiting for a slow wire", content, "\n".join(texts))
+        console.print(f"Record: {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

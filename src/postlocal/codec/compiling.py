@@ -1,0 +1,215 @@
+"""Compiles the arithmetic of blocks once a machine, and loads it in every process after.
+
+A process of its own compiles (torch's compiler switches global state that training in other threads
+would see), ahead of time, into a cache folder: ``$XDG_CACHE_HOME/postlocal/kernels``. What is there
+is used by all processes, whatever their tensors' sizes. A failure is written there too, so that no
+other process waits for the next one: delete the folder to try again.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+_SECONDS = 900  # a compiler that takes longer has failed
+_EXAMPLE = 2**16  # elements of the example; the number of blocks is left open
+
+
+class Arithmetic(Protocol):
+    """What `postlocal.codec.blockwise.Blockwise` codecs are made of."""
+
+    packed: int
+    compiled: bool
+
+    @property
+    def block(self) -> int: ...
+
+    def quantise(self, blocks: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]: ...
+
+    def restore(self, parameters: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Compiled functions; blocks have shape ``(n, block)``, codes ``(n, block / packed)``.
+
+    Attributes:
+        encode: ``(blocks, codes)`` to parameters, ``(n, parameters)``; writes codes.
+        decode: ``(parameters, codes, sections of blocks)``; writes blocks.
+        accumulate: the same and a weight, fp32, shape ``()``; adds to blocks.
+    """
+
+    encode: Callable[[Tensor, Tensor], Tensor]
+    decode: Callable[[Tensor, Tensor, tuple[Tensor, ...]], None]
+    accumulate: Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor], None]
+
+
+def sections(blocks: Tensor, packed: int) -> tuple[Tensor, ...]:
+    """The parts of blocks, shape ``(n, block / packed)``, whose codes share bytes."""
+    return blocks.view(len(blocks), packed, -1).unbind(1)
+
+
+def compiled(codec: Arithmetic, dtype: torch.dtype, device: str) -> Kernels:
+    """The functions of a codec for values of a dtype on a device, compiled if they are not yet.
+
+    Raises:
+        RuntimeError: if there is no compiler, or it fails, now or earlier on this machine.
+        OSError: if the cache folder cannot be written.
+    """
+    request = _request(codec, dtype, device)
+    folder = _cache() / hashlib.sha256(f"{_machine()} {request}".encode()).hexdigest()[:24]
+    failure = folder.with_suffix(".failed")
+    if not folder.exists():
+        with _alone(folder.with_suffix(".lock")):
+            if failure.exists():
+                raise RuntimeError(failure.read_text())
+            if not folder.exists():
+                _build(request, folder, failure)
+    return Kernels(*(_load(folder / f"{field.name}.pt2") for field in fields(Kernels)))
+
+
+def _request(codec: Arithmetic, dtype: torch.dtype, device: str) -> str:
+    """What the compiling process is told, as text."""
+    recipe = {"codec": type(codec).__name__, "arguments": asdict(codec)}  # type: ignore[call-overload]
+    return json.dumps(recipe | {"dtype": str(dtype).removeprefix("torch."), "device": device})
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(root) / "postlocal" / "kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@cache
+def _machine() -> str:
+    """What compiled code depends on: torch, compiler, processor and the codecs' own source."""
+    path = shutil.which(os.environ.get("CXX", "g++"))
+    if path is None:
+        raise RuntimeError("there is no C++ compiler")
+    version = subprocess.run([path, "--version"], capture_output=True, check=False)  # noqa: S603
+    flags = [line for line in _processor().splitlines() if line.startswith(("flags", "Features"))]
+    source = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    return (
+        f"{torch.__version__} {path} {version!r} {flags[:1]} {hashlib.sha256(source).hexdigest()}"
+    )
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.read_text() if cpuinfo.exists() else ""
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time; what others made while this one waited is there after."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(request: str, folder: Path, failure: Path) -> None:
+    command = [sys.executable, "-c", "from postlocal.codec import compiling; compiling.main()"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        try:
+            done = subprocess.run(  # noqa: S603
+                [*command, request, str(made)],
+                env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False,
+            )  # fmt: skip
+            reason = done.stderr.strip()[-2000:] if done.returncode else None
+        except subprocess.TimeoutExpired:
+            reason = f"it took more than {_SECONDS} s"
+        if reason is None:
+            made.rename(folder)
+            return
+        text = f"compiling failed: {reason or f'exit code {done.returncode}'}"
+        (Path(scratch) / "failure").write_text(text)
+        (Path(scratch) / "failure").rename(failure)
+    raise RuntimeError(text)
+
+
+def _load(package: Path) -> Any:
+    return torch._inductor.aoti_load_package(str(package))
+
+
+class _Encode(nn.Module):
+    def __init__(self, codec: Arithmetic) -> None:
+        super().__init__()
+        self.codec = codec
+
+    def forward(self, blocks: Tensor, codes: Tensor) -> Tensor:
+        parameters, written = self.codec.quantise(blocks.float(), 0, self.codec.block)
+        codes.copy_(written)
+        return parameters
+
+
+class _Decode(nn.Module):
+    def __init__(self, codec: Arithmetic) -> None:
+        super().__init__()
+        self.codec = codec
+
+    def forward(self, parameters: Tensor, codes: Tensor, parts: tuple[Tensor, ...]) -> None:
+        numbers, scales = self.codec.restore(parameters, codes)
+        for part, number in zip(parts, numbers, strict=True):
+            part.copy_(number.float() * scales)
+
+
+class _Accumulate(nn.Module):
+    def __init__(self, codec: Arithmetic) -> None:
+        super().__init__()
+        self.codec = codec
+
+    def forward(
+        self, parameters: Tensor, codes: Tensor, parts: tuple[Tensor, ...], weight: Tensor
+    ) -> None:
+        numbers, scales = self.codec.restore(parameters, codes)
+        for part, number in zip(parts, numbers, strict=True):
+            part.add_(number.float() * (scales * weight))
+
+
+def main() -> None:
+    """Compile what the command line asks for: a request, and the folder that takes the packages."""
+    request, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+    codecs = sys.modules["postlocal.codec"]
+    codec: Arithmetic = getattr(codecs, request["codec"])(**request["arguments"])
+    values = torch.zeros(
+        max(2, _EXAMPLE // codec.block) * codec.block,
+        dtype=getattr(torch, request["dtype"]), device=request["device"],
+    )  # fmt: skip
+    blocks = values.view(-1, codec.block)
+    with torch.no_grad():
+        parameters, codes = codec.quantise(blocks.float(), 0, codec.block)
+        parts, weight = sections(blocks, codec.packed), blocks.new_ones((), dtype=torch.float32)
+        _package(_Encode(codec), (blocks, codes), folder / "encode.pt2")
+        _package(_Decode(codec), (parameters, codes, parts), folder / "decode.pt2")
+        accumulated = (parameters, codes, parts, weight)
+        _package(_Accumulate(codec), accumulated, folder / "accumulate.pt2")
+
+
+def _package(module: nn.Module, arguments: tuple[Any, ...], path: Path) -> None:
+    """Compile for any number of rows of all arguments."""
+    rows = torch.export.Dim("rows", min=2)
+    shapes = tree_map(lambda tensor: {0: rows} if tensor.dim() else None, arguments)
+    program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
+    # As many threads as torch uses when it runs, not as it used here.
+    options = {"cpp.dynamic_threads": True}
+    torch._inductor.aoti_compile_and_package(
+        program, package_path=str(path), inductor_configs=options
+    )

@@ -1,0 +1,111 @@
+"""What benchmarks rest on: their control, their cache, and their network."""
+
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import network
+from benchmarks.campaign import Cache, Campaign, Result, train_control, train_replicas
+from benchmarks.convergence import summarize
+from benchmarks.measure import loopback_traffic
+from benchmarks.training import Worker
+from torch import Tensor
+
+from postlocal import strategies
+from postlocal.train import TrainConfig, make_config
+from tests.models import equal, values
+
+Ranks = Callable[..., list[Any]]
+
+CONFIG = make_config(workers=4, batch_size=2, sequence_length=32, steps=3)
+SETTINGS = {"ddp": strategies.ddp(), "averaging": strategies.local_sgd(2)}
+
+
+def no_tick() -> None:
+    return None
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def train_ddp(rank: int, config: TrainConfig) -> list[Tensor]:
+    worker = Worker(config, [rank], distributed=True)
+    for step in range(config.steps):
+        worker.step(step)
+    return values(worker.model)
+
+
+def test_the_control_is_what_ddp_computes(ranks: Ranks) -> None:
+    start = flat(values(Worker(CONFIG, [0]).model))
+    control = flat(values(train_control(CONFIG, strategies.ddp(), no_tick)[0]))
+    ddp = flat(ranks(4, train_ddp, CONFIG)[0])
+    # AdamW takes whole steps where gradients are hardly more than rounding: no bound holds for
+    # each element alone.
+    assert (control - ddp).norm() < 1e-4 * (ddp - start).norm()
+
+
+def test_a_run_of_threads_is_repeated_bit_for_bit() -> None:
+    first, second = (train_replicas(CONFIG, SETTINGS["averaging"], no_tick) for _ in range(2))
+    assert equal(values(first[0]), values(second[0]))
+    assert first[1] == second[1]
+
+
+def campaign(seeds: int = 2) -> Campaign:
+    return Campaign(CONFIG, SETTINGS, seeds)
+
+
+def results(of: Campaign) -> list[Result]:
+    return [
+        Result(of.key((name, seed)), "source", 2.0 + seed + 0.1 * (name != "ddp"), 10, 40, 1, 1.0)
+        for name, seed in of.runs
+    ]
+
+
+def test_a_campaign_takes_from_its_cache_what_is_there(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "new" / "results.jsonl")
+    for result in results(campaign()):
+        cache.add(replace(result, loss=9.0))
+        cache.add(result)
+    taken = campaign().train(cache, jobs=1, resume=True)  # nothing is left to train
+    assert list(taken.values()) == results(campaign())
+
+
+def test_runs_that_differ_have_different_keys() -> None:
+    slower = Campaign(CONFIG.model_copy(update={"lr": 1e-3}), SETTINGS, 2)
+    keys = [of.key(run) for of in (campaign(), slower) for run in of.runs]
+    assert len(set(keys)) == 8
+
+
+def test_penalties_are_against_the_control_of_the_same_seed() -> None:
+    of = campaign()
+    rows = summarize(of, dict(zip(of.runs, results(of), strict=True)))
+    assert rows["averaging"]["penalties"] == pytest.approx([100 * 0.1 / 2, 100 * 0.1 / 3])
+    assert rows["averaging"]["ddp_over_payload"] == 4
+
+
+needs_namespaces = pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
+
+
+@needs_namespaces
+def test_an_own_loopback_is_empty_and_removed_after_a_failure() -> None:
+    outside = Path("/proc/thread-self/ns/net").readlink()
+    namespaces = subprocess.check_output(["ip", "netns", "list"])
+    with pytest.raises(KeyError), network.own_loopback() as limit:
+        assert Path("/proc/thread-self/ns/net").readlink() != outside
+        assert loopback_traffic() == (0, 0)
+        limit(1e6)
+        assert b"tbf" in subprocess.check_output(["tc", "qdisc", "show", "dev", "lo"])
+        raise KeyError
+    assert Path("/proc/thread-self/ns/net").readlink() == outside
+    assert subprocess.check_output(["ip", "netns", "list"]) == namespaces
+
+
+@needs_namespaces
+def test_a_command_that_fails_says_why() -> None:
+    with network.own_loopback() as limit, pytest.raises(RuntimeError, match="tc qdisc"):
+        limit(-1)
