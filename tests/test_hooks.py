@@ -664,9 +664,7 @@ def composed(rank: int, name: str) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def test_a_wire_with_memory_is_refused_as_a_reducer() -> None:
-    with pytest.raises(
-        ValueError, match="a hook, or a wire that remembers nothing"
-    ):
+    with pytest.raises(ValueError, match="a hook, or a wire that remembers nothing"):
         PostLocalSGDState(None, None, 0, reducer=wire.powersgd())  # type: ignore[arg-type]
 
 
