@@ -663,6 +663,11 @@ def composed(rank: int, name: str) -> tuple[list[Tensor], list[Tensor]]:
     return history[2], history[3]
 
 
+def test_a_wire_with_memory_is_refused_as_a_reducer() -> None:
+    with pytest.raises(ValueError, match="a hook, or a wire that remembers nothing"):
+        PostLocalSGDState(None, None, 0, reducer=wire.powersgd())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", COMPOSED)
 def test_any_reducer_composes_with_post_local_sgd(ranks: Ranks, name: str) -> None:
     results = ranks(4, composed, name, local_world_size=2)

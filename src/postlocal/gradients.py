@@ -174,28 +174,30 @@ class Reduced:
         return future.then(lambda done: done.value()[0])
 
     def _exchange(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+        if self._by_bucket:
+            return self._carry(bucket.buffer(), {"bucket": bucket.buffer()})
         if bucket.index() == 0:
             self._waiting.clear()  # a backward pass that failed may have left some
         names = [self._names[parameter] for parameter in bucket.parameters()]
         gradients = dict(zip(names, bucket.gradients(), strict=True))
-        if not (self._by_bucket or bucket.is_last()):
+        if not bucket.is_last():
             waiting = _Bucket(bucket.buffer(), gradients, promise(bucket.buffer()))
             self._waiting.append(waiting)
             return waiting.promise
-        return self._carry(bucket.buffer(), gradients)
+        for waiting in self._waiting:
+            gradients |= waiting.gradients
+        ordered = {name: gradients[name] for name in self._names.values() if name in gradients}
+        return self._carry(bucket.buffer(), ordered)
 
-    def _carry(self, buffer: Tensor, gradients: dict[str, Tensor]) -> Future[Tensor]:
-        """Send gradients of the bucket with ``buffer``, and of those that waited for it."""
+    def _carry(self, buffer: Tensor, gradients: Mapping[str, Tensor]) -> Future[Tensor]:
+        """Send gradients, and promise the last one's bucket and those that wait for it."""
         assert self._courier is not None
         carrier, waiting = self._carrier, list(self._waiting)
         self._waiting.clear()
-        for bucket in waiting:
-            gradients = gradients | bucket.gradients
-        ordered = {name: gradients[name] for name in self._names.values() if name in gradients}
 
         def exchange() -> None:
             try:
-                self._meter.count("gradients", carrier.mean_(ordered))
+                self._meter.count("gradients", carrier.mean_(gradients))
             except Exception as error:
                 for bucket in waiting:
                     bucket.promise.set_exception(error)  # type: ignore[arg-type]

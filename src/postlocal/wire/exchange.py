@@ -38,12 +38,7 @@ class Exchange(Protocol):
 
 
 class Staged(NamedTuple):
-    """Staging memory that a chunk takes, in fp32 elements.
-
-    Attributes:
-        outbound: until its exchange has turned.
-        homebound: from there until it is over.
-    """
+    """Staging memory of a chunk, in fp32 elements, before and after its exchange has turned."""
 
     outbound: int
     homebound: int

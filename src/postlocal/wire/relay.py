@@ -25,7 +25,7 @@ class relayed:
     What is lossy, or slow, is done once a node: contributions are summed at the node's first rank,
     the first ranks of all nodes take the mean, and hand it to their nodes. Nodes may differ in
     size. Where everybody is in one group of the level, or the mean is taken within such a group,
-    nothing is left between, and the mean is exact.
+    nothing is left between, and the mean is exact. Tensors of 16 bits are summed in fp32 copies.
 
     `payload_bytes` is what a first rank sends between nodes, where each rank is a node.
 
