@@ -75,7 +75,7 @@ def compute_time(rank: int, config: TrainConfig, steps: int = 20) -> float:
 
 
 def measure(rank: int, config: TrainConfig, case: Case) -> dict[str, float]:
-    """Time, waiting and bytes of a case."""
+    """Time and waiting of a case's steps, and bytes of all, the last synchronization included."""
     worker = Worker(config, [rank], distributed=True)
     sync = postlocal.attach(worker.model, worker.optimizer, case.strategy)
     dist.barrier()
@@ -84,12 +84,12 @@ def measure(rank: int, config: TrainConfig, case: Case) -> dict[str, float]:
     for step in range(case.steps):
         worker.step(step)
         sync.step()
+    seconds, waited = time.perf_counter() - start, sync.meter.wait_seconds
     sync.finish()
-    seconds = slowest(time.perf_counter() - start)
-    waited = slowest(sync.meter.wait_seconds)
     dist.barrier()
     sent, packets = map(operator.sub, loopback_traffic(), traffic)
     sync.close()
+    seconds, waited = slowest(seconds), slowest(waited)
     counted = sync.meter.total_bytes * config.workers  # each rank sends as many
     return {
         "seconds_a_step": seconds / case.steps,

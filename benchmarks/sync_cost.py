@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import typer
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import postlocal
 from benchmarks.measure import (
@@ -64,7 +64,7 @@ def measure(rank: int, name: str, size: str, rounds: int, warmup: int = 3) -> di
         first.call()
     module = SIZES[size]()
     flat = torch.randn(sum(parameter.numel() for parameter in module.parameters()))
-    drift = _drifting(module, flat, rank)
+    drift = drifting(module, rank)
     case = make(name, module)
     drift()
     state = case.state_bytes()
@@ -73,6 +73,7 @@ def measure(rank: int, name: str, size: str, rounds: int, warmup: int = 3) -> di
     seconds: dict[str, list[float]] = {"raw": [], "case": []}
     for index in range(warmup + rounds):
         drift()
+        flat.div_(dist.get_world_size())  # else the sums of sums overflow
         raw = _time(lambda: dist.all_reduce(flat), calls=1, pause=0.0)
         own = _time(case.call, case.calls, pause=raw)
         if index >= warmup:
@@ -99,12 +100,11 @@ def _time(call: Callable[[], object], calls: int, pause: float) -> float:
     return slowest(seconds)
 
 
-def _drifting(module: nn.Module, flat: Tensor, rank: int) -> Callable[[], None]:
-    """Moves parameters as training would, apart from each other, so that there is a difference."""
+def drifting(module: nn.Module, rank: int) -> Callable[[], None]:
+    """A function that moves parameters as training would, ranks apart from each other."""
 
     @torch.no_grad()
     def drift() -> None:
-        flat.div_(dist.get_world_size())  # else the sum of sums overflows
         for parameter in module.parameters():
             parameter.mul_(1 + 1e-4 * (rank + 1))
 

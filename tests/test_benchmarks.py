@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import network
+from benchmarks import network, sync_cost
 from benchmarks.campaign import Cache, Campaign, Result, train_control, train_replicas
 from benchmarks.convergence import summarize
 from benchmarks.measure import loopback_traffic
+from benchmarks.peers import PEERS, installed
+from benchmarks.shapes import small
 from benchmarks.training import Worker
 from torch import Tensor
 
@@ -86,6 +88,35 @@ def test_penalties_are_against_the_control_of_the_same_seed() -> None:
     rows = summarize(of, dict(zip(of.runs, results(of), strict=True)))
     assert rows["averaging"]["penalties"] == pytest.approx([100 * 0.1 / 2, 100 * 0.1 / 3])
     assert rows["averaging"]["ddp_over_payload"] == 4
+
+
+COUNTERPARTS = {
+    "averager, torch": "local SGD, postlocal",
+    "LocalSGD, torchft": "local SGD, postlocal",
+    "DiLoCo, torchft": "DiLoCo, postlocal",
+}
+
+
+def synchronized(rank: int, name: str) -> list[Tensor]:
+    """Parameters after two rounds of a case, drifting apart before each."""
+    torch.manual_seed(0)
+    module = small()
+    case = sync_cost.make(name, module)
+    drift = sync_cost.drifting(module, rank)
+    for _ in range(2):
+        drift()
+        case.call()
+    return values(module)
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_peer_comes_to_the_values_that_ours_comes_to(ranks: Ranks, peer: str) -> None:
+    if not installed(peer):
+        pytest.skip(f"{PEERS[peer][0]} is not installed")
+    theirs, ours = (flat(ranks(2, synchronized, name)[0]) for name in (peer, COUNTERPARTS[peer]))
+    torch.manual_seed(0)
+    start = flat(values(small()))
+    assert (theirs - ours).norm() < 1e-3 * (ours - start).norm()
 
 
 needs_namespaces = pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
