@@ -163,6 +163,32 @@ def test_a_signal_saves_and_the_resumed_run_ends_bit_identical(
     assert steps == sorted(steps)
 
 
+STREAMING = (
+    "--workers", "2", "--strategy", "streaming_diloco", "--fragments", "2", "--delay", "5",
+    "--wire", "int4",
+)  # fmt: skip
+
+
+def test_a_run_stopped_with_fragments_under_way_resumes_to_the_same_bits(
+    data: Path, tmp_path: Path
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    code, output = run(*POSTLOCAL, *arguments(whole, data, *STREAMING))
+    assert code == 0, output
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["replicas_equal"]
+    assert summary["ddp_payload_bytes"] > 50 * summary["payload_bytes"]
+    command = [*POSTLOCAL, *arguments(stopped, data, *STREAMING)]
+    with running(*command) as process:
+        wait_for(lambda: newest(stopped) >= 20)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert newest(stopped) < STEPS
+    code, output = run(*command, "--resume")
+    assert code == 0, output
+    assert weights(stopped) == weights(whole)
+
+
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     undisturbed: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -210,7 +236,15 @@ BAD = {
     "missing data": (["--data", "/nowhere"], "data must be files, folders or globs that exist"),
     "garbled periods": (["--strategy", "hierarchical", "--periods", "a"], "level=steps pairs"),
     "folder below a file": (["--out", "/dev/null/x"], "out must be a folder that can be written"),
-    "unknown wire": (["--wire", "int1"], "wire must be 'fp32', 'bf16' or 'fp16', got 'int1'"),
+    "unknown wire": (["--wire", "int1"], "wire must be one of fp32, bf16, fp16, int8,"),
+    "fragments of fragments": (
+        ["--strategy", "streaming_diloco", "--fragments", "5"],
+        "got 5 fragments of 4 layers",
+    ),
+    "delay of a round": (
+        ["--strategy", "streaming_diloco", "--period", "4", "--delay", "4"],
+        "delay must be shorter than a round",
+    ),
     "less than a batch": (["--batch-size", "1000000"], "fewer than batch size 1000000 each"),
     "unknown level": (
         ["--strategy", "hierarchical", "--periods", "rack=4"],

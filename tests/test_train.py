@@ -16,9 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postlocal import DisagreementError
+from postlocal import DisagreementError, wire
 from postlocal.meter import SyncRecord
 from postlocal.report import Metrics, Summary, plot
+from postlocal.strategies import streaming_diloco
 from postlocal.train import make_config, train
 from postlocal.train.data import Corpus, Share, Windows, find_files
 from postlocal.train.model import SIZES, Transformer
@@ -156,6 +157,14 @@ def test_strategies_get_defaults_that_suit_the_run() -> None:
     assert config.make_strategy().schedule.total == 100  # type: ignore[attr-defined]
 
 
+def test_a_wire_is_the_one_named_or_the_strategys_own_or_bf16() -> None:
+    assert make_config(strategy="diloco").make_strategy().wire == wire.bf16()
+    assert make_config(strategy="diloco", wire="int4").make_strategy().wire == wire.named("int4")
+    streaming = make_config(strategy="streaming_diloco")
+    assert streaming.make_strategy().wire == streaming_diloco().wire
+    assert streaming.make_strategy().gradient_wire == wire.bf16()
+
+
 BAD_SETTINGS = [
     ({"steps": 0}, "steps must be greater than or equal to 1, got 0"),
     ({"lr": math.nan}, "lr must be .*, got nan"),
@@ -166,7 +175,8 @@ BAD_SETTINGS = [
     ({"parameters": {"period": 0}}, "period must be at least 1 step, got 0"),
     ({"parameters": {"alpha": 1.0}}, "alpha is not a parameter of post_local_sgd, which takes"),
     ({"strategy": "qsr"}, "qsr needs the parameter alpha"),
-    ({"wire": "int3"}, "wire must be 'fp32', 'bf16' or 'fp16', got 'int3'"),
+    ({"wire": "int3"}, "wire must be one of fp32, .*, got 'int3'"),
+    ({"gradient_wire": "int3"}, "wire must be one of fp32, .*, got 'int3'"),
     ({"colour": 1}, "colour must be .*"),
 ]
 

@@ -367,10 +367,13 @@ def check_before_launch(config: TrainConfig) -> None:
     """Find what would go wrong in the workers while there are none yet.
 
     Raises:
-        ValueError: if data, levels or the output folder do not fit.
+        ValueError: if data, levels, fragments or the output folder do not fit.
     """
-    partitions = config.make_topology().partition(config.workers)
-    check_levels(config.make_strategy(), partitions)
+    strategy = config.make_strategy()
+    check_levels(strategy, config.make_topology().partition(config.workers))
+    with torch.device("meta"):
+        model = Transformer(SIZES[config.model])
+    strategy.fragments.split(model, {name: p.nbytes for name, p in model.named_parameters()})
     open_data(config, 0, config.workers)
     prepare_folder(config.out, config.resume, config.overwrite)
 
