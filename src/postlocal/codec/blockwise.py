@@ -41,7 +41,8 @@ class Blockwise(ABC):
             count: how many values of each block are no padding.
 
         Returns:
-            fp32, shape ``(n, parameters)``, and uint8, shape ``(n, block / packed)``.
+            fp32, shape ``(n, parameters)``, and uint8, shape ``(n, block / packed)``. Parameters
+            that are not finite travel as NaN.
         """
         ...
 
@@ -116,16 +117,14 @@ def scales_of(greatest: Tensor, code: int) -> Tensor:
         code: the greatest.
 
     Returns:
-        fp32, shape ``(n, 1)``; NaN where the magnitude is not finite; never below 2^-126, since
-        subnormal numbers are too coarse to be scales.
+        fp32, shape ``(n, 1)``; never below 2^-126, since subnormal numbers are too coarse.
 
     Example:
-        >>> scales_of(torch.tensor([[254.0], [torch.inf]]), 127)
+        >>> scales_of(torch.tensor([[254.0], [torch.nan]]), 127)
         tensor([[2.],
                 [nan]])
     """
-    scales = (greatest / code).clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.where(greatest.isfinite(), scales, torch.nan)
+    return (greatest / code).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def zero_unless(finite: Tensor, codes: Tensor) -> Tensor:
