@@ -31,6 +31,7 @@ pytestmark = pytest.mark.timeout(900)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing chosen by an earlier test."""
     monkeypatch.setattr(kernels, "_mode", None)
+    monkeypatch.setenv("POSTLOCAL_KERNELS", "auto")
 
 
 @pytest.fixture
