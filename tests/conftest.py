@@ -1,5 +1,6 @@
 """Fixtures of the whole suite."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from tests.launcher import run_ranks
+
+# The bits are the same, and nothing waits for a compiler; `test_kernels` compiles.
+os.environ["POSTLOCAL_KERNELS"] = "eager"
 
 
 @pytest.fixture(autouse=True)

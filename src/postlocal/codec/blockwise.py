@@ -8,6 +8,9 @@ from torch import Tensor
 from postlocal.codec import kernels
 from postlocal.codec.layout import Layout
 
+_TINY = torch.finfo(torch.float32).tiny
+_HUGE = torch.finfo(torch.float32).max * (1 - 2.0**-22)  # rounding may add half of 2^-23, twice
+
 
 class Blockwise(ABC):
     """A codec that is arithmetic on blocks, ``quantise`` and ``restore``, run by `kernels`.
@@ -41,7 +44,8 @@ class Blockwise(ABC):
             count: how many values of each block are no padding.
 
         Returns:
-            fp32, shape ``(n, parameters)``, and uint8, shape ``(n, block / packed)``.
+            fp32, shape ``(n, parameters)``, and uint8, shape ``(n, block / packed)``. Parameters
+            that are not finite travel as NaN.
         """
         ...
 
@@ -69,11 +73,9 @@ class Blockwise(ABC):
             kernels.encode(self, blocks, *layout.whole_blocks(payload))
         if layout.tail:
             short = _padded(values[-layout.tail :], layout)
-            parameters, codes = self.quantise(short, layout.whole, layout.tail)
-            for target, source in zip(
-                layout.short_block(payload), (parameters, codes), strict=True
-            ):
-                target.copy_(source)
+            parameters, codes = layout.short_block(payload)
+            measured, codes[:] = self.quantise(short, layout.whole, layout.tail)
+            parameters[:] = kernels.finite_or_nan(measured)
         layout.clear_padding(payload)
 
     def decode(self, payload: Tensor, values: Tensor) -> None:
@@ -116,16 +118,15 @@ def scales_of(greatest: Tensor, code: int) -> Tensor:
         code: the greatest.
 
     Returns:
-        fp32, shape ``(n, 1)``; NaN where the magnitude is not finite; never below 2^-126, since
-        subnormal numbers are too coarse to be scales.
+        fp32, shape ``(n, 1)``; never below 2^-126, since subnormal numbers are too coarse, and
+        never so great that the greatest code overflows.
 
     Example:
-        >>> scales_of(torch.tensor([[254.0], [torch.inf]]), 127)
+        >>> scales_of(torch.tensor([[254.0], [torch.nan]]), 127)
         tensor([[2.],
                 [nan]])
     """
-    scales = (greatest / code).clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.where(greatest.isfinite(), scales, torch.nan)
+    return (greatest / code).clamp(_TINY, _HUGE / code)
 
 
 def zero_unless(finite: Tensor, codes: Tensor) -> Tensor:

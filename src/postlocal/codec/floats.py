@@ -90,9 +90,8 @@ class fp4(Blockwise):
         return greatest, zero_unless(greatest.isfinite(), ((high << 4) | low).to(torch.uint8))
 
     def restore(self, parameters: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]:
-        scales = torch.where(parameters.isfinite(), parameters, torch.nan)
         wide = codes.to(torch.int32)
-        return [_powers(wide), _powers(wide >> 4)], scales
+        return [_powers(wide), _powers(wide >> 4)], parameters
 
 
 # The bits of fp32: 23 of a fraction of 1, then the exponent plus 127, then the sign. 2^-6, the

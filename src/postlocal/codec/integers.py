@@ -86,8 +86,8 @@ class int4(Blockwise):
         return greatest, zero_unless(greatest.isfinite(), pairs.view(torch.uint8))
 
     def restore(self, parameters: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]:
-        signed = codes.view(torch.int8)
-        return [(signed & 15).sub_(8), signed >> 4], scales_of(parameters, 7)
+        wide = codes.to(torch.int32)  # compilers do more with these than with bytes
+        return [(wide & 15).sub_(8), (wide >> 4).bitwise_xor_(8).sub_(8)], scales_of(parameters, 7)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class affine(Blockwise):
         high = blocks.amax(dim=1, keepdim=True).clamp_(min=0)
         ranges = high - low
         finite = ranges.isfinite()
-        scales = torch.where(finite, ranges / 255, torch.nan)
+        scales = ranges / 255
         divisors = torch.where(scales == 0, 1.0, scales)
         zeros = torch.where(finite, low.div_(divisors).neg_().round_().clamp_(0, 255), 0.0)
         codes = (blocks / divisors).round_().add_(zeros).clamp_(0, 255).to(torch.uint8)

@@ -71,10 +71,21 @@ def warm_up(
 def encode(codec: Arithmetic, blocks: Tensor, parameters: Tensor, codes: Tensor) -> None:
     """Write parameters and codes of blocks, shape ``(n, block)``."""
     if kernels := _fast(codec, blocks):
-        parameters.copy_(kernels.encode(blocks, codes))
+        parameters[:] = finite_or_nan(kernels.encode(blocks, codes))
         return
     for first, part in _tiles(blocks):
-        parameters[part], codes[part] = codec.quantise(blocks[part].float(), first, codec.block)
+        measured, codes[part] = codec.quantise(blocks[part].float(), first, codec.block)
+        parameters[part] = finite_or_nan(measured)
+
+
+def finite_or_nan(parameters: Tensor) -> Tensor:
+    """Parameters, NaN with the same bits for all that are not finite.
+
+    Example:
+        >>> finite_or_nan(torch.tensor([1.0, -torch.inf]))
+        tensor([1., nan])
+    """
+    return torch.where(parameters.isfinite(), parameters, torch.nan)
 
 
 def decode(codec: Arithmetic, parameters: Tensor, codes: Tensor, blocks: Tensor) -> None:

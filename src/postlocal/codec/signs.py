@@ -39,7 +39,7 @@ class sign(Blockwise):
 
     def quantise(self, blocks: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
         negative = (blocks < 0).to(torch.uint8)
-        codes, *others = negative.view(len(blocks), self.packed, -1).unbind(1)
+        codes, *others = negative.chunk(self.packed, dim=1)
         for position, bits in enumerate(others, start=1):
             codes = codes | (bits << position)
         return _mean_magnitudes(blocks, count), codes
@@ -58,4 +58,4 @@ def _mean_magnitudes(blocks: Tensor, count: int) -> Tensor:
     whole = magnitudes.div_(divisors).mul_(2.0**22).round_().to(torch.int32)
     shares = whole.sum(dim=1, keepdim=True, dtype=torch.int64).double() / (count * 2.0**22)
     means = (shares * greatest).float()
-    return torch.where(greatest.isfinite(), means, torch.nan)
+    return torch.where(greatest.isfinite(), means, torch.nan)  # what NaN is cast to is undefined

@@ -1,0 +1,185 @@
+"""Kernels: the same bits compiled and tile by tile, and never silently the slow way."""
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from postlocal.codec import Codec, compiling, exact, fp4, fp8, int4, int8, kernels, sign
+
+COMPILED: dict[str, Codec] = {
+    "int8": int8(),
+    "int4, stochastic": int4(stochastic=True),
+    "sign": sign(),
+    "fp8": fp8(),
+    "fp4": fp4(),
+}
+
+# A machine that meets a codec for the first time compiles for a minute or so.
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing chosen by an earlier test."""
+    monkeypatch.setattr(kernels, "_mode", None)
+    monkeypatch.setenv("POSTLOCAL_KERNELS", "auto")
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A process that has loaded nothing, on a machine that has compiled nothing."""
+    monkeypatch.setattr(kernels, "_loaded", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiling._machine.cache_clear()
+    return tmp_path / "postlocal" / "kernels"
+
+
+def results(codec: Codec, values: Tensor, mode: kernels.Mode) -> tuple[Tensor, Tensor, Tensor]:
+    """Payload, what it decodes to, and values with it added."""
+    kernels.use(mode)
+    payload = torch.zeros(codec.nbytes(len(values), values.dtype), dtype=torch.uint8)
+    decoded, added = torch.empty_like(values), values.clone()
+    codec.encode(values, payload)
+    codec.decode(payload, decoded)
+    codec.accumulate(payload, added, alpha=0.3)
+    return payload, decoded, added
+
+
+def bits(values: Tensor) -> Tensor:
+    """As integers, all NaN alike."""
+    return torch.where(values.isnan(), torch.nan, values).view(torch.int32)
+
+
+def assert_same(codec: Codec, values: Tensor) -> None:
+    fast, slow = (results(codec, values, mode) for mode in ("compiled", "eager"))
+    assert torch.equal(fast[0], slow[0])
+    assert torch.equal(bits(fast[1]), bits(slow[1]))
+    assert torch.equal(bits(fast[2]), bits(slow[2]))
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_gives_the_bits_of_eager(name: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(1_000_003, generator=generator)
+    values *= torch.exp2(torch.randint(-140, 120, (1_000_003,), generator=generator))
+    values[5000], values[70_000], values[900_000] = torch.inf, torch.nan, -torch.inf
+    values[10_240:20_000] = 0
+    values[30_000:32_000] = 1e-42
+    assert_same(COMPILED[name], values)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@settings(deadline=None, max_examples=25)
+@given(
+    some=st.lists(st.floats(width=32), min_size=1, max_size=300),
+    numel=st.integers(2**16 + 256, 2**17),
+    shift=st.integers(0, 255),
+)
+def test_compiled_gives_the_bits_of_eager_for_any_values(
+    name: str, some: list[float], numel: int, shift: int
+) -> None:
+    pattern = torch.tensor(some)
+    values = pattern.repeat(-(-(numel + shift) // len(pattern)))[shift : shift + numel].contiguous()
+    assert_same(COMPILED[name], values)
+
+
+def test_threads_that_call_at_once_share_one_compilation(
+    unloaded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    build = compiling._build
+
+    def counted(request: str, folder: Path, failure: Path) -> None:
+        built.append(folder)
+        build(request, folder, failure)
+
+    monkeypatch.setattr(compiling, "_build", counted)
+    values = torch.randn(2**17)
+    payloads: list[Tensor] = []
+
+    def work() -> None:
+        payload = torch.zeros(int8(block=64).nbytes(2**17), dtype=torch.uint8)
+        int8(block=64).encode(values, payload)
+        payloads.append(payload)
+
+    kernels.use("compiled")
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(payloads) == 3
+    assert all(torch.equal(payload, payloads[0]) for payload in payloads)
+    assert len(built) == 1
+    assert sorted(file.name for file in built[0].iterdir()) == [
+        "accumulate.pt2", "decode.pt2", "encode.pt2",
+    ]  # fmt: skip
+
+
+def test_without_a_compiler_one_warning_says_what_that_costs(
+    unloaded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(RuntimeWarning, match=r"3 times the time: there is no C\+\+ compiler.*g\+\+"):
+        kernels.warm_up(int8())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernels.warm_up(int8())
+        kernels.warm_up(int4())
+    compiling._machine.cache_clear()
+
+
+def test_a_compiler_that_fails_is_not_tried_again_by_the_next_process(
+    unloaded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fails(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
+        calls.append(args)
+        return subprocess.CompletedProcess([], 1, "", "out of disk")
+
+    compiling._machine()
+    monkeypatch.setattr(subprocess, "run", fails)
+    kernels.use("compiled")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="compiling failed: out of disk"):
+            kernels.warm_up(int8())
+    assert len(calls) == 1
+    assert len(list(unloaded.glob("*.failed"))) == 1
+
+
+def test_small_tensors_do_not_wait_for_a_compiler(unloaded: Path) -> None:
+    kernels.use("compiled")
+    int8().encode(torch.randn(60_000), torch.zeros(int8().nbytes(60_000), dtype=torch.uint8))
+    assert not unloaded.exists()
+
+
+def test_codecs_that_are_not_compiled_need_no_warming_up(unloaded: Path) -> None:
+    kernels.use("compiled")
+    kernels.warm_up(exact())
+    assert not unloaded.exists()
+
+
+def test_a_choice_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="must be one of auto, compiled, eager, got 'quick'"):
+        kernels.use("quick")  # type: ignore[arg-type]
+    monkeypatch.setenv("POSTLOCAL_KERNELS", "quick")
+    with pytest.raises(ValueError, match="POSTLOCAL_KERNELS must be one of auto, compiled, eager"):
+        kernels.warm_up(int8())
+
+
+def test_the_environment_chooses() -> None:
+    code = "from postlocal.codec import int8, kernels; kernels.warm_up(int8()); print('done')"
+    environment = os.environ | {"POSTLOCAL_KERNELS": "eager", "CXX": "no-such-compiler"}
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "done\n"
