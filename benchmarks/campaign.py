@@ -9,6 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+from threading import Lock
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -94,11 +95,15 @@ def train_replicas(config: TrainConfig, strategy: Strategy, tick: Tick) -> tuple
     # All are made in one thread: threads share torch's generator.
     workers = [Worker(config, shares=[rank]) for rank in range(config.workers)]
 
+    # One at a time: threads that take turns at every operation lose most of a core to waiting.
+    turn = Lock()
+
     def work(group: Group) -> int:
         worker = workers[group.rank]
         sync = postlocal.attach(worker.model, worker.optimizer, strategy, process_group=group)
         for step in range(config.steps):
-            worker.step(step)
+            with turn:
+                worker.step(step)
             sync.step()
             if group.rank == 0:
                 tick()
