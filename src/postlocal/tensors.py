@@ -60,22 +60,23 @@ def squared_norm(tensors: Iterable[Tensor]) -> float:
         >>> round(squared_norm([torch.full((3,), 2.0), torch.ones(2)]), 3)
         14.0
     """
-    total = 0.0
+    norms: list[Tensor] = []
+    small: dict[torch.dtype, list[Tensor]] = {torch.float32: [], torch.float64: []}
     for tensor in tensors:
+        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
         values = tensor.detach()
         flat = flat_view(values)
         flat = values.flatten() if flat is None else flat
         whole = flat.numel() // _BLOCK * _BLOCK
-        rows = _norms(flat[:whole].view(-1, _BLOCK))
-        rest = _norms(flat[whole:].view(1, -1))
-        total += float(rows.square().sum() + rest.square().sum())
-    return total
-
-
-def _norms(rows: Tensor) -> Tensor:
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=wide)
-    return norms.double()
+        if whole:
+            rows = flat[:whole].view(-1, _BLOCK)
+            norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=wide).double())
+        if whole < flat.numel():
+            small[wide].append(flat[whole:])
+    for dtype, parts in small.items():
+        if parts:  # one call for all that is less than a block
+            norms.append(torch.stack(torch._foreach_norm(parts, dtype=dtype)).double())
+    return float(torch.cat(norms).square().sum()) if norms else 0.0
 
 
 def all_finite(tensors: Iterable[Tensor], squares: float) -> bool:
