@@ -38,6 +38,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 def unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A process that has loaded nothing, on a machine that has compiled nothing."""
     monkeypatch.setattr(kernels, "_loaded", {})
+    monkeypatch.setattr(kernels, "_warned", set())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiling._machine.cache_clear()
     return tmp_path / "postlocal" / "kernels"
