@@ -10,7 +10,8 @@ The environment variable ``POSTLOCAL_KERNELS`` or `use` chooses:
 - ``compiled``: fail if it does not work.
 - ``eager``: tile by tile.
 
-Tensors of accelerators go the same way, through the compiler that torch has for them.
+Tensors of accelerators go the same way, through the compiler that torch has for them; that is
+not tested.
 """
 
 import os
@@ -154,7 +155,7 @@ def _warn(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(
-            f"codecs run eagerly, with the same results in about 3 times the time: {reason}. For "
+            f"codecs run eagerly, with the same results in 2 to 5 times the time: {reason}. For "
             "the fast way install a C++ compiler, such as g++, or set CXX to one; to be without "
             "this warning set POSTLOCAL_KERNELS=eager",
             RuntimeWarning,
