@@ -93,7 +93,8 @@ def test_payload_is_what_the_wire_predicts(name: str, workers: int) -> None:
     expected = sum(carrier.payload_bytes(numel, workers) for numel in chunks)
     assert virtual.run(workers, work) == [expected] * workers
     width = {"fp32": 4, "bf16": 2, "fp16": 2}[name]
-    assert expected == sum(2 * (workers - 1) * -(-n // workers) * width for n in chunks)
+    parts = [-(-numel // workers) * width for numel in chunks]
+    assert expected == sum(2 * (workers - 1) * -(-part // 4) * 4 for part in parts)
 
 
 @pytest.mark.parametrize("name", WIRES)
