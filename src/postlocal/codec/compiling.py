@@ -133,13 +133,13 @@ def _build(request: str, folder: Path, failure: Path) -> None:
                 [*command, request, str(made)],
                 env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False,
             )  # fmt: skip
-            reason = done.stderr.strip()[-2000:] if done.returncode else None
+            if not done.returncode:
+                made.rename(folder)
+                return
+            reason = done.stderr.strip()[-2000:] or f"exit code {done.returncode}"
         except subprocess.TimeoutExpired:
             reason = f"it took more than {_SECONDS} s"
-        if reason is None:
-            made.rename(folder)
-            return
-        text = f"compiling failed: {reason or f'exit code {done.returncode}'}"
+        text = f"compiling failed: {reason}"
         (Path(scratch) / "failure").write_text(text)
         (Path(scratch) / "failure").rename(failure)
     raise RuntimeError(text)

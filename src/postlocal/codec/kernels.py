@@ -10,7 +10,8 @@ The environment variable ``POSTLOCAL_KERNELS`` or `use` chooses:
 - ``compiled``: fail if it does not work.
 - ``eager``: tile by tile.
 
-Tensors of accelerators go the same way, through the compiler that torch has for them.
+Tensors of accelerators go the same way, through the compiler that torch has for them; that is
+not tested.
 """
 
 import os
@@ -32,6 +33,7 @@ _FEW = 2**16  # elements for which a compiler is not worth waiting for
 _lock = threading.Lock()
 _mode: Mode | None = None  # None: what the environment says
 _loaded: dict[tuple[Arithmetic, torch.dtype, str], Kernels | None] = {}
+_warned: set[str] = set()  # reasons
 
 
 def use(mode: Mode) -> None:
@@ -145,14 +147,20 @@ def _compile(codec: Arithmetic, dtype: torch.dtype, device: str, mode: Mode) -> 
     except (OSError, RuntimeError) as error:
         if mode == "compiled":
             raise
+        _warn(str(error))
+        return None
+
+
+def _warn(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
         warnings.warn(
-            f"codecs run eagerly, with the same results in about 3 times the time: {error}. For "
+            f"codecs run eagerly, with the same results in 2 to 5 times the time: {reason}. For "
             "the fast way install a C++ compiler, such as g++, or set CXX to one; to be without "
             "this warning set POSTLOCAL_KERNELS=eager",
             RuntimeWarning,
             stacklevel=2,
         )
-        return None
 
 
 def _checked(mode: str, name: str) -> Mode:

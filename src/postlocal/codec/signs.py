@@ -11,11 +11,12 @@ from postlocal.codec.layout import check_block
 
 @dataclass(frozen=True)
 class sign(Blockwise):
-    """The sign of each value, times the mean magnitude of its block (arXiv 1810.05270, signSGD).
+    """The sign of each value, times the mean magnitude of its block (arXiv 1901.09847, section 4).
 
-    The mean is fp32, and taken of magnitudes to 2^-22 of the greatest. 0 counts as positive.
-    A byte holds the signs of one value of each eighth of the block. A block that holds an infinity
-    or NaN, or what fp32 cannot hold, decodes to NaN throughout. Meant for use with error feedback.
+    The mean is fp32, and taken of magnitudes in 2^30 / block steps of the greatest, so that it has
+    the same bits in whatever order they are summed. 0 has the sign of its bits. A byte holds the
+    signs of one value of each eighth of the block. A block that holds an infinity or NaN, or what
+    fp32 cannot hold, decodes to NaN throughout. Meant for use with error feedback.
 
     Args:
         block: elements that share a magnitude.
@@ -38,10 +39,10 @@ class sign(Blockwise):
         check_block(self.block, self.packed)
 
     def quantise(self, blocks: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-        negative = (blocks < 0).to(torch.uint8)
-        codes, *others = negative.chunk(self.packed, dim=1)
-        for position, bits in enumerate(others, start=1):
-            codes = codes | (bits << position)
+        codes = torch.zeros((), dtype=torch.int32, device=blocks.device)
+        for position, eighth in enumerate(blocks.view(torch.int32).chunk(self.packed, dim=1)):
+            codes = codes | ((eighth >> (31 - position)) & (1 << position))  # the sign is bit 31
+        codes = codes.to(torch.uint8)
         return _mean_magnitudes(blocks, count), codes
 
     def restore(self, parameters: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -55,7 +56,8 @@ def _mean_magnitudes(blocks: Tensor, count: int) -> Tensor:
     magnitudes = blocks.abs()
     greatest = magnitudes.amax(dim=1, keepdim=True)
     divisors = torch.where(greatest == 0, 1.0, greatest)
-    whole = magnitudes.div_(divisors).mul_(2.0**22).round_().to(torch.int32)
-    shares = whole.sum(dim=1, keepdim=True, dtype=torch.int64).double() / (count * 2.0**22)
+    steps = 2.0 ** (30 - (blocks.shape[1] - 1).bit_length())  # their sum stays below 2^31
+    whole = magnitudes.div_(divisors).mul_(steps).round_().to(torch.int32)
+    shares = whole.sum(dim=1, keepdim=True, dtype=torch.int32).double() / (count * steps)
     means = (shares * greatest).float()
     return torch.where(greatest.isfinite(), means, torch.nan)  # what NaN is cast to is undefined
