@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,20 @@ def test_a_compiler_that_fails_is_not_tried_again_by_the_next_process(
 def test_small_tensors_do_not_wait_for_a_compiler(unloaded: Path) -> None:
     kernels.use("compiled")
     int8().encode(torch.randn(60_000), torch.zeros(int8().nbytes(60_000), dtype=torch.uint8))
+    assert not unloaded.exists()
+
+
+def test_nothing_is_compiled_unasked_and_lost_time_is_warned_of_once(
+    unloaded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_slowly", Counter())
+    monkeypatch.setattr(kernels, "_PATIENCE", 3 * 2**18)
+    values, payload = torch.randn(2**18), torch.zeros(int8().nbytes(2**18), dtype=torch.uint8)
+    for _ in range(3):
+        int8().encode(values, payload)
+    with pytest.warns(RuntimeWarning, match="was not warmed up.* call .*kernels.warm_up before"):
+        int8().encode(values, payload)
+    int8().encode(values, payload)
     assert not unloaded.exists()
 
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from postlocal import agreement, fragments, group, schedule
+from postlocal.codec import kernels
 from postlocal.courier import Courier
 from postlocal.errors import DisagreementError
 from postlocal.flight import Buffers, Flight, Fragment
@@ -27,7 +28,9 @@ from postlocal.replica import Replica, find_ddp, unwrap
 from postlocal.schedule import RANK, WORLD, Round
 from postlocal.strategies import Strategy
 from postlocal.topology import Layout, Partition, Topology, unknown_level, world
-from postlocal.wire import Staging, fp32
+from postlocal.wire import Staging, codecs, fp32, travels_as
+
+_LARGE = 2**23  # parameters for which compiled codecs are worth their half a minute
 
 
 def attach(
@@ -100,6 +103,7 @@ def attach(
         partitions = topology.partition(everyone.size)
         check_levels(strategy, partitions)
         first = strategy.schedule(0, inner.lr)
+        _warm_up(strategy, replica)
     agreement.check(
         everyone,
         {
@@ -519,6 +523,17 @@ def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> Non
 
 def _sizes(replica: Replica) -> dict[str, int]:
     return {name: parameter.nbytes for name, parameter in replica.parameters.items()}
+
+
+def _warm_up(strategy: Strategy, replica: Replica) -> None:
+    """Compile codecs where it pays, while nobody waits at a synchronization."""
+    parameters = list(replica.parameters.values())
+    if sum(parameter.numel() for parameter in parameters) < _LARGE:
+        return
+    for wire in (strategy.wire, strategy.gradient_wire):
+        for codec in codecs(wire):
+            for dtype in {travels_as(parameter.dtype) for parameter in parameters}:
+                kernels.warm_up(codec, dtype, parameters[0].device)
 
 
 def _gradients(

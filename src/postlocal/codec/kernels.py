@@ -1,13 +1,13 @@
 """Runs the arithmetic of blocks over whole tensors: compiled where that pays, else tile by tile.
 
 Both ways give the same bits. Compiled is several times faster; it needs a C++ compiler, and half a
-minute when a machine meets a codec for the first time, which `warm_up` spends before training.
-Tensors below some ten thousands of elements never wait for it.
+minute when a machine meets a codec for the first time.
 
 The environment variable ``POSTLOCAL_KERNELS`` or `use` chooses:
 
-- ``auto`` (default): compiled if it works; else tile by tile, with one warning that says why.
-- ``compiled``: fail if it does not work.
+- ``auto`` (default): compiled after `warm_up`, which `postlocal.attach` calls for models of some
+  size; tile by tile before it and where compiling fails, with one warning once that has cost time.
+- ``compiled``: compile at the first use; fail if that does not work.
 - ``eager``: tile by tile.
 
 Tensors of accelerators go the same way, through the compiler that torch has for them; that is
@@ -17,6 +17,7 @@ not tested.
 import os
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Literal, get_args
 
@@ -28,12 +29,14 @@ from postlocal.codec.compiling import Arithmetic, Kernels, compiled, sections
 Mode = Literal["auto", "compiled", "eager"]
 
 _TILE = 2**17  # elements worked on at a time, that stay in a processor's cache
-_FEW = 2**16  # elements for which a compiler is not worth waiting for
+_FEW = 2**16  # elements for which loading what is compiled does not pay
+_PATIENCE = 2**30  # elements after which the slow way has cost seconds
 
 _lock = threading.Lock()
 _mode: Mode | None = None  # None: what the environment says
 _loaded: dict[tuple[Arithmetic, torch.dtype, str], Kernels | None] = {}
 _warned: set[str] = set()  # reasons
+_slowly: Counter[Arithmetic] = Counter()  # elements that took the slow way unasked
 
 
 def use(mode: Mode) -> None:
@@ -126,12 +129,21 @@ def _tiles(blocks: Tensor) -> Iterator[tuple[int, slice]]:
 def _fast(codec: Arithmetic, blocks: Tensor) -> Kernels | None:
     if not codec.compiled or blocks.numel() < _FEW or len(blocks) < 2:
         return None
-    return _kernels(codec, blocks.dtype, blocks.device.type)
+    if _chosen() != "auto" or (codec, blocks.dtype, blocks.device.type) in _loaded:
+        return _kernels(codec, blocks.dtype, blocks.device.type)
+    _slowly[codec] += blocks.numel()
+    if _slowly[codec] > _PATIENCE:
+        _warn(f"{codec} was not warmed up", "call postlocal.codec.kernels.warm_up before training")
+    return None
+
+
+def _chosen() -> Mode:
+    return _mode or _checked(os.environ.get("POSTLOCAL_KERNELS", "auto"), "POSTLOCAL_KERNELS")
 
 
 def _kernels(codec: Arithmetic, dtype: torch.dtype, device: str) -> Kernels | None:
     """Compiled functions, or None if they are not wanted or cannot be had; made by one thread."""
-    mode = _mode or _checked(os.environ.get("POSTLOCAL_KERNELS", "auto"), "POSTLOCAL_KERNELS")
+    mode = _chosen()
     if mode == "eager":
         return None
     key = (codec, dtype, device)
@@ -147,17 +159,16 @@ def _compile(codec: Arithmetic, dtype: torch.dtype, device: str, mode: Mode) -> 
     except (OSError, RuntimeError) as error:
         if mode == "compiled":
             raise
-        _warn(str(error))
+        _warn(str(error), "install a C++ compiler, such as g++, or set CXX to one")
         return None
 
 
-def _warn(reason: str) -> None:
+def _warn(reason: str, remedy: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(
             f"codecs run eagerly, with the same results in 2 to 5 times the time: {reason}. For "
-            "the fast way install a C++ compiler, such as g++, or set CXX to one; to be without "
-            "this warning set POSTLOCAL_KERNELS=eager",
+            f"the fast way {remedy}; to be without this warning set POSTLOCAL_KERNELS=eager",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -23,7 +23,18 @@ from postlocal.wire.exchange import ChunkWire, Divisor, Exchange, Repair, Staged
 from postlocal.wire.feedback import error_feedback
 from postlocal.wire.low_rank import powersgd
 from postlocal.wire.mean import maximum_, mean_
-from postlocal.wire.named import NAMED, fp4, fp8, int4, int8, named, random_k, sign, top_k
+from postlocal.wire.named import (
+    NAMED,
+    codecs,
+    fp4,
+    fp8,
+    int4,
+    int8,
+    named,
+    random_k,
+    sign,
+    top_k,
+)
 from postlocal.wire.recipes import Coded, Exact, Gathered, bf16, fp16, fp32, gathered, quantised
 from postlocal.wire.relay import relayed
 from postlocal.wire.staging import Staging
@@ -45,6 +56,7 @@ __all__ = [
     "Staging",
     "Wire",
     "bf16",
+    "codecs",
     "error_feedback",
     "fp4",
     "fp8",

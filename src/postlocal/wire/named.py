@@ -1,6 +1,6 @@
 """Wires by name, for configuration files and command lines."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from postlocal import codec
 from postlocal.wire.carrier import Wire
@@ -93,6 +93,22 @@ NAMED: Mapping[str, Callable[[], Wire]] = {
     "powersgd": powersgd,
 }
 """Wires by name, as they are meant to be used: below 16 bits a value, with error feedback."""
+
+
+def codecs(wire: Wire) -> Iterator[codec.Codec]:
+    """The codecs within a wire.
+
+    Example:
+        >>> from postlocal.wire import relayed
+        >>> [codec.block for codec in codecs(relayed(error_feedback(int8(block=64))))]
+        [64]
+    """
+    own = getattr(wire, "codec", None)
+    if own is not None:
+        yield own
+    for within in ("inner", "between"):
+        if hasattr(wire, within):
+            yield from codecs(getattr(wire, within))
 
 
 def named(name: str) -> Wire:
