@@ -29,9 +29,11 @@ FOLDER = Path("runs/convergence")
 WORKERS = 4
 CONTROL = "ddp"
 
-LRS = (0.4, 0.7, 1.0)
-"""Outer learning rates that are tried."""
-LR = 0.7
+LRS = (0.7, 1.0, 1.4)
+"""Outer learning rates that are tried with momentum."""
+PLAIN_LRS = (1.0, 1.5, 2.0)
+"""Those that are tried without; 1 is averaging."""
+LR = 1.0
 """The one that wires and delays are compared at."""
 
 
@@ -47,8 +49,9 @@ def _streaming(period: int, lr: float, delay: int = 1, **axes: Any) -> Strategy:
 def _settings() -> dict[str, Strategy]:
     settings = {CONTROL: strategies.ddp()}
     for period in (30, 100):
-        for lr in LRS:
+        for lr in PLAIN_LRS:
             settings[f"averaging-{period}-lr{lr}"] = _diloco(period, lr, momentum=0.0)
+        for lr in LRS:
             settings[f"diloco-{period}-lr{lr}"] = _diloco(period, lr)
             settings[f"streaming-{period}-lr{lr}"] = _streaming(period, lr)
     for delay in (0, 2, 5):
@@ -59,7 +62,7 @@ def _settings() -> dict[str, Strategy]:
         settings[f"diloco-30-lr{LR}-{name}-feedback"] = _diloco(
             30, LR, wire=wire.error_feedback(bare)
         )
-    for lr in LRS:
+    for lr in PLAIN_LRS:
         settings[f"sparse-30-lr{lr}"] = strategies.sparse_loco(30, outer_lr=lr)
     settings["sparse-30-no-feedback"] = replace(strategies.sparse_loco(30), wire=wire.top_k())
     settings[f"streaming-100-lr{LR}-fp4"] = _streaming(100, LR, wire=wire.fp4())
