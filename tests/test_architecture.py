@@ -17,7 +17,7 @@ ROWS = (
     {"inner", "strategies", "gradients"},
     {"flight"},
     {"sync"},
-    {"checkpoint", "report"},
+    {"checkpoint", "planning", "report"},
     {"train", "ddp_comm_hooks", "model_averaging"},
     {"cli", "optim"},
     {"__init__", "__main__"},
