@@ -47,7 +47,9 @@ def plan(
     bandwidth: Annotated[
         str, _where("Of the world's links, or of each level: node=100Gbit,world=1Gbit.")
     ] = "1Gbit",
-    latency: Annotated[str, _where("One way, as above: 20ms, or node=10us,world=20ms.")] = "0",
+    latency: Annotated[
+        str | None, _where("One way, as above: 20ms, or node=10us,world=20ms.", show_default="0")
+    ] = None,
     measured: Annotated[
         bool, _where("Under torchrun: measure links and steps instead.", "--measure")
     ] = False,
@@ -267,8 +269,8 @@ def _parameters(text: str | None, seen: Measured | None) -> int:
     return seen.parameters
 
 
-def _links(bandwidth: str, latency: str) -> dict[str, Link]:
-    latencies = by_level(latency, parse_latency)
+def _links(bandwidth: str, latency: str | None) -> dict[str, Link]:
+    latencies = by_level(latency, parse_latency) if latency is not None else {}
     bandwidths = by_level(bandwidth, parse_bandwidth)
     for level in latencies:
         if level not in bandwidths:

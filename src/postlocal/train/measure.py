@@ -78,6 +78,6 @@ def _step_seconds(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
-        float(loss)  # an accelerator is done only then
+        float(loss.detach())  # an accelerator is done only then
         seconds.append(time.perf_counter() - start)
     return seconds[_FIRST:]
