@@ -55,7 +55,7 @@ def needed(name: str) -> tuple[float, ...]:
 def main() -> None:
     """Print both, cell by cell."""
     table = Table(title="Gbit/s, planned (published)")
-    table.add_column("computing")
+    table.add_column("computing", no_wrap=True)
     for share in SHARES:
         table.add_column(f"{share:.0%}", justify="right")
     for name, published in PUBLISHED.items():

@@ -36,7 +36,7 @@ from postlocal.planning import (
     quantiles,
     steady,
 )
-from postlocal.planning.measure import Layout
+from postlocal.topology import Layout
 from postlocal.train import make_config
 from postlocal.train.measure import measure_in
 from tests.models import adamw, batches, sgd, train_step
@@ -69,7 +69,8 @@ def cluster(bandwidth: float = 1e9, latency: float = 0.0, workers: int = 8) -> C
 
 
 def job(**changes: Any) -> Job:
-    return Job(**{"parameters": 10**7, "step": 0.1, "steps": 500, "lr": cosine} | changes)
+    usual: dict[str, Any] = {"parameters": 10**7, "step": 0.1, "steps": 500, "lr": cosine}
+    return Job(**usual | changes)
 
 
 def layers() -> nn.Module:
@@ -476,7 +477,8 @@ def test_the_command_lists_every_strategy_and_the_mildest(
     code, out, _ = command(capsys, monkeypatch, *words, "--plot", str(tmp_path / "share.png"))
     assert code == 0
     assert all(name in out for name in strategies.NAMED)
-    assert "The mildest that computes 95% of the time: --strategy streaming_diloco " in out
+    assert "The mildest that computes 95% of the time: --strategy " in out
+    assert "--wire int4" in out
     assert (tmp_path / "share.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -183,7 +183,7 @@ class _Answer:
             "step_seconds_of_the_slowest": step.slowest(self.cluster.workers),
             "plans": [each.to_dict() for each in plans],
             "share": self.share,
-            "best": None if found is None else found[1].to_dict(),
+            "best": found and {"options": _flags(found[0])} | found[1].to_dict(),
         }
 
     def _sentence(self, found: tuple[Strategy, Plan] | None) -> str:
