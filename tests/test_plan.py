@@ -334,6 +334,19 @@ def test_waiting_for_stragglers_falls_with_the_root_of_the_period() -> None:
     assert waiting[16] == pytest.approx(waiting[1] / 4, rel=1e-6)
 
 
+def test_stragglers_are_waited_for_at_each_level_where_ranks_meet() -> None:
+    links = {"node": Link(math.inf), "world": Link(math.inf)}
+    uneven = job(step=normal(0.1, 0.02), steps=2000)
+    planned = plan(
+        strategies.hierarchical({"node": 5, "world": 20}),
+        uneven,
+        Cluster(8, links, topology.nodes(size=2)),
+    )
+    within, between = (normal(0.1, 0.02).slowest(count) - 0.1 for count in (2, 4))
+    waited = 3 * math.sqrt(5) * within + math.sqrt(20) * between
+    assert planned.seconds_a_step == pytest.approx(0.1 + waited / 20)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_bandwidths_are_those_published_within_a_quarter(name: str) -> None:
     for share, ours, theirs in zip(SHARES, needed(name), PUBLISHED[name], strict=True):

@@ -7,7 +7,7 @@ It takes the rounds that `postlocal.schedule.rollout` gives, and launches and la
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from postlocal.fragments import launch_steps
@@ -124,8 +124,8 @@ class _Run:
         self._steps: dict[str, tuple[int, float]] = {}
         self._air: deque[_Airborne] = deque()
         self._free = 0.0  # at what second the world's link is
-        self._alone = 0  # steps since all ranks last met
-        self._met = 1  # ranks that met since then, in the widest groups
+        # Steps since the ranks of each level last met, from the narrowest level on.
+        self._alone = dict.fromkeys(cluster.layout.levels[1:], 0)
         self._lockstep = True
         self._agreed = True
 
@@ -133,7 +133,7 @@ class _Run:
         """A round so many times over: one by one, until each is like the one before."""
         like: tuple[float, ...] = ()
         for done in range(times):
-            before = Totals(**vars(self.totals))
+            before = replace(self.totals)
             self._take(planned, steps)
             last, like = like, self._signature(before.seconds)
             if _close(last, like):
@@ -178,10 +178,9 @@ class _Run:
         payload, seconds = self._step(gradients)
         self.totals.payload_bytes += steps * payload
         self.totals.seconds += steps * seconds
-        self._alone += steps
-        self._met = max(self._met, self._cluster.size(gradients))
-        if gradients == WORLD:
-            self._alone, self._met = 0, 1
+        for level in self._alone:
+            self._alone[level] += steps
+        self._have_met(gradients)
         for flight in self._air:
             flight.steps -= steps
 
@@ -243,18 +242,27 @@ class _Run:
         self.totals.syncs += 1
 
     def _wait_for_the_slowest(self, level: str) -> None:
-        groups = max(1, self._cluster.size(level) // self._met)
+        """Groups that met since are as one rank; see `postlocal.planning.step_time`."""
+        alone = self._alone[level]
+        met = [self._cluster.size(each) for each, steps in self._alone.items() if steps < alone]
+        groups = max(1, self._cluster.size(level) // max(met, default=1))
         excess = self._job.step_time.slowest(groups) - self._mean
-        self.totals.seconds += math.sqrt(self._alone) * excess
-        self._alone = 0
-        self._met = 1 if level == WORLD else self._cluster.size(level)
+        self.totals.seconds += math.sqrt(alone) * excess
+        self._have_met(level)
+
+    def _have_met(self, level: str) -> None:
+        """Ranks of a level, and so those of all levels within it."""
+        size = self._cluster.size(level)
+        for each in self._alone:
+            if 1 < self._cluster.size(each) <= size:
+                self._alone[each] = 0
 
     def _signature(self, since: float) -> tuple[float, ...]:
         """What the next round's cost depends on, and this one's."""
         now = self.totals.seconds
         backlog = max(0.0, self._free - now + self._head_start)
         arrivals = (max(0.0, flight.arrives - now) for flight in self._air)
-        return (now - since, self._alone, self._met, backlog, *arrivals)
+        return (now - since, backlog, *self._alone.values(), *arrivals)
 
     def _skip(self, before: Totals, times: int) -> None:
         """Go on as from ``before`` to now, so many times."""
