@@ -254,7 +254,7 @@ class _Run:
         """Ranks of a level, and so those of all levels within it."""
         size = self._cluster.size(level)
         for each in self._alone:
-            if 1 < self._cluster.size(each) <= size:
+            if self._cluster.size(each) <= size:
                 self._alone[each] = 0
 
     def _signature(self, since: float) -> tuple[float, ...]:
