@@ -1,7 +1,7 @@
 """Network namespaces of our own: what is in them is slow where we want, and nobody else uses it.
 
-They have no names: one ends with the last process and the last handle in it, so that nothing is
-left behind, however this process ends.
+They have no names: one ends with the last process in it and the last handle on it, so that there is
+nothing to clear away, however this process ends.
 """
 
 import ctypes
