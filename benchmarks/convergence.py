@@ -29,12 +29,12 @@ FOLDER = Path("runs/convergence")
 WORKERS = 4
 CONTROL = "ddp"
 
-LRS = (0.7, 1.0, 1.4)
+LRS = (0.4, 0.7, 1.0, 1.4)
 """Outer learning rates that are tried with momentum."""
 PLAIN_LRS = (1.0, 1.5, 2.0)
 """Those that are tried without; 1 is averaging."""
-LR = 1.0
-"""The one that wires and delays are compared at."""
+LR, STREAMING_LR = 0.7, 1.0
+"""The best ones, at which wires and delays are compared."""
 
 
 def _diloco(period: int, lr: float, momentum: float = 0.9, **axes: Any) -> Strategy:
@@ -54,19 +54,19 @@ def _settings() -> dict[str, Strategy]:
         for lr in LRS:
             settings[f"diloco-{period}-lr{lr}"] = _diloco(period, lr)
             settings[f"streaming-{period}-lr{lr}"] = _streaming(period, lr)
-    for delay in (0, 2, 5):
-        settings[f"streaming-30-lr{LR}-delay{delay}"] = _streaming(30, LR, delay)
+        settings[f"diloco-{period}-lr1.0-momentum0.5"] = _diloco(period, 1.0, momentum=0.5)
+    for delay in (0, 3, 5):
+        settings[f"streaming-30-delay{delay}"] = _streaming(30, STREAMING_LR, delay)
     for name in ("int8", "int4", "fp4", "sign"):
         bare = getattr(wire, name)()
-        settings[f"diloco-30-lr{LR}-{name}"] = _diloco(30, LR, wire=bare)
-        settings[f"diloco-30-lr{LR}-{name}-feedback"] = _diloco(
-            30, LR, wire=wire.error_feedback(bare)
-        )
+        settings[f"diloco-30-{name}"] = _diloco(30, LR, wire=bare)
+        settings[f"diloco-30-{name}-feedback"] = _diloco(30, LR, wire=wire.error_feedback(bare))
     for lr in PLAIN_LRS:
         settings[f"sparse-30-lr{lr}"] = strategies.sparse_loco(30, outer_lr=lr)
-    settings["sparse-30-no-feedback"] = replace(strategies.sparse_loco(30), wire=wire.top_k())
-    settings[f"streaming-100-lr{LR}-fp4"] = _streaming(100, LR, wire=wire.fp4())
-    settings[f"streaming-30-lr{LR}-fp4"] = _streaming(30, LR, wire=wire.fp4())
+    forgetful = replace(strategies.sparse_loco(30, outer_lr=2.0), wire=wire.top_k())
+    settings["sparse-30-lr2.0-no-feedback"] = forgetful
+    for period in (30, 100):
+        settings[f"streaming-{period}-fp4"] = _streaming(period, STREAMING_LR, wire=wire.fp4())
     return settings
 
 

@@ -41,23 +41,45 @@ class Case:
         strategy: what is measured.
         steps: number of steps.
         overlaps: whether the goal for waiting applies.
+        finish: whether to end with a synchronization of all, and count its bytes.
     """
 
     strategy: Strategy
     steps: int = 2 * PERIOD
     overlaps: bool = False
+    finish: bool = True
+
+
+def _streaming(delay: int, carrier: wire.Wire) -> Case:
+    strategy = strategies.streaming_diloco(PERIOD, fragments=4, delay=delay)
+    return Case(replace(strategy, wire=carrier), overlaps=True)
+
+
+def _every_step(carrier: wire.Wire) -> Case:
+    return Case(replace(strategies.diloco(period=1), wire=carrier), steps=4)
 
 
 WAITING: dict[str, Case] = {
     "DDP": Case(strategies.ddp(), steps=3),
     "DiLoCo, blocking": Case(strategies.diloco(PERIOD)),
+    "streaming fp32, delay 5": _streaming(5, wire.fp32()),
+    "streaming fp4, delay 1": _streaming(1, wire.fp4()),
+    "streaming fp4, delay 5": _streaming(5, wire.fp4()),
 }
 """Over the slow wire."""
 
+RARE = "streaming fp4, period 100"
+
 COUNTED: dict[str, Case] = {
+    "DDP": Case(strategies.ddp(), steps=4),
     "local SGD": Case(strategies.local_sgd(period=1), steps=4),
-    "DiLoCo": Case(strategies.diloco(period=1), steps=4),
-    "DiLoCo bf16": Case(replace(strategies.diloco(period=1), wire=wire.bf16()), steps=4),
+    "DiLoCo": _every_step(wire.fp32()),
+    "DiLoCo bf16": _every_step(wire.bf16()),
+    "DiLoCo int8": _every_step(wire.int8()),
+    "DiLoCo fp4": _every_step(wire.fp4()),
+    "DiLoCo top-k": _every_step(wire.top_k()),
+    # One step more, so that the last fragment of the one round has landed.
+    RARE: Case(strategies.streaming_diloco(100, fragments=4), steps=101, finish=False),
 }
 """Over a wire of unlimited rate, for their bytes."""
 
@@ -75,7 +97,7 @@ def compute_time(rank: int, config: TrainConfig, steps: int = 20) -> float:
 
 
 def measure(rank: int, config: TrainConfig, case: Case) -> dict[str, float]:
-    """Time and waiting of a case's steps, and bytes of all, the last synchronization included."""
+    """Time and waiting of a case's steps, and bytes of all."""
     worker = Worker(config, [rank], distributed=True)
     sync = postlocal.attach(worker.model, worker.optimizer, case.strategy)
     dist.barrier()
@@ -85,7 +107,8 @@ def measure(rank: int, config: TrainConfig, case: Case) -> dict[str, float]:
         worker.step(step)
         sync.step()
     seconds, waited = time.perf_counter() - start, sync.meter.wait_seconds
-    sync.finish()
+    if case.finish:
+        sync.finish()
     dist.barrier()
     sent, packets = map(operator.sub, loopback_traffic(), traffic)
     sync.close()
@@ -141,6 +164,17 @@ def _bytes_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _savings(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """How many times fewer bytes the rarest synchronization sends than DDP in as many steps."""
+    steps = COUNTED[RARE].strategy.schedule(0, 1.0).steps
+    times = {
+        name: steps * rows["DDP"][key] / rows["DDP"]["steps"] / rows[RARE][key]
+        for name, key in (("the meter", "payload_bytes"), ("the interface", "interface_bytes"))
+    }
+    counted = " and ".join(f"{ratio:.0f} times by {name}" for name, ratio in times.items())
+    return f"In {steps} steps, {RARE}, sends fewer bytes than DDP: {counted}.\n"
+
+
 def _run(config: TrainConfig, cases: Mapping[str, Case], console: Console) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, case in cases.items():
@@ -175,7 +209,11 @@ def main(
             "bits_a_second": rate, "compute_seconds": compute, "waiting": waiting,
             "counted": counted,
         }  # fmt: skip
-        tables = _waiting_table(rate, compute, waiting), _bytes_table({**counted, **waiting})
+        tables = (
+            _waiting_table(rate, compute, waiting),
+            _bytes_table(counted | {f"{name}, slow wire": row for name, row in waiting.items()}),
+            _savings(counted),
+        )
         texts.append("\n".join([f"## {ranks} ranks", "", *tables]))
         console.print(texts[-1], markup=False, soft_wrap=True)
     if record:

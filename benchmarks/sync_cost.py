@@ -37,6 +37,16 @@ OURS: dict[str, Strategy] = {
     "local SGD, postlocal": strategies.local_sgd(period=1),
     "DiLoCo, postlocal": strategies.diloco(period=1),
     "DiLoCo bf16, postlocal": replace(strategies.diloco(period=1), wire=wire.bf16()),
+    "DiLoCo int8 + feedback, postlocal": replace(
+        strategies.diloco(period=1), wire=wire.named("int8")
+    ),
+    "DiLoCo int4 + feedback, postlocal": replace(
+        strategies.diloco(period=1), wire=wire.named("int4")
+    ),
+    "streaming fp32, postlocal": replace(
+        strategies.streaming_diloco(period=8, fragments=4, delay=1), wire=wire.fp32()
+    ),
+    "streaming fp4, postlocal": strategies.streaming_diloco(period=8, fragments=4, delay=1),
 }
 """A strategy whose round has several steps is timed over one round, on the main thread alone."""
 

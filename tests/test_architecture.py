@@ -10,7 +10,7 @@ import postlocal
 SOURCE = Path(postlocal.__file__).parent
 
 ROWS = (
-    {"errors"},
+    {"errors", "roll"},
     {"group", "tensors", "schedule", "outer", "fragments", "guard", "meter", "packing", "codec"},
     {"topology", "virtual", "replica", "agreement", "ballot", "anchor", "courier", "powersgd"},
     {"wire"},

@@ -306,7 +306,7 @@ def test_the_meter_counts_what_is_sent_by_purpose(ranks: Ranks, world: int) -> N
         assert meter.payload_bytes["parameters"] == 2 * 2 * (world - 1) * share * 4
         floats = -(-8 // world)
         assert meter.payload_bytes["buffers"] == 2 * 2 * (world - 1) * (floats * 4 + 8)
-        assert meter.payload_bytes["control"] == 2 * (world - 1) * 72
+        assert meter.payload_bytes["control"] == 2 * (world - 1) * 80
         assert meter.syncs == 2
         assert [record.step for record in meter.records] == [7, 11]
         assert all(0 < record.drift < 1 for record in meter.records)

@@ -34,6 +34,7 @@ class Vote:
         step: steps it has taken.
         planned: steps of the round that it plans next.
         lr: its learning rate, for messages.
+        inner_lr: the greatest learning rate of its steps since the last synchronization.
         layout: a `layout_number` of what has to be the same on all ranks.
     """
 
@@ -44,6 +45,7 @@ class Vote:
     step: int = 0
     planned: int = 0
     lr: float = 0.0
+    inner_lr: float = 0.0
     layout: int = 0
 
 
@@ -73,7 +75,7 @@ class Ballot:
 
     @classmethod
     def counted(cls, rows: Tensor, rank: int) -> "Ballot":
-        """A ballot whose `rows` are known, as rank ``rank`` of the group saw it."""
+        """A ballot that was waited for, as rank ``rank`` of the group saw it."""
         ballot = cls.__new__(cls)
         ballot._rows = rows
         ballot._size = len(rows)
@@ -83,8 +85,7 @@ class Ballot:
         ballot.vote = Vote(**{name: kinds[name](value) for name, value in said.items()})  # type: ignore[operator]
         return ballot
 
-    @property
-    def rows(self) -> Tensor:
+    def wait(self) -> Tensor:
         """All that was said, one row a rank, fp64.
 
         Raises:
@@ -93,8 +94,9 @@ class Ballot:
         """
         if self._rows is None:
             self._work.wait()
-            self._rows = self._output.cpu().view(self._size, -1)
-            self._check_clocks()
+            rows = self._output.cpu().view(self._size, -1)
+            _check_clocks(rows)
+            self._rows = rows
         return self._rows
 
     @property
@@ -115,11 +117,12 @@ class Ballot:
     @property
     def squares(self) -> Tensor:
         """Squared norms of contributions, shape ``(ranks, modules)``, fp64."""
-        return self.rows[:, len(_FIELDS) :]
+        return self.wait()[:, len(_FIELDS) :]
 
-    def total_weight(self) -> float:
-        """Sum of all weights; 1 where all are 0 (and so is the sum of the contributions)."""
-        return float(self.weights.sum()) or 1.0
+    @property
+    def inner_lr(self) -> float:
+        """The greatest `Vote.inner_lr`, so that all ranks take the same outer step."""
+        return float(self._column("inner_lr").max())
 
     def buffer_weights(self) -> tuple[float, float]:
         """This rank's buffers' weight and the sum of all; all are 1 where none is above 0."""
@@ -132,23 +135,43 @@ class Ballot:
         return bool((self._column("layout") == self._column("layout")[0]).all())
 
     def _column(self, name: str) -> Tensor:
-        return self.rows[:, _FIELDS.index(name)]
+        return self.wait()[:, _FIELDS.index(name)]
 
-    def _check_clocks(self) -> None:
-        steps, planned, lrs = (self._column(name) for name in ("step", "planned", "lr"))
-        if (rank := _odd_one(steps)) is not None:
-            raise DisagreementError(
-                f"ranks are not at the same step: rank {rank} of the group has taken "
-                f"{steps[rank]:.0f} steps, rank 0 {steps[0]:.0f}; count each "
-                "iteration once on every rank (sync.step(), or that of the averager), also where "
-                "the optimizer was skipped"
-            )
-        if (rank := _odd_one(planned)) is not None:
-            raise DisagreementError(
-                f"ranks plan different rounds: rank {rank} of the group {planned[rank]:.0f} steps "
-                f"at learning rate {lrs[rank]:g}, rank 0 {planned[0]:.0f} steps at {lrs[0]:g}; "
-                "the schedule follows the learning rate, which must be the same on every rank"
-            )
+
+def _check_clocks(rows: Tensor) -> None:
+    steps, planned, lrs = (rows[:, _FIELDS.index(name)] for name in ("step", "planned", "lr"))
+    if (rank := _odd_one(steps)) is not None:
+        raise DisagreementError(
+            f"ranks are not at the same step: rank {rank} of the group has taken "
+            f"{steps[rank]:.0f} steps, rank 0 {steps[0]:.0f}; count each "
+            "iteration once on every rank (sync.step(), or that of the averager), also where "
+            "the optimizer was skipped"
+        )
+    if (rank := _odd_one(planned)) is not None:
+        raise DisagreementError(
+            f"ranks plan different rounds: rank {rank} of the group {planned[rank]:.0f} steps "
+            f"at learning rate {lrs[rank]:g}, rank 0 {planned[0]:.0f} steps at {lrs[0]:g}; "
+            "the schedule follows the learning rate, which must be the same on every rank"
+        )
+
+
+def shares(weights: Tensor) -> tuple[Tensor, float]:
+    """Weights by which contributions are multiplied, and what their sum is divided by.
+
+    Where nobody's weight is 1 they are scaled, so that the greatest is: equal contributions of
+    equal weights then stay as they are, in any precision.
+
+    Args:
+        weights: of all ranks, shape ``(ranks,)``, fp64.
+
+    Example:
+        >>> shares(torch.tensor([0.5, 0.25], dtype=torch.float64))
+        (tensor([1.0000, 0.5000], dtype=torch.float64), 1.5)
+    """
+    greatest = float(weights.max())
+    unit = 1.0 if greatest == 0 or bool((weights == 1).any()) else greatest
+    scaled = weights / unit
+    return scaled, float(scaled.sum()) or 1.0  # where all are 0, so is the sum of contributions
 
 
 def _odd_one(column: Tensor) -> int | None:

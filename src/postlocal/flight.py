@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.futures import Future
 
 from postlocal.anchor import Anchor
-from postlocal.ballot import Ballot, Vote
+from postlocal.ballot import Ballot, Vote, shares
 from postlocal.courier import Courier
-from postlocal.errors import NonFiniteError, PostlocalError
+from postlocal.errors import NonFiniteError, PeerError
 from postlocal.group import Group
 from postlocal.guard import Jury
 from postlocal.meter import Meter, SyncRecord
@@ -20,7 +20,7 @@ from postlocal.replica import Replica
 from postlocal.schedule import WORLD
 from postlocal.strategies import Strategy
 from postlocal.tensors import all_finite, squared_norm, weigh_
-from postlocal.wire import Carrier, Staging, fp32, maximum_, mean_
+from postlocal.wire import Carrier, Divisor, Staging, fp32, maximum_, mean_
 
 logger = logging.getLogger("postlocal")
 
@@ -68,10 +68,18 @@ class Fragment:
         """Who takes part."""
         return self.carrier.group
 
-    def work_since_launch(self, steps: int, work: float) -> float:
-        """Share of the steps since the last launch that this rank did, given all so far."""
-        before_steps, before_work = self._since
+    @property
+    def since(self) -> int:
+        """Steps of the clock at which work began to count: at the last launch, as a rule."""
+        return self._since[0]
+
+    def begin(self, steps: int, work: float) -> None:
+        """Count work from here on, given steps and work of the clock so far."""
         self._since = (steps, work)
+
+    def work(self, steps: int, work: float) -> float:
+        """Share of the steps since then that this rank did."""
+        before_steps, before_work = self._since
         return (work - before_work) / (steps - before_steps) if steps > before_steps else 1.0
 
     def of(self, module: Sequence[str], tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -144,7 +152,6 @@ class Flight:
         fragment: what is synchronized.
         record: where bytes, waiting and drift are noted.
         meter: counts them.
-        inner_lr: the inner optimizer's learning rate in the steps before it.
         buffers: travel along; None: they do not.
         hangar: memory for contributions that travel while training goes on; None: they travel in
             the parameters' own memory, which has to be left alone until the landing.
@@ -155,12 +162,10 @@ class Flight:
         fragment: Fragment,
         record: SyncRecord,
         meter: Meter,
-        inner_lr: float,
         buffers: Buffers | None = None,
         hangar: Staging | None = None,
     ) -> None:
         self.fragment = fragment
-        self.inner_lr = inner_lr
         self.record = record
         self.buffers = buffers
         self._meter = meter
@@ -205,30 +210,32 @@ class Flight:
         fragment, values = self.fragment, self._contributions
         device = next(iter(values.values())).device
         ballot = self.ballot = Ballot(fragment.group, device, self._vote, self._squares)
-        divisor = ballot.total_weight
-        if self._vote.weight == 0:
-            fragment.carrier.forget()
-        if fragment.jury is None:
-            weigh_(values.values(), self._vote.weight)
-        else:
-            self._weights = fragment.jury.weigh(ballot.squares.sqrt(), ballot.finite, ballot.work)
-            own = self._weights[fragment.group.rank].tolist()
-            for module, weight in zip(fragment.modules, own, strict=True):
-                weigh_(fragment.of(module, values), weight)
-            divisor = _one
-        self._meter.count("parameters", fragment.carrier.mean_(values, divisor), self.record)
+        divisor = self._weigh(ballot)
+        try:
+            sent = fragment.carrier.mean_(values, divisor)
+        except PeerError:
+            ballot.wait()  # a rank that found a disagreement has left, and all have to hear of it
+            raise
+        self._meter.count("parameters", sent, self.record)
         if self.buffers is not None:
             self._meter.count("buffers", self.buffers.meet(fragment.group, ballot), self.record)
         self._meter.count("control", ballot.payload_bytes, self.record)
 
-    def exchange_here(self) -> None:
-        """Communicate now; where that fails, the parameters are the anchor's again."""
-        try:
-            self.exchange()
-        except PostlocalError:
-            if self.fragment.anchor is not None:
-                self.fragment.anchor.give()
-            raise
+    def _weigh(self, ballot: Ballot) -> Divisor:
+        """Multiply the contribution by its weight; returns what their sum is divided by."""
+        fragment, values, weight = self.fragment, self._contributions, self._vote.weight
+        if weight == 0:
+            fragment.carrier.forget()
+        if fragment.jury is not None:
+            self._weights = fragment.jury.weigh(ballot.squares.sqrt(), ballot.finite, ballot.work)
+            own = self._weights[fragment.group.rank].tolist()
+            for module, share in zip(fragment.modules, own, strict=True):
+                weigh_(fragment.of(module, values), share)
+            return _one
+        if weight not in (0, 1):  # the ballot is waited for only where weights are uneven
+            weight = float(shares(ballot.weights)[0][fragment.group.rank])
+        weigh_(values.values(), weight)
+        return lambda: shares(ballot.weights)[1]
 
     def exchange_beside(self, courier: Courier) -> None:
         """Communicate on the courier's thread while training goes on."""
@@ -265,8 +272,13 @@ class Flight:
             self._land_on(self.fragment.anchor, step, mix)
         if self.buffers is not None:
             self.buffers.land()
+        self.leave()
+
+    def leave(self) -> None:
+        """Give memory back; the result is no longer needed."""
         if self._hangar is not None:
             self._hangar.give(*self._memory)
+            self._memory.clear()
 
     @property
     def weights(self) -> Tensor:
@@ -276,18 +288,28 @@ class Flight:
         return self._weights
 
     @property
-    def excluded(self) -> bool:
-        """Whether this rank's contribution was left out of the mean."""
-        return self.fragment.group.rank in self.record.excluded
+    def finite(self) -> bool:
+        """Whether this rank's contribution was."""
+        return bool(self.ballot.finite[self.fragment.group.rank])
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the parameters hold pseudo-gradients until the landing."""
+        return self._hangar is None and self.fragment.anchor is not None
+
+    def shares(self) -> tuple[float, float]:
+        """Weight of this rank's optimizer state in its mean, and what the sum is divided by."""
+        counted = self.weights.sum(dim=1) > 0
+        scaled, divisor = shares(self.ballot.weights.where(counted, 0.0))
+        return float(scaled[self.fragment.group.rank]), divisor
 
     def state_dict(self) -> dict[str, Any]:
         """What is to be landed, once it has been waited for. Nothing is copied."""
         return {
             "fragment": self.fragment.number,
             "record": self.record.state_dict(),
-            "inner_lr": self.inner_lr,
             "contributions": dict(self._contributions),
-            "rows": self.ballot.rows,
+            "rows": self.ballot.wait(),
             "weights": self.weights,
             "buffers": None if self.buffers is None else self.buffers.state_dict(),
         }
@@ -348,7 +370,7 @@ class Flight:
         for tensors, factor in zip(modules, self._factors(squares), strict=True):
             weigh_(tensors, factor)
         resting = self._names(self.weights.sum(dim=0) == 0)
-        anchor.step(list(values.values()), step, self.inner_lr, resting)
+        anchor.step(list(values.values()), step, self.ballot.inner_lr, resting)
         anchor.give(mix, self._names(self.weights[fragment.group.rank] == 0))
 
     def _factors(self, squares: Sequence[float]) -> list[float]:
@@ -375,14 +397,16 @@ class Flight:
         group, excluded = self.fragment.group, self.record.excluded
         if not excluded or (group.rank != 0 and group.rank not in excluded):
             return
-        finite = self.ballot.finite.tolist()
-        reasons = [
-            f"rank {rank}: {'an outlier' if finite[rank] else 'not finite'}" for rank in excluded
-        ]
+        reasons = [f"rank {rank}: {self._reason(rank)}" for rank in excluded]
         logger.warning(
             "the mean after step %d at level %r leaves out %s",
             self.record.step, self.record.level, ", ".join(reasons),
         )  # fmt: skip
+
+    def _reason(self, rank: int) -> str:
+        if not self.ballot.finite[rank]:
+            return "not finite"
+        return "an outlier" if self.ballot.work[rank] > 0 else "it did no step"
 
 
 def _one() -> float:

@@ -44,6 +44,11 @@ class Fragments(Protocol):
         """Share of the local value that is kept where the result is applied, from 0 to 1."""
         ...
 
+    @property
+    def layers(self) -> Sequence[str] | None:
+        """Prefixes of the layers' names; None: found in the model."""
+        ...
+
     def split(self, model: nn.Module, sizes: Mapping[str, int]) -> tuple[Names, ...]:
         """Names of the parameters of each fragment, in the model's order.
 
@@ -70,6 +75,7 @@ class whole:
     count = 1
     delay = 0
     mix = 0.0
+    layers = None
 
     def split(self, model: nn.Module, sizes: Mapping[str, int]) -> tuple[Names, ...]:
         return (tuple(sizes),)

@@ -119,7 +119,8 @@ class clip:
     """Scales the mean pseudo-gradient down to a greatest norm (arXiv 2412.07210, section 3.3).
 
     Args:
-        max_norm: greatest Euclidean norm over all parameters, above 0.
+        max_norm: greatest Euclidean norm over all parameters that are synchronized together, above
+            0.
         inner: the guard that weighs contributions, and scales before this one.
 
     Raises:

@@ -457,6 +457,30 @@ def adapt(schedule: Schedule, planned: Round, before: Round, drift: float) -> Ro
     return schedule.adapt(planned, before, drift)
 
 
+def adapts(schedule: Schedule) -> bool:
+    """Whether a schedule, or the one after its warm-up, follows the drift.
+
+    Example:
+        >>> adapts(post_local(8, adaptive(0.1, initial=4))), adapts(post_local(8, periodic(4)))
+        (True, False)
+    """
+    if isinstance(schedule, post_local):
+        return adapts(schedule.then)
+    return isinstance(schedule, Adapting)
+
+
+def nests(schedule: Schedule) -> bool:
+    """Whether a schedule of this module synchronizes parameters at more than one level.
+
+    Example:
+        >>> nests(hierarchical({"node": 4, "world": 16})), nests(periodic(16, gradients="node"))
+        (True, False)
+    """
+    if isinstance(schedule, post_local):
+        return nests(schedule.then)
+    return isinstance(schedule, hierarchical) and len(schedule.periods) > 1
+
+
 def shortest(schedule: Schedule) -> int:
     """The least number of steps that a full round has where parameters are synchronized.
 

@@ -46,8 +46,9 @@ class Strategy:
         name: for tables and messages.
 
     Raises:
-        ValueError: if ``optimizer_state`` is none of the three, or the delay of ``fragments`` is
-            as long as a round, or goes with averaged optimizer state.
+        ValueError: if ``optimizer_state`` is none of the three; if ``fragments`` go with nested
+            levels, or their delay is as long as a round, or goes with averaged optimizer state or
+            a schedule that follows the drift.
     """
 
     schedule: schedules.Schedule
@@ -65,14 +66,25 @@ class Strategy:
             raise ValueError(
                 f"optimizer_state must be one of {choices}, got {self.optimizer_state!r}"
             )
-        self._check_delay()
+        if self.streams:
+            self._check_streaming()
 
-    def _check_delay(self) -> None:
+    def _check_streaming(self) -> None:
+        if schedules.nests(self.schedule):
+            raise ValueError(
+                "fragments must be those of a schedule that synchronizes parameters at one level, "
+                f"got {self.schedule}: take a periodic one, or fragments.whole()"
+            )
         delay, shortest = self.fragments.delay, schedules.shortest(self.schedule)
         if delay and delay >= shortest:
             raise ValueError(
                 f"delay must be shorter than a round, of {shortest} steps in {self.schedule}, got "
                 f"{delay}: lower the delay of fragments, or take a longer period"
+            )
+        if delay and schedules.adapts(self.schedule):
+            raise ValueError(
+                f"delay must be 0 where the schedule follows the drift, got {delay}: the drift of "
+                "a round is not known before it has landed"
             )
         if delay and self.optimizer_state == "average":
             raise ValueError(
@@ -84,8 +96,7 @@ class Strategy:
     def anchored(self) -> bool:
         """Whether the parameters last agreed on are kept, one fp32 copy of the model."""
         plain = isinstance(self.outer, outers.average)
-        later = self.fragments.delay > 0 or self.fragments.mix > 0
-        return not plain or later or self.wire.lossy or self.guard.anchored
+        return not plain or self.streams or self.wire.lossy or self.guard.anchored
 
     @property
     def streams(self) -> bool:

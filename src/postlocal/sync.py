@@ -129,7 +129,7 @@ def attach(
             WORLD,
             strategy.wire.open(layout, WORLD, staging),
             strategy,
-            fragments.modules(unwrap(model), names),
+            fragments.modules(unwrap(model), names, strategy.fragments.layers),
             number=index if len(parts) > 1 else None,
         )
         for index, names in enumerate(parts)
@@ -233,7 +233,9 @@ class Sync:
     def finish(self) -> None:
         """Make every replica equal: synchronize now, unless they agree already.
 
-        What is under way is landed before. Training can go on after it, with a new round.
+        What is under way is landed before. Fragments that were launched earlier than at this step
+        take one more outer step, for what was learned since. Training can go on after it, with a
+        new round.
 
         Raises:
             PeerError, DisagreementError, NonFiniteError: as `step` does.
@@ -242,7 +244,10 @@ class Sync:
         self._land_launched_until(self._steps)
         if not self.agreed:
             for fragment in self._fragments:
-                self._synchronize(fragment, following)
+                if self.strategy.streams and fragment.since == self._steps:
+                    self._give_anchor(fragment)  # it was launched at this very step
+                else:
+                    self._synchronize(fragment, following)
             self._agreed_at = self._steps
         self._begin(self._adapt(following, math.nan))
 
@@ -275,7 +280,7 @@ class Sync:
             )
         parameters = [parameter.detach() for parameter in self.replica.parameters.values()]
         local = [parameter.clone() for parameter in parameters]
-        self._give_anchor()
+        self._give_anchor(*self._fragments)
         try:
             yield
         finally:
@@ -310,6 +315,7 @@ class Sync:
             "agreed_at": self._agreed_at,
             "lockstep": self._lockstep,
             "fragments": [fragment.state_dict() for fragment in self._fragments],
+            "narrow": {level: part.state_dict() for level, part in self._narrow.items()},
             "flights": [flight.state_dict() for flight in self._flights],
             "gradients": self._gradients.state_dict(),
             "meter": self.meter.state_dict(),
@@ -327,6 +333,8 @@ class Sync:
         self._gradients.load_state_dict(state["gradients"])
         for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
             fragment.load_state_dict(saved)
+        for level, fragment in self._narrow.items():
+            fragment.load_state_dict(state["narrow"][level])
         self._flights = deque(self._load_flight(saved) for saved in state["flights"])
 
     def restart(self, state: Mapping[str, Any]) -> None:
@@ -343,8 +351,11 @@ class Sync:
         for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
             if fragment.anchor is not None:
                 fragment.anchor.load_state_dict(saved["anchor"])
+            fragment.begin(self._steps, self._work)
+        for fragment in self._narrow.values():
+            fragment.begin(self._steps, self._work)
         if not self._lockstep:
-            self._give_anchor()
+            self._give_anchor(*self._fragments)
         self._agreed_at = self._steps
         self._begin(self._adapt(self._plan(), math.nan))
 
@@ -353,6 +364,10 @@ class Sync:
             raise ValueError(
                 f"state is of strategy {state['strategy']}, this is {self.strategy.fingerprint}"
             )
+        while self._flights:  # of what was before
+            flight = self._flights.popleft()
+            flight.wait()
+            flight.leave()
         self._steps = state["steps"]
         self._work = state["work"]
         self._drift = state["drift"]
@@ -368,7 +383,6 @@ class Sync:
             self._fragments[state["fragment"] or 0],
             SyncRecord(**state["record"]),
             self.meter,
-            state["inner_lr"],
             buffers,
             self._hangar,
         )
@@ -383,8 +397,9 @@ class Sync:
 
     def _begin(self, following: Round) -> None:
         if self._lockstep and self._steps and following.gradients != WORLD:
-            for fragment in self._fragments:  # replicas part here, from what they agree on
-                if fragment.anchor is not None:
+            for fragment in (*self._fragments, *self._narrow.values()):
+                fragment.begin(self._steps, self._work)
+                if fragment.anchor is not None:  # replicas part here, from what they agree on
                     fragment.anchor.take()
         self._set_round(following, self._steps + following.steps)
         self._lr = self.inner.lr
@@ -422,10 +437,15 @@ class Sync:
         if fragment.group.size == 1 and fragment.anchor is None:
             return
         flight = self._prepare(fragment, apart=mix > 0)
-        with torch.no_grad(), self.meter.waiting(flight.record):
-            self._load(flight, following)
-            flight.exchange_here()
-        self._land(flight, mix)
+        try:
+            with torch.no_grad(), self.meter.waiting(flight.record):
+                self._load(flight, following)
+                flight.exchange()
+            self._land(flight, mix)
+        except Exception:
+            if flight.in_place:
+                self._give_anchor(fragment)
+            raise
 
     def _launch(self, fragment: Fragment, following: Round) -> None:
         """Send a fragment on its way, to be landed later."""
@@ -444,7 +464,6 @@ class Sync:
             fragment,
             SyncRecord(self._steps, fragment.level, fragment.number),
             self.meter,
-            self._lr,
             Buffers(self.replica, apart) if last else None,
             self._hangar if apart else None,
         )
@@ -452,15 +471,26 @@ class Sync:
     def _load(self, flight: Flight, following: Round) -> None:
         self.layout[WORLD].arrive(self._steps)
         averages = self.strategy.optimizer_state == "average"
+        work = flight.fragment.work(self._steps, self._work)
+        flight.fragment.begin(self._steps, self._work)
+        if flight.buffers is not None:
+            self._begin_narrower(flight.record.level)
         flight.load()
         flight.vote(
             buffers_finite=not self.replica.has_nan_buffer(),
-            work=flight.fragment.work_since_launch(self._steps, self._work),
+            work=work,
             step=self._steps,
             planned=following.steps,
             lr=self.inner.lr,
+            inner_lr=self._lr,
             layout=self.inner.layout() if averages else 0,
         )
+
+    def _begin_narrower(self, level: str) -> None:
+        """Count work anew at all levels within the one that is synchronized."""
+        levels = self.layout.levels
+        for narrower in levels[1 : levels.index(level)]:
+            self._narrow[narrower].begin(self._steps, self._work)
 
     def _land_launched_until(self, step: int) -> None:
         while self._flights and self._flights[0].record.step <= step:
@@ -471,6 +501,8 @@ class Sync:
             flight.land(self._steps, mix)
             if flight.buffers is not None:
                 self._settle_optimizer(flight)
+            if not flight.finite:
+                self._recover(flight)
         self._drift = flight.record.drift
         self.meter.close(flight.record)
 
@@ -479,24 +511,27 @@ class Sync:
             case "reset":
                 self.inner.reset()
             case "average":
-                ballot = flight.ballot
+                weight, divisor = flight.shares()
+                unanimous = flight.ballot.unanimous
                 sent = self.inner.average_(
-                    flight.fragment.group,
-                    ballot.vote.weight,
-                    ballot.total_weight,
-                    ballot.unanimous,
+                    flight.fragment.group, weight, lambda: divisor, unanimous
                 )
                 self.meter.count("optimizer", sent, flight.record)
             case "keep":
-                if flight.excluded:
-                    self.inner.heal()
-        if flight.excluded:
-            self._gradients.forget()
+                pass
 
-    def _give_anchor(self) -> None:
-        for fragment in self._fragments:
-            if fragment.anchor is not None:
-                fragment.anchor.give()
+    def _recover(self, flight: Flight) -> None:
+        """Leave nothing of this replica that is not finite, or it would be left out for ever."""
+        if flight.record.level == WORLD:
+            self._give_anchor(*self._fragments)  # the fragments whose turn has not come as well
+        self.inner.heal()
+        self._gradients.forget()
+
+    def _give_anchor(self, *chosen: Fragment) -> None:
+        with torch.no_grad():
+            for fragment in chosen:
+                if fragment.anchor is not None:
+                    fragment.anchor.give()
 
 
 def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> None:

@@ -52,7 +52,10 @@ def train(
     period: Annotated[int | None, _axis("Steps a round.")] = None,
     warmup: Annotated[
         int | None,
-        _axis("Synchronous steps of post_local_sgd.", show_default="three tenths"),
+        _axis(
+            "Synchronous steps of post_local_sgd (three tenths) and edit (none).",
+            show_default=False,
+        ),
     ] = None,
     gradients: Annotated[
         str | None, _axis("Level at which gradients meet in a round: rank, node.")

@@ -74,7 +74,7 @@ class TrainConfig(BaseModel):
             ValueError: if the name or a parameter is unknown, or a value out of its range.
         """
         suited = {
-            "warmup": 3 * self.steps // 10,
+            "warmup": 3 * self.steps // 10 if self.strategy == "post_local_sgd" else 0,
             "lr_warmup": self.rising_steps,
             "total": self.steps,
         }

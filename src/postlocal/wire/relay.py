@@ -76,8 +76,10 @@ class _Relay:
     def mean_(self, tensors: Mapping[str, Tensor], divisor: Divisor | None = None) -> int:
         wide = {name: tensor.to(travels_as(tensor.dtype)) for name, tensor in tensors.items()}
         sent = self._to_leader.mean_(wide, lambda: 1.0)
+        # Asked on all ranks: what it may raise, such as a disagreement, all have to hear.
+        total = float(self.group.size) if divisor is None else divisor()
         if self._leads:
-            sent += self._between.mean_(wide, divisor or (lambda: float(self.group.size)))
+            sent += self._between.mean_(wide, lambda: total)
         sent += self._from_leader.mean_(wide, lambda: 1.0)
         for name, tensor in tensors.items():
             if wide[name] is not tensor:
