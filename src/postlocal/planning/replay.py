@@ -124,6 +124,7 @@ class _Run:
         self._steps: dict[str, tuple[int, float]] = {}
         self._air: deque[_Airborne] = deque()
         self._free = 0.0  # at what second the world's link is
+        self._since = [0] * len(parts)  # steps since each fragment was launched
         # Steps since the ranks of each level last met, from the narrowest level on.
         self._alone = dict.fromkeys(cluster.layout.levels[1:], 0)
         self._lockstep = True
@@ -145,8 +146,9 @@ class _Run:
         while self._air:
             self._land()
         if not self._lockstep and not self._agreed:
-            for number in range(len(self._numels)):
-                self._synchronize(number)
+            for number, steps in enumerate(self._since):
+                if steps or not self._strategy.streams:  # else it was launched at this very step
+                    self._synchronize(number)
 
     def _take(self, planned: Round, steps: int) -> None:
         """The first ``steps`` steps of a round."""
@@ -178,6 +180,7 @@ class _Run:
         payload, seconds = self._step(gradients)
         self.totals.payload_bytes += steps * payload
         self.totals.seconds += steps * seconds
+        self._since = [before + steps for before in self._since]
         for level in self._alone:
             self._alone[level] += steps
         self._have_met(gradients)
@@ -218,6 +221,7 @@ class _Run:
         """Put a fragment on the link, behind what is there; tells when its result arrives."""
         self._wait_for_the_slowest(WORLD)
         sent = self._exchanges[number]
+        self._since[number] = 0
         self._free = max(self._free, self.totals.seconds - self._head_start) + sent.seconds
         self._count(sent)
         return self._free
