@@ -387,3 +387,12 @@ def test_error_feedback_makes_the_mean_of_many_rounds_exact() -> None:
 
     for with_feedback, without in virtual.run(3, work):
         assert float(with_feedback) < 0.1 * float(without)
+
+
+def test_casts_keep_infinities_and_bound_what_is_finite() -> None:
+    values = torch.tensor([torch.inf, -torch.inf, 1e30, -1e30, 1.0])
+    codec, decoded = cast(torch.float16), torch.empty(5)
+    payload = torch.zeros(codec.nbytes(5), dtype=torch.uint8)
+    codec.encode(values, payload)
+    codec.decode(payload, decoded)
+    assert decoded.tolist() == [torch.inf, -torch.inf, 65504.0, -65504.0, 1.0]

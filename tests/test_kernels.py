@@ -161,6 +161,56 @@ def test_a_compiler_that_fails_is_not_tried_again_by_the_next_process(
     assert len(list(unloaded.glob("*.failed"))) == 1
 
 
+def test_a_compiler_that_was_killed_is_tried_again(
+    unloaded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def killed(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
+        calls.append(args)
+        return subprocess.CompletedProcess([], -9, "", "")
+
+    compiling._machine()
+    monkeypatch.setattr(subprocess, "run", killed)
+    kernels.use("compiled")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="compiling failed: exit code -9"):
+            kernels.warm_up(int8())
+    assert len(calls) == 2
+    assert not list(unloaded.glob("*.failed"))
+
+
+def test_what_failed_unasked_fails_aloud_where_it_is_asked_for(
+    unloaded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler"):
+        kernels.warm_up(int8())
+    kernels.use("compiled")
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler"):
+        kernels.warm_up(int8())
+    compiling._machine.cache_clear()
+
+
+class Halved(int8):
+    """A codec of a user's own, which no compiling process would find."""
+
+    def restore(self, parameters: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]:
+        numbers, scales = super().restore(parameters, codes)
+        return numbers, scales / 2
+
+
+def test_codecs_of_others_run_by_their_own_arithmetic(unloaded: Path) -> None:
+    kernels.use("compiled")
+    kernels.warm_up(Halved())
+    values, halved = torch.randn(2**17), torch.empty(2**17)
+    payload = torch.zeros(Halved().nbytes(2**17), dtype=torch.uint8)
+    Halved().encode(values, payload)
+    Halved().decode(payload, halved)
+    assert torch.allclose(halved, values / 2, atol=0.02)
+    assert not unloaded.exists()
+
+
 def test_small_tensors_do_not_wait_for_a_compiler(unloaded: Path) -> None:
     kernels.use("compiled")
     int8().encode(torch.randn(60_000), torch.zeros(int8().nbytes(60_000), dtype=torch.uint8))

@@ -142,7 +142,8 @@ def orthogonalise_(matrices: Tensor, epsilon: float = 0.0) -> None:
     """Replace columns by orthonormal ones that span the same space.
 
     By QR, or by Gram-Schmidt where that is faster (at most 2 columns) or QR is missing (16 bits). A
-    column of zeros stays one.
+    column that depends on those before it, such as one of zeros, becomes another direction: power
+    iteration that starts from zero would never leave it.
 
     Args:
         matrices: shape ``(b, n, r)`` with ``r`` at most ``n``.
@@ -154,15 +155,37 @@ def orthogonalise_(matrices: Tensor, epsilon: float = 0.0) -> None:
         >>> torch.allclose(columns[0].T @ columns[0], torch.eye(2), atol=1e-6)
         True
     """
-    columns = matrices.shape[2]
+    rows, columns = matrices.shape[1:]
     if columns > 2 and matrices.dtype not in (torch.float16, torch.bfloat16):
+        for index in range(columns):  # of zeros QR makes unit vectors, which many matrices miss
+            column = matrices[:, :, index : index + 1]
+            _replace(column, ~column.any(dim=1, keepdim=True), index)
         matrices.copy_(torch.linalg.qr(matrices).Q)
         return
+    negligible = min(0.05, torch.finfo(matrices.dtype).eps * rows**0.5)
     for index in range(columns):
-        column = matrices[:, :, index : index + 1]
-        norm = torch.linalg.vector_norm(column, dim=1, keepdim=True)
-        norm = norm.add_(epsilon) if epsilon else norm.masked_fill_(norm == 0, 1)
-        column.div_(norm)
-        rest = matrices[:, :, index + 1 :]
-        if rest.shape[2]:
-            rest.sub_(column @ (column.transpose(1, 2) @ rest))
+        before, column = matrices[:, :, :index], matrices[:, :, index : index + 1]
+        greatest = torch.linalg.vector_norm(column, dim=1, keepdim=True) * negligible
+        norm = _remove(before, column)
+        if _replace(column, norm <= greatest, index):
+            norm = _remove(before, column)
+        column.div_(norm.add_(epsilon))
+
+
+def _remove(before: Tensor, column: Tensor) -> Tensor:
+    """Make columns orthogonal to those before them; returns the norms that are left."""
+    for _ in range(2):  # what rounding leaves of nearly parallel ones goes the second time
+        column.sub_(before @ (before.transpose(1, 2) @ column))
+    norms: Tensor = torch.linalg.vector_norm(column, dim=1, keepdim=True)
+    return norms
+
+
+def _replace(column: Tensor, lost: Tensor, index: int) -> bool:
+    """Put a direction that looks random, and is the same anywhere, where columns are lost."""
+    if not lost.any():
+        return False
+    golden = 0.6180339887498949
+    turns = torch.arange(1, column.shape[1] + 1, dtype=torch.float64) * (golden * (index + 1))
+    direction = (turns % 1 - 0.5).view(1, -1, 1).to(column)
+    column.copy_(torch.where(lost, direction, column))
+    return True

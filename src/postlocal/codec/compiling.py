@@ -2,8 +2,8 @@
 
 A process of its own compiles (torch's compiler switches global state that training in other threads
 would see), ahead of time, into a cache folder: ``$XDG_CACHE_HOME/postlocal/kernels``. What is there
-is used by all processes, whatever their tensors' sizes. A failure is written there too, so that no
-other process waits for the next one: delete the folder to try again.
+is used by all processes, whatever their tensors' sizes. A compiler that fails is remembered there
+too, so that no other process waits for the next one.
 """
 
 import fcntl
@@ -27,6 +27,18 @@ from torch.utils._pytree import tree_map
 
 _SECONDS = 900  # a compiler that takes longer has failed
 _EXAMPLE = 2**16  # elements of the example; the number of blocks is left open
+
+
+class CompileError(RuntimeError):
+    """Why nothing is compiled.
+
+    Attributes:
+        remedy: what makes it work.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 class Arithmetic(Protocol):
@@ -67,8 +79,8 @@ def compiled(codec: Arithmetic, dtype: torch.dtype, device: str) -> Kernels:
     """The functions of a codec for values of a dtype on a device, compiled if they are not yet.
 
     Raises:
-        RuntimeError: if there is no compiler, or it fails, now or earlier on this machine.
-        OSError: if the cache folder cannot be written.
+        CompileError: if there is no compiler, or it fails, now or earlier on this machine, or the
+            cache folder cannot be written.
     """
     request = _request(codec, dtype, device)
     folder = _cache() / hashlib.sha256(f"{_machine()} {request}".encode()).hexdigest()[:24]
@@ -76,7 +88,7 @@ def compiled(codec: Arithmetic, dtype: torch.dtype, device: str) -> Kernels:
     if not folder.exists():
         with _alone(folder.with_suffix(".lock")):
             if failure.exists():
-                raise RuntimeError(failure.read_text())
+                raise CompileError(failure.read_text(), f"mend that, and delete {failure}")
             if not folder.exists():
                 _build(request, folder, failure)
     return Kernels(*(_load(folder / f"{field.name}.pt2") for field in fields(Kernels)))
@@ -89,9 +101,14 @@ def _request(codec: Arithmetic, dtype: torch.dtype, device: str) -> str:
 
 
 def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) / "postlocal" / "kernels"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(root) / "postlocal" / "kernels"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # the latter where there is no home
+        raise CompileError(
+            f"no folder for what is compiled: {error}", "set XDG_CACHE_HOME to one"
+        ) from error
     return folder
 
 
@@ -100,7 +117,9 @@ def _machine() -> str:
     """What compiled code depends on: torch, compiler, processor and the codecs' own source."""
     path = shutil.which(os.environ.get("CXX", "g++"))
     if path is None:
-        raise RuntimeError("there is no C++ compiler")
+        raise CompileError(
+            "there is no C++ compiler", "install one, such as g++, or set CXX to one"
+        )
     version = subprocess.run([path, "--version"], capture_output=True, check=False)  # noqa: S603
     flags = [line for line in _processor().splitlines() if line.startswith(("flags", "Features"))]
     source = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
@@ -133,16 +152,19 @@ def _build(request: str, folder: Path, failure: Path) -> None:
                 [*command, request, str(made)],
                 env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False,
             )  # fmt: skip
-            if not done.returncode:
-                made.rename(folder)
-                return
-            reason = done.stderr.strip()[-2000:] or f"exit code {done.returncode}"
         except subprocess.TimeoutExpired:
-            reason = f"it took more than {_SECONDS} s"
-        text = f"compiling failed: {reason}"
+            raise CompileError(
+                f"compiling took more than {_SECONDS} s", "try again on a quieter machine"
+            ) from None
+        if not done.returncode:
+            made.rename(folder)
+            return
+        text = f"compiling failed: {done.stderr.strip()[-2000:] or f'exit code {done.returncode}'}"
+        if done.returncode < 0:  # it was killed, for lack of memory or by somebody
+            raise CompileError(text, "try again")
         (Path(scratch) / "failure").write_text(text)
         (Path(scratch) / "failure").rename(failure)
-    raise RuntimeError(text)
+    raise CompileError(text, f"mend that, and delete {failure}")
 
 
 def _load(package: Path) -> Any:

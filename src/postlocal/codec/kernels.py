@@ -24,7 +24,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from postlocal.codec.compiling import Arithmetic, Kernels, compiled, sections
+from postlocal.codec.compiling import Arithmetic, CompileError, Kernels, compiled, sections
 
 Mode = Literal["auto", "compiled", "eager"]
 
@@ -69,7 +69,7 @@ def warm_up(
     Raises:
         RuntimeError: if ``compiled`` is chosen and does not work.
     """
-    if getattr(codec, "compiled", False):
+    if _compiles(codec):
         _kernels(codec, dtype, torch.device(device).type)  # type: ignore[arg-type]
 
 
@@ -127,7 +127,7 @@ def _tiles(blocks: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _fast(codec: Arithmetic, blocks: Tensor) -> Kernels | None:
-    if not codec.compiled or blocks.numel() < _FEW or len(blocks) < 2:
+    if not _compiles(codec) or blocks.numel() < _FEW or len(blocks) < 2:
         return None
     if _chosen() != "auto" or (codec, blocks.dtype, blocks.device.type) in _loaded:
         return _kernels(codec, blocks.dtype, blocks.device.type)
@@ -135,6 +135,12 @@ def _fast(codec: Arithmetic, blocks: Tensor) -> Kernels | None:
     if _slowly[codec] > _PATIENCE:
         _warn(f"{codec} was not warmed up", "call postlocal.codec.kernels.warm_up before training")
     return None
+
+
+def _compiles(codec: object) -> bool:
+    """Whether a codec is one of the package's, which a compiling process finds by name."""
+    kind = type(codec)
+    return getattr(codec, "compiled", False) and kind.__module__.startswith("postlocal.codec.")
 
 
 def _chosen() -> Mode:
@@ -148,7 +154,7 @@ def _kernels(codec: Arithmetic, dtype: torch.dtype, device: str) -> Kernels | No
         return None
     key = (codec, dtype, device)
     with _lock:
-        if key not in _loaded:
+        if _loaded.get(key) is None and (key not in _loaded or mode == "compiled"):
             _loaded[key] = _compile(codec, dtype, device, mode)
         return _loaded[key]
 
@@ -156,10 +162,10 @@ def _kernels(codec: Arithmetic, dtype: torch.dtype, device: str) -> Kernels | No
 def _compile(codec: Arithmetic, dtype: torch.dtype, device: str, mode: Mode) -> Kernels | None:
     try:
         return compiled(codec, dtype, device)
-    except (OSError, RuntimeError) as error:
+    except CompileError as error:
         if mode == "compiled":
             raise
-        _warn(str(error), "install a C++ compiler, such as g++, or set CXX to one")
+        _warn(str(error), error.remedy)
         return None
 
 

@@ -40,9 +40,10 @@ class exact:
 
 @dataclass(frozen=True)
 class cast:
-    """Values rounded to a narrower dtype; what is too large for it becomes its largest value.
+    """Values rounded to a narrower dtype; a finite one too large for it becomes its largest value.
 
-    NaN stays NaN. An infinity stays one in bf16, which has the range of fp32.
+    Infinities and NaN stay what they are, so that guards and a GradScaler see them. What is beyond
+    the range of bf16, which is that of fp32, becomes infinite there.
 
     Args:
         dtype: a floating point dtype.
@@ -65,9 +66,10 @@ class cast:
     def encode(self, values: Tensor, payload: Tensor) -> None:
         codes = _view(payload, values.numel(), self.dtype)
         limit = torch.finfo(self.dtype).max
-        narrow = limit < torch.finfo(torch.bfloat16).max  # bf16 has the range of fp32
+        narrow = limit < torch.finfo(torch.bfloat16).max
         for part in _parts(values.numel()):
-            codes[part] = values[part].clamp(-limit, limit) if narrow else values[part]
+            given = values[part]
+            codes[part] = _bounded(given, limit) if narrow else given
         payload[codes.nbytes : self.nbytes(values.numel())].zero_()
 
     def decode(self, payload: Tensor, values: Tensor) -> None:
@@ -86,3 +88,7 @@ def _view(payload: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
 def _parts(numel: int) -> Iterator[slice]:
     for start in range(0, numel, _TILE):
         yield slice(start, start + _TILE)
+
+
+def _bounded(values: Tensor, limit: float) -> Tensor:
+    return values.clamp(-limit, limit).where(values.isfinite(), values)

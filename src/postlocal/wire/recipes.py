@@ -127,7 +127,7 @@ def bf16() -> Coded:
 
 
 def fp16() -> Coded:
-    """2 bytes a value, 11 bits of precision; values beyond 65504 are sent as 65504.
+    """2 bytes a value, 11 bits of precision; finite ones beyond 65504 are sent as 65504.
 
     Example:
         >>> fp16().lossy
