@@ -180,6 +180,16 @@ def test_a_compiler_that_was_killed_is_tried_again(
     assert not list(unloaded.glob("*.failed"))
 
 
+def test_a_damaged_package_is_one_warning(unloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(request: str, folder: Path, failure: Path) -> None:
+        folder.mkdir()
+        (folder / "encode.pt2").write_bytes(b"no archive")
+
+    monkeypatch.setattr(compiling, "_build", built)
+    with pytest.warns(RuntimeWarning, match=r"For the fast way delete postlocal/kernels"):
+        kernels.warm_up(int8())
+
+
 def test_what_failed_unasked_fails_aloud_where_it_is_asked_for(
     unloaded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,7 +167,7 @@ def orthogonalise_(matrices: Tensor, epsilon: float = 0.0) -> None:
         before, column = matrices[:, :, :index], matrices[:, :, index : index + 1]
         greatest = torch.linalg.vector_norm(column, dim=1, keepdim=True) * negligible
         norm = _remove(before, column)
-        if _replace(column, norm <= greatest, index):
+        if _replace(column, (norm < greatest) | (norm == 0), index):  # never where it is infinite
             norm = _remove(before, column)
         column.div_(norm.add_(epsilon))
 

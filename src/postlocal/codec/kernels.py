@@ -30,6 +30,7 @@ Mode = Literal["auto", "compiled", "eager"]
 
 _TILE = 2**17  # elements worked on at a time, that stay in a processor's cache
 _FEW = 2**16  # elements for which loading what is compiled does not pay
+_CLEAN = "delete postlocal/kernels in $XDG_CACHE_HOME or ~/.cache, or give it room"
 _PATIENCE = 2**30  # elements after which the slow way has cost seconds
 
 _lock = threading.Lock()
@@ -162,10 +163,10 @@ def _kernels(codec: Arithmetic, dtype: torch.dtype, device: str) -> Kernels | No
 def _compile(codec: Arithmetic, dtype: torch.dtype, device: str, mode: Mode) -> Kernels | None:
     try:
         return compiled(codec, dtype, device)
-    except CompileError as error:
+    except (CompileError, OSError, RuntimeError) as error:  # torch raises these for bad packages
         if mode == "compiled":
             raise
-        _warn(str(error), error.remedy)
+        _warn(str(error), getattr(error, "remedy", _CLEAN))
         return None
 
 
