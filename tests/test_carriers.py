@@ -501,6 +501,21 @@ def test_a_mean_within_a_node_is_not_relayed() -> None:
     assert torch.equal(results[3], torch.tensor([1.0, 2.0, 3.0]) * 3.5)
 
 
+@pytest.mark.parametrize("workers", [2, 3, 4, 5, 6, 7])
+def test_identical_replicas_stay_as_they_are_within_one_node(workers: int) -> None:
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+
+    def work(group: Group) -> Tensor:
+        mine = values.clone()
+        carrier = wire.relayed(wire.named("int4"), level="world").open(
+            Layout(group, uneven()), WORLD
+        )
+        carrier.mean_({"weight": mine})
+        return mine
+
+    assert all(torch.equal(mine, values) for mine in virtual.run(workers, work))
+
+
 def test_a_level_that_is_missing_is_named() -> None:
     def work(group: Group) -> None:
         with pytest.raises(ValueError, match=r"\(rank, pair, node, world\), got 'rack'"):

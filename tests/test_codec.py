@@ -24,7 +24,6 @@ from postlocal.codec import (
 )
 from postlocal.group import Group
 from postlocal.wire import mean_, quantised
-from postlocal.wire.encoded import owned
 
 CODECS: dict[str, Codec] = {
     "exact": exact(),
@@ -332,22 +331,16 @@ def test_random_k_keeps_every_place_as_often() -> None:
 @pytest.mark.parametrize("workers", [2, 3, 4])
 @pytest.mark.parametrize("numel", [1, 5, 33, 70_000])
 def test_residuals_hold_what_is_not_sent(name: str, workers: int, numel: int) -> None:
-    """Contributions and old residuals come to what is received, plus new residuals.
-
-    An owner's residual is one of the mean, and counts as often as there are ranks.
-    """
+    """The mean of contribution + old residual is what comes, plus the mean of new residuals."""
     carrier = quantised(CODECS[name])
 
     def work(group: Group) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(group.rank)
         values = torch.randn(numel, generator=generator)
         residual = torch.randn(numel, generator=generator)
-        counted = torch.ones(numel)
-        share = owned(numel, group.size, CODECS[name].block)
-        counted[group.rank * share : (group.rank + 1) * share] = group.size
-        owed = values + counted * residual
+        owed = values + residual
         mean_([values], group, carrier, residuals=[residual])
-        return owed, values, counted * residual
+        return owed, values, residual
 
     results = virtual.run(workers, work)
     owed = torch.stack([owed.double() for owed, _, _ in results]).mean(0)
@@ -371,12 +364,9 @@ def test_residuals_of_many_tensors_go_with_them() -> None:
         return list(zip(before, tensors, residuals, strict=True))
 
     for triples in zip(*virtual.run(2, work), strict=True):
-        missing = torch.stack([before for before, _, _ in triples]).mean(0) - triples[0][1]
-        kept = [residual for _, _, residual in triples]
-        # An owner's residual counts fully, and so do the halves of two ranks'.
-        whole = (kept[0] + kept[1]) - missing
-        halves = torch.stack([whole - kept[0] / 2, whole - kept[1] / 2]).abs()
-        assert float(halves.amin(0).max()) < 1e-6
+        owed = torch.stack([before for before, _, _ in triples]).mean(0)
+        kept = torch.stack([residual for _, _, residual in triples]).mean(0)
+        assert torch.allclose(triples[0][1] + kept, owed, atol=1e-6)
 
 
 def test_error_feedback_makes_the_mean_of_many_rounds_exact() -> None:

@@ -34,8 +34,9 @@ class Cargo:
 
     A part that others own leaves as ``(value + residual) * weight``, and its residual is then what
     was lost over ``weight``: weights may change from one time to the next. The part that this rank
-    owns loses nothing on the way out. Its residual is what encoding the mean lost, in units of the
-    mean, and is added to the next one, whatever weights and divisor.
+    owns loses nothing on the way out. Its residual is what encoding the mean lost, and is added to
+    the next mean, whatever weights and divisor. It is kept times the number of ranks: where another
+    rank comes to own the part, as in new buckets, it goes on as what was lost of a contribution.
 
     Args:
         values: shape ``(n,)``, changed in place.
@@ -87,15 +88,15 @@ class Cargo:
         for span, residual in waiting:
             self._residual[span].copy_(residual)
 
-    def settle(self, part: slice, payload: Tensor, codec: Codec) -> None:
-        """Encode a mean, with what earlier ones lacked, and keep what this one lacks."""
+    def settle(self, part: slice, payload: Tensor, codec: Codec, size: int) -> None:
+        """Encode a mean of ``size`` ranks and what earlier ones lacked; keep what it lacks."""
         if self._residual is not None:
             for span, terms in self._within(part):
-                weigh_([self._residual[span]], terms.decay)
-            self.values[part].add_(self._residual[part])
+                self.values[span].add_(self._residual[span], alpha=terms.decay / size)
         codec.encode(self.values[part], payload)
         if self._residual is not None:
             self._lack(self._residual, part, payload, codec)
+            self._residual[part].mul_(size)
 
     def _lack(self, residual: Tensor, part: slice, payload: Tensor, codec: Codec) -> None:
         residual[part].copy_(self.values[part])

@@ -22,9 +22,8 @@ class Carrier(Protocol):
     """A wire in use over one group, with what it remembers of each tensor.
 
     Memory is by the tensors' names, and made where a name is first seen. Different calls may take
-    different tensors; one call takes the same ones in the same order on all ranks. Names that have
-    come together should go on doing so: what an owner owes is where it owned. Calls come from one
-    thread at a time.
+    different tensors; one call takes the same ones in the same order on all ranks. Calls come from
+    one thread at a time.
 
     Attributes:
         group: whose mean is taken.

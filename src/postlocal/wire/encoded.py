@@ -58,7 +58,7 @@ class Encoded:
                 self._codec.accumulate(incoming, mean)
         self._staging.give(self._received)
         mean.div_(divisor)
-        self._cargo.settle(part, payload, self._codec)
+        self._cargo.settle(part, payload, self._codec, self._group.size)
         sent = [[payload]] * self._group.size
         self._work = self._group.exchange(sent, _single(self._outgoing))
 

@@ -79,9 +79,8 @@ class _Remembering(Forgetful):
         super().__init__(wire, group, staging)
         self._decay = decay
         self._memory = Memory()
-
-        # Marked, not dropped: in the parts that this rank owns, residuals are of means. Which those
-        # are is known where the tensors travel.
+        # Marked, not dropped: what this rank owes as an owner stays, and which part of a tensor
+        # that is becomes known where it travels.
         self._forgotten: set[str] = set()
 
     def mean_(
