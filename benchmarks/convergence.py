@@ -54,6 +54,7 @@ def _settings() -> dict[str, Strategy]:
         for lr in LRS:
             settings[f"diloco-{period}-lr{lr}"] = _diloco(period, lr)
             settings[f"streaming-{period}-lr{lr}"] = _streaming(period, lr)
+        settings[f"diloco-{period}-lr1.0-momentum0.5"] = _diloco(period, 1.0, momentum=0.5)
     for delay in (0, 3, 5):
         settings[f"streaming-30-delay{delay}"] = _streaming(30, STREAMING_LR, delay)
     for name in ("int8", "int4", "fp4", "sign"):
@@ -62,7 +63,8 @@ def _settings() -> dict[str, Strategy]:
         settings[f"diloco-30-{name}-feedback"] = _diloco(30, LR, wire=wire.error_feedback(bare))
     for lr in PLAIN_LRS:
         settings[f"sparse-30-lr{lr}"] = strategies.sparse_loco(30, outer_lr=lr)
-    settings["sparse-30-no-feedback"] = replace(strategies.sparse_loco(30), wire=wire.top_k())
+    forgetful = replace(strategies.sparse_loco(30, outer_lr=2.0), wire=wire.top_k())
+    settings["sparse-30-lr2.0-no-feedback"] = forgetful
     for period in (30, 100):
         settings[f"streaming-{period}-fp4"] = _streaming(period, STREAMING_LR, wire=wire.fp4())
     return settings

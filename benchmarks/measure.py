@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.network import traffic
+
 RECORDS = Path(__file__).parent / "records"
 
 
@@ -98,11 +100,8 @@ def as_text(ratio: Mapping[str, float]) -> str:
 
 def loopback_traffic() -> tuple[int, int]:
     """Bytes and packets sent so far through the loopback interface, frames included."""
-    for line in Path("/proc/self/net/dev").read_text().splitlines():
-        if line.strip().startswith("lo:"):
-            fields = line.split()
-            return int(fields[9]), int(fields[10])
-    raise RuntimeError("there is no loopback interface in /proc/self/net/dev")
+    counters = traffic("lo")
+    return counters.up, counters.packets_up
 
 
 def bytes_of(case: Callable[[], object], times: int = 3) -> float:

@@ -10,14 +10,14 @@ import postlocal
 SOURCE = Path(postlocal.__file__).parent
 
 ROWS = (
-    {"errors"},
+    {"errors", "roll"},
     {"group", "tensors", "schedule", "outer", "fragments", "guard", "meter", "packing", "codec"},
     {"topology", "virtual", "replica", "agreement", "ballot", "anchor", "courier", "powersgd"},
     {"wire"},
     {"inner", "strategies", "gradients"},
     {"flight"},
     {"sync"},
-    {"checkpoint", "report"},
+    {"checkpoint", "planning", "report"},
     {"train", "ddp_comm_hooks", "model_averaging"},
     {"cli", "optim"},
     {"__init__", "__main__"},

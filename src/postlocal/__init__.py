@@ -13,6 +13,7 @@ from postlocal import (
     guard,
     meter,
     outer,
+    planning,
     schedule,
     strategies,
     topology,
@@ -26,6 +27,7 @@ from postlocal.errors import (
     PeerError,
     PostlocalError,
 )
+from postlocal.planning import plan
 from postlocal.strategies import Strategy
 from postlocal.sync import Sync, attach
 
@@ -48,6 +50,8 @@ __all__ = [
     "guard",
     "meter",
     "outer",
+    "plan",
+    "planning",
     "schedule",
     "strategies",
     "topology",

@@ -4,18 +4,17 @@
 `Alone` is a world of one rank, and `postlocal.virtual` has the third, an in-process one.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import distributed_c10d
 
 from postlocal.errors import PeerError
+from postlocal.roll import Roll
 
 Value = TypeVar("Value")
 Operation = Literal["sum", "max"]
@@ -127,10 +126,10 @@ class Processes:
     """
 
     def __init__(self, process_group: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
-        self._adopt(process_group, timeout, _Roll(process_group))
+        self._adopt(process_group, timeout, Roll(process_group))
 
     def _adopt(
-        self, process_group: dist.ProcessGroup, timeout: timedelta | None, roll: "_Roll"
+        self, process_group: dist.ProcessGroup, timeout: timedelta | None, roll: Roll
     ) -> None:
         self.process_group = process_group
         self.rank = dist.get_rank(process_group)
@@ -222,52 +221,6 @@ class _Pending:
         with self._group._naming_the_missing():
             for work in self._works:
                 work.wait()
-
-
-class _Roll:
-    """Who came how far, kept in the store that the ranks met at.
-
-    Collectives that fail say that a connection broke or a time ran out, not who is missing. So
-    each rank leaves word in the store before it synchronizes (one small message, no answer
-    awaited), and a rank whose collective failed reads there who did not.
-    """
-
-    _opened: ClassVar[Counter[str]] = Counter()
-
-    def __init__(self, process_group: dist.ProcessGroup) -> None:
-        name = process_group.group_name
-        _Roll._opened[name] += 1
-        prefix = f"postlocal/{name}/{_Roll._opened[name]}/"
-        self._store = PrefixStore(prefix, distributed_c10d._get_default_store())
-        self._step = 0
-
-    def arrive(self, step: int) -> None:
-        self._step = step
-        self._store.set(str(dist.get_rank()), str(step))
-
-    def explain(self, error: RuntimeError, members: Sequence[int]) -> str:
-        reason = str(error).splitlines()[0]
-        place = _place(self._step)
-        try:
-            seen = {rank: self._last_seen(rank) for rank in members}
-        except RuntimeError:
-            return f"{place} failed and the store of the process group is gone: {reason}"
-        missing = [
-            f"rank {rank} ({'never seen' if step is None else f'last seen at {_place(step)}'})"
-            for rank, step in seen.items()
-            if step is None or step < self._step
-        ]
-        if not missing:
-            return f"a connection broke during {place}: {reason}"
-        return f"missing at {place}: {', '.join(missing)}: {reason}"
-
-    def _last_seen(self, rank: int) -> int | None:
-        key = str(rank)
-        return int(self._store.get(key)) if self._store.check([key]) else None
-
-
-def _place(step: int) -> str:
-    return f"the synchronization after step {step}" if step else "attach"
 
 
 def torch_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import typer
 
+from postlocal.cli.plan import plan
 from postlocal.cli.sample import sample
 from postlocal.cli.train import train
 from postlocal.errors import CheckpointError, DisagreementError, PostlocalError
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(sample)
+app.command()(plan)
 
 
 def _show_version(wanted: bool) -> None:

@@ -68,7 +68,7 @@ class Stop:
         trace: TracebackType | None,
     ) -> None:
         self._closed.set()
-        self._thread.join()
+        self._thread.join(self._patience)  # not for ever: a store out of reach never answers
         for number, handler in self._handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

@@ -1,0 +1,287 @@
+"""``postlocal plan``."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from postlocal.cli.units import by_level, parse_bandwidth, parse_count, parse_latency
+from postlocal.planning import Cluster, Job, Link, Plan, best, draw, normal, quantiles
+from postlocal.planning import plan as plan_strategy
+from postlocal.schedule import periodic
+from postlocal.strategies import NAMED, Strategy, parameters_of
+from postlocal.topology import nodes
+from postlocal.train.config import TrainConfig, make_config
+from postlocal.train.measure import Measured, measure
+from postlocal.train.view import human_bytes
+from postlocal.train.world import launched
+from postlocal.wire import NAMED as WIRES
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_ALL = "all"
+_PERIOD = 16  # of strategies that have no default of their own
+
+
+def _option(panel: str, text: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
+
+
+_where = partial(_option, "The cluster")
+_what = partial(_option, "The job")
+_how = partial(_option, "The strategy")
+_shown = partial(_option, "Output")
+
+
+def plan(
+    workers: Annotated[int, _where("Number of workers; under torchrun its own count.")] = 8,
+    node_size: Annotated[int, _where("Workers in a node, who share its link to the world.")] = 1,
+    bandwidth: Annotated[
+        str, _where("Of the world's links, or of each level: node=100Gbit,world=1Gbit.")
+    ] = "1Gbit",
+    latency: Annotated[
+        str | None, _where("One way, as above: 20ms, or node=10us,world=20ms.", show_default="0")
+    ] = None,
+    measured: Annotated[
+        bool, _where("Under torchrun: measure links and steps instead.", "--measure")
+    ] = False,
+    parameters: Annotated[
+        str | None, _what("Of the model, such as 350M or 1e9.", show_default="1e9")
+    ] = None,
+    step_seconds: Annotated[float, _what("Seconds that a worker computes for a step.")] = 1.0,
+    step_deviation: Annotated[
+        float, _what("Standard deviation of these seconds, over workers and steps.")
+    ] = 0.0,
+    steps: Annotated[
+        int | None, _what("Optimizer steps.", show_default="10,000, or the token budget's")
+    ] = None,
+    tokens_a_step: Annotated[str | None, _what("Tokens of all workers in a step.")] = None,
+    token_budget: Annotated[str | None, _what("Tokens to train on, such as 20B.")] = None,
+    lr: Annotated[float, _what("Peak learning rate, for strategies that follow it.")] = 3e-3,
+    dtype: Annotated[str, _what(f"Of parameters: {', '.join(_DTYPES)}.")] = "fp32",
+    optimizer_bytes: Annotated[float, _what("Of optimizer state for each parameter.")] = 8.0,
+    overlap: Annotated[float, _what("Share of a step that can hide a reduction of gradients.")] = 2
+    / 3,
+    model: Annotated[str, _what("Size of the trainer's model that --measure times.")] = "tiny",
+    strategy: Annotated[str, _how(f"{_ALL}, or one of {', '.join(NAMED)}.")] = _ALL,
+    period: Annotated[
+        int | None, _how("Steps a round.", show_default="the strategy's own, or 16")
+    ] = None,
+    warmup: Annotated[
+        int | None, _how("Synchronous steps of post_local_sgd.", show_default="three tenths")
+    ] = None,
+    wire: Annotated[
+        str | None,
+        _how(f"How parameters travel: {', '.join(WIRES)}.", show_default="its own, or bf16"),
+    ] = None,
+    gradient_wire: Annotated[
+        str | None, _how("How gradients travel, as above.", show_default="bf16")
+    ] = None,
+    fragments: Annotated[int | None, _how("Parts that streaming_diloco sends.")] = None,
+    delay: Annotated[
+        int | None, _how("Steps that streaming_diloco goes on before a result is applied.")
+    ] = None,
+    share: Annotated[
+        float, _shown("Share of time computing to look for the mildest strategy of.")
+    ] = 0.95,
+    plot: Annotated[
+        Path | None, _shown("PNG file to draw share computing over bandwidth in.")
+    ] = None,
+    as_json: Annotated[bool, _shown("Print JSON instead of a table.", "--json")] = False,
+) -> None:
+    """Tell how long training takes on a network that is not at hand.
+
+    Rounds, bytes and memory are those of `postlocal train` with the same options; seconds come from
+    the cost model in docs/plan.md.
+    """
+    given = {
+        "period": period, "warmup": warmup, "fragments": fragments, "delay": delay,
+    }  # fmt: skip
+    steps = _steps(steps, tokens_a_step, token_budget)
+    base: dict[str, Any] = {
+        "workers": workers,
+        "node_size": node_size,
+        "steps": steps,
+        "lr": lr,
+        "model": model,
+    }
+    base |= {"wire": wire, "gradient_wire": gradient_wire, "strategy": "ddp"}
+    seen = _measure(make_config(**base)) if measured else None
+    if seen is not None:
+        base["workers"] = seen.workers
+    names = list(NAMED) if strategy == _ALL else [strategy]
+    configs = [_config(base | {"strategy": name}, given, strict=strategy != _ALL) for name in names]
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    job = Job(
+        _parameters(parameters, seen),
+        normal(step_seconds, step_deviation) if seen is None else quantiles(seen.step_seconds),
+        steps,
+        configs[0].lr_at,
+        _DTYPES[dtype],
+        optimizer_bytes,
+        overlap,
+    )
+    links = _links(bandwidth, latency) if seen is None else seen.links
+    cluster = Cluster(base["workers"], links, nodes(node_size))
+    chosen = {config.strategy: config.make_strategy() for config in configs}
+    if int(os.environ.get("RANK", "0")):
+        return  # all ranks measure, one speaks
+    _Answer(chosen, job, cluster, share).give(as_json, plot)
+
+
+@dataclass
+class _Answer:
+    """What the command has to say.
+
+    Attributes:
+        chosen: strategies by name.
+        job: what is trained.
+        cluster: where.
+        share: of time computing, that the mildest strategy has to reach.
+    """
+
+    chosen: Mapping[str, Strategy]
+    job: Job
+    cluster: Cluster
+    share: float
+
+    def give(self, as_json: bool, plot: Path | None) -> None:
+        plans = [plan_strategy(each, self.job, self.cluster) for each in self.chosen.values()]
+        found = best(self.job, self.cluster, self.share)
+        if plot is not None:
+            draw(self.chosen, self.job, self.cluster, plot)
+        if as_json:
+            typer.echo(json.dumps(self._values(plans, found), indent=1))
+            return
+        console = Console()
+        console.print(_table(plans))
+        console.print(self._sentence(found), highlight=False, soft_wrap=True)
+        if plot is not None:
+            console.print(f"Drawn in {plot}.", highlight=False, soft_wrap=True)
+
+    def _values(self, plans: Sequence[Plan], found: tuple[Strategy, Plan] | None) -> dict[str, Any]:
+        step = self.job.step_time
+        links = {
+            level: {"bandwidth": link.bandwidth, "latency": link.latency}
+            for level, link in self.cluster.links
+        }
+        return {
+            "workers": self.cluster.workers,
+            "links": links,
+            "parameters": self.job.numel,
+            "steps": self.job.steps,
+            "step_seconds": step.mean,
+            "step_seconds_of_the_slowest": step.slowest(self.cluster.workers),
+            "plans": [each.to_dict() for each in plans],
+            "share": self.share,
+            "best": found and {"options": _flags(found[0])} | found[1].to_dict(),
+        }
+
+    def _sentence(self, found: tuple[Strategy, Plan] | None) -> str:
+        if found is None:
+            return f"Nothing that was looked at computes {self.share:.0%} of the time."
+        strategy, planned = found
+        return (
+            f"The mildest that computes {self.share:.0%} of the time: {_flags(strategy)}\n"
+            f"({planned.share_computing:.1%}, {human_bytes(planned.payload_bytes_a_day)} a day)"
+        )
+
+
+def _flags(strategy: Strategy) -> str:
+    """Options of `postlocal train` for a strategy that `best` gives."""
+    names = {make(): name for name, make in WIRES.items()}
+    if not isinstance(strategy.schedule, periodic):
+        return f"--strategy {strategy.name} --gradient-wire {names[strategy.gradient_wire]}"
+    flags = f"--strategy {strategy.name} --period {strategy.schedule.period}"
+    if strategy.streams:
+        flags += f" --fragments {strategy.fragments.count} --delay {strategy.fragments.delay}"
+    return f"{flags} --wire {names[strategy.wire]}"
+
+
+def _table(plans: Sequence[Plan]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("strategy", no_wrap=True)
+    for heading in ("computes", "a step", "sent/step", "sent/day", "hours", "memory", "syncs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for each in plans:
+        table.add_row(
+            each.name,
+            f"{each.share_computing:.1%}",
+            f"{each.seconds_a_step:.3g} s",
+            human_bytes(each.payload_bytes_a_step),
+            human_bytes(each.payload_bytes_a_day),
+            f"{each.hours:,.1f}",
+            human_bytes(each.memory.total),
+            str(each.syncs),
+        )
+    return table
+
+
+def _config(base: Mapping[str, Any], given: Mapping[str, Any], strict: bool) -> TrainConfig:
+    """Settings of the trainer for one strategy, with what it takes of the options given.
+
+    Args:
+        base: settings of all.
+        given: parameters of strategies; None: not given.
+        strict: whether a parameter that the strategy does not take is an error.
+    """
+    taken = parameters_of(base["strategy"])
+    period = given["period"] or _PERIOD
+    wanted = {name: value for name, value in given.items() if value is not None}
+    if "periods" in taken:
+        inner = max(1, period // 4)
+        wanted["periods"] = {"node": inner, "world": 4 * inner}
+        wanted.pop("period", None)
+    if "alpha" in taken:
+        # The ratio of the paper, whose first rounds are the shortest: QSR has no other default.
+        wanted["alpha"] = 0.0175 / 0.008 * base["lr"]
+        if "period" in wanted:
+            wanted["base"] = wanted.pop("period")
+    parameters = {name: value for name, value in wanted.items() if strict or name in taken}
+    return make_config(**base, parameters=parameters)
+
+
+def _steps(steps: int | None, tokens_a_step: str | None, token_budget: str | None) -> int:
+    if (tokens_a_step is None) != (token_budget is None):
+        raise ValueError("tokens-a-step and token-budget must be given together, got one of them")
+    if tokens_a_step is None or token_budget is None:
+        return 10_000 if steps is None else steps
+    if steps is not None:
+        raise ValueError("steps must not be given beside token-budget, which they follow from")
+    a_step = parse_count(tokens_a_step, "tokens-a-step")
+    if not a_step:
+        raise ValueError(f"tokens-a-step must be at least 1, got {tokens_a_step!r}")
+    return math.ceil(parse_count(token_budget, "token-budget") / a_step)
+
+
+def _parameters(text: str | None, seen: Measured | None) -> int:
+    if text is not None or seen is None:
+        return parse_count(text or "1e9", "parameters")
+    return seen.parameters
+
+
+def _links(bandwidth: str, latency: str | None) -> dict[str, Link]:
+    latencies = by_level(latency, parse_latency) if latency is not None else {}
+    bandwidths = by_level(bandwidth, parse_bandwidth)
+    for level in latencies:
+        if level not in bandwidths:
+            raise ValueError(f"bandwidth must be given for each level with a latency: {level!r}")
+    return {level: Link(bits, latencies.get(level, 0.0)) for level, bits in bandwidths.items()}
+
+
+def _measure(config: TrainConfig) -> Measured:
+    if not launched():
+        raise ValueError(
+            "measure needs the workers of a launcher, got none: "
+            "torchrun --nproc-per-node 2 -m postlocal plan --measure"
+        )
+    return measure(config)

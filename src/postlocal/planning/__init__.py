@@ -1,0 +1,43 @@
+"""How long training takes on a network that is not at hand.
+
+A strategy's own schedule is rolled out step by step, its fragments are launched and landed by the
+rules of `postlocal.sync`, and its wires tell their own bytes: what is planned is what is run. Only
+seconds are modelled; `docs/plan.md` derives them.
+
+Example:
+    >>> from postlocal import strategies
+    >>> from postlocal.planning import Cluster, Job, Link, plan
+    >>> homes = Cluster(workers=4, links={"world": Link(bandwidth=100e6, latency=0.05)})
+    >>> job = Job(parameters=100_000_000, step=1.0, steps=5000)
+    >>> for strategy in (strategies.ddp(), strategies.diloco(500), strategies.sparse_loco()):
+    ...     planned = plan(strategy, job, homes)
+    ...     print(planned.name, f"{planned.share_computing:.1%}")
+    ddp 2.1%
+    diloco 91.2%
+    sparse_loco 97.5%
+"""
+
+from postlocal.planning.cluster import Cluster, Link
+from postlocal.planning.figure import draw
+from postlocal.planning.job import Job
+from postlocal.planning.measure import measure_links
+from postlocal.planning.plan import Memory, Plan, plan
+from postlocal.planning.search import bandwidth_for, best
+from postlocal.planning.step_time import StepTime, normal, quantiles, steady
+
+__all__ = [
+    "Cluster",
+    "Job",
+    "Link",
+    "Memory",
+    "Plan",
+    "StepTime",
+    "bandwidth_for",
+    "best",
+    "draw",
+    "measure_links",
+    "normal",
+    "plan",
+    "quantiles",
+    "steady",
+]

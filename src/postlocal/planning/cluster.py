@@ -1,0 +1,132 @@
+"""The ranks and links of a cluster that need not be there."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from postlocal.group import Alone, Group
+from postlocal.topology import RANK, WORLD, Layout, Topology, world
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins the groups of one level.
+
+    Args:
+        bandwidth: bit/s that leave, and that enter, each **host** of the level at a time. A host
+            is a group of the level below: a rank where there is none, else for instance a node,
+            whose ranks share the link.
+        latency: seconds that a message of no length takes, one way.
+
+    Raises:
+        ValueError: if ``bandwidth`` is not above 0, or ``latency`` negative.
+
+    Example:
+        >>> Link(bandwidth=1e9, latency=0.25).seconds(payload_bytes=125_000_000, messages=2)
+        1.5
+    """
+
+    bandwidth: float
+    latency: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.bandwidth > 0:
+            raise ValueError(f"bandwidth must be above 0 bit/s, got {self.bandwidth}")
+        if not self.latency >= 0:
+            raise ValueError(f"latency must be at least 0 seconds, got {self.latency}")
+
+    def seconds(self, payload_bytes: float, messages: int) -> float:
+        """Time for bytes that leave one host in so many messages, one after the other."""
+        return 8 * payload_bytes / self.bandwidth + messages * self.latency
+
+
+@dataclass(frozen=True, init=False)
+class Cluster:
+    """Ranks, their levels, and a link for each level.
+
+    Args:
+        workers: number of ranks, at least 1.
+        links: level -> link. Only levels that a strategy communicates at are needed.
+        topology: the levels between ``"rank"`` and ``"world"``; None: there are none.
+
+    Raises:
+        ValueError: if ``workers`` is below 1, the topology does not fit that many ranks, or
+            ``links`` has a level that the topology lacks.
+
+    Example:
+        >>> from postlocal import topology
+        >>> links = {"node": Link(400e9), "world": Link(1e9, latency=0.02)}
+        >>> cluster = Cluster(16, links, topology.nodes(size=8))
+        >>> cluster.size("node"), cluster.host("world"), cluster.host("node")
+        (8, 8, 1)
+    """
+
+    workers: int
+    links: tuple[tuple[str, Link], ...]
+    topology: Topology
+
+    def __init__(
+        self, workers: int, links: Mapping[str, Link], topology: Topology | None = None
+    ) -> None:
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        object.__setattr__(self, "workers", workers)
+        object.__setattr__(self, "links", tuple(links.items()))
+        object.__setattr__(self, "topology", topology or world())
+        for level in links:
+            if level == RANK or level not in self.layout.levels:
+                known = ", ".join(self.layout.levels[1:])
+                raise ValueError(
+                    f"links must be of levels of the topology ({known}), got {level!r}"
+                )
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Rank 0's groups, which nobody can communicate over."""
+        return Layout(OnPaper(self.workers), self.topology)
+
+    def link(self, level: str) -> Link:
+        """The link of a level.
+
+        Raises:
+            ValueError: if the level has none.
+        """
+        links = dict(self.links)
+        if level not in links:
+            raise ValueError(
+                f"links must have every level that is communicated at, got none for {level!r}: "
+                f"the levels given are {', '.join(links) or 'none'}"
+            )
+        return links[level]
+
+    def size(self, level: str) -> int:
+        """Ranks in a group of a level, the largest one."""
+        return self.layout[level].size
+
+    def host(self, level: str) -> int:
+        """Ranks that share one end of a level's link: a group of the level below."""
+        levels = self.layout.levels
+        return self.size(levels[max(0, levels.index(level) - 1)])
+
+    def narrowest(self, level: str) -> str:
+        """The narrowest level with as large groups: whose link these communicate over."""
+        levels = self.layout.levels
+        return next(each for each in levels if self.size(each) == self.size(level))
+
+    def with_bandwidth(self, bandwidth: float, level: str = WORLD) -> "Cluster":
+        """The same cluster with another bandwidth at a level, in bit/s."""
+        links = dict(self.links) | {level: Link(bandwidth, self.link(level).latency)}
+        return Cluster(self.workers, links, self.topology)
+
+
+class OnPaper(Alone):
+    """Rank 0 of a group that is not there: it has a size, and sends nothing.
+
+    Of a partition it takes the largest part, whose synchronizations take longest.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def subgroup(self, partition: Sequence[Sequence[int]]) -> Group:
+        return OnPaper(max(map(len, partition)))

@@ -1,0 +1,114 @@
+"""What one exchange of tensors costs: the wire's own bytes, and seconds on a cluster's links."""
+
+import math
+from dataclasses import dataclass
+
+from postlocal.planning.cluster import Cluster
+from postlocal.planning.job import Tensors
+from postlocal.topology import WORLD
+from postlocal.wire import ChunkWire, Gathered, Wire, fp32, powersgd, relayed, travels_as
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One exchange, as the rank that sends the most sees it.
+
+    Attributes:
+        payload_bytes: bytes it sends.
+        seconds: from the first byte to the last, with nothing else on the link.
+    """
+
+    payload_bytes: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Exchange") -> "Exchange":
+        """One after the other."""
+        return Exchange(self.payload_bytes + other.payload_bytes, self.seconds + other.seconds)
+
+
+def of_tensors(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> Exchange:
+    """The mean of tensors over the groups of a level, by a wire.
+
+    Args:
+        wire: how values travel.
+        tensors: what travels.
+        cluster: its links.
+        level: with whom.
+
+    Raises:
+        ValueError: if the cluster lacks the level, or a link that is needed.
+
+    Example:
+        >>> import torch
+        >>> from postlocal.planning.cluster import Link
+        >>> two = Cluster(2, {"world": Link(bandwidth=8e6)})
+        >>> of_tensors(fp32(), {"weight": torch.zeros(1000)}, two, "world")
+        Exchange(payload_bytes=4000, seconds=0.004)
+    """
+    if cluster.size(level) == 1 or not tensors:
+        return Exchange()
+    level = cluster.narrowest(level)
+    payload = wire.open(cluster.layout, level).payload_bytes(tensors)
+    if isinstance(wire, relayed):
+        return Exchange(payload, _relayed_seconds(wire, tensors, cluster, level))
+    return Exchange(payload, _seconds(wire, payload, cluster, level))
+
+
+def of_gradients(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> Exchange:
+    """The mean of gradients over the groups of a level, as `postlocal.gradients` takes it.
+
+    fp32 gradients take torch's ring all-reduce, which enters and leaves each host once.
+    """
+    size = cluster.size(level)
+    if wire != fp32() or size == 1:
+        return of_tensors(wire, tensors, cluster, level)
+    level = cluster.narrowest(level)
+    payload = sum(
+        2 * (size - 1) * math.ceil(tensor.numel() / size) * tensor.itemsize
+        for tensor in tensors.values()
+    )
+    return Exchange(payload, cluster.link(level).seconds(payload, 2 * (size - 1)))
+
+
+def hides(gradient_wire: Wire) -> bool:
+    """Whether gradients travel beside the backward pass; else they wait for its end."""
+    return isinstance(gradient_wire, ChunkWire)
+
+
+def remembers(wire: Wire) -> bool:
+    """Whether a wire keeps what it lost of each value, in fp32.
+
+    Example:
+        >>> from postlocal.wire import error_feedback, int8
+        >>> remembers(error_feedback(int8())), remembers(int8())
+        (True, False)
+    """
+    between = getattr(wire, "between", None)
+    return remembers(between) if between is not None else not isinstance(wire, ChunkWire)
+
+
+def _seconds(wire: Wire, payload: int, cluster: Cluster, level: str) -> float:
+    size, host = cluster.size(level), cluster.host(level)
+    if isinstance(wire, powersgd):  # two ring all-reduces of factors, and what is no matrix
+        return cluster.link(level).seconds(payload, 4 * (size - 1) + 2)
+    # Each rank sends to each other one at the same time; ranks of a host share its link, and what
+    # they send each other does not cross it.
+    crossing = host * (size - host) / (size - 1)
+    legs = 1 if isinstance(getattr(wire, "inner", wire), Gathered) else 2
+    return cluster.link(level).seconds(payload * crossing, legs)
+
+
+def _relayed_seconds(wire: relayed, tensors: Tensors, cluster: Cluster, level: str) -> float:
+    """Sums come to the first rank of each node, means go between these, and back to all."""
+    inside = min(wire.level, level, key=cluster.layout.levels.index)
+    size = cluster.size(inside)
+    hosts = math.ceil(cluster.size(level) / size)
+    seconds = 0.0
+    if size > 1:
+        wide = sum(t.numel() * travels_as(t.dtype).itemsize for t in tensors.values())
+        first = 2 * (size - 1) / size * wide + (size - 1) * wide
+        seconds = cluster.link(inside).seconds(first, 3)
+    if hosts > 1:
+        leaders = Cluster(hosts, {WORLD: cluster.link(level)})
+        seconds += of_tensors(wire.between, tensors, leaders, WORLD).seconds
+    return seconds

@@ -1,0 +1,51 @@
+"""The share of time computing over bandwidth, drawn."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from postlocal.planning.cluster import Cluster
+from postlocal.planning.job import Job
+from postlocal.planning.plan import plan_rounds
+from postlocal.planning.replay import timetable
+from postlocal.schedule import WORLD
+from postlocal.strategies import Strategy
+
+_POINTS = 41
+
+
+def draw(
+    chosen: Mapping[str, Strategy], job: Job, cluster: Cluster, to: Path, level: str = WORLD
+) -> None:
+    """Draw the share of time computing of strategies, over three decades of bandwidth either way.
+
+    Args:
+        chosen: label -> strategy.
+        job: what is trained.
+        cluster: where; the bandwidth that it has at the level is marked.
+        to: the PNG file.
+        level: whose bandwidth varies.
+    """
+    mpl.use("Agg", force=False)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    here = cluster.link(level).bandwidth
+    bandwidths = here * np.logspace(-3, 3, _POINTS)
+    for label, strategy in chosen.items():
+        rounds = timetable(strategy, job)
+        clusters = [cluster.with_bandwidth(float(each), level) for each in bandwidths]
+        plans = [plan_rounds(rounds, strategy, job, there) for there in clusters]
+        axes.plot(bandwidths, [100 * each.share_computing for each in plans], label=label)
+    axes.axvline(here, color="gray", linestyle=":", label="as given")
+    axes.set(
+        xscale="log",
+        xlabel=f"bandwidth at level {level} (bit/s)",
+        ylabel="share of time computing (%)",
+        ylim=(0, 101),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(to, dpi=120)

@@ -1,0 +1,71 @@
+"""Bandwidth and latency of the links that are there."""
+
+import time
+from statistics import median
+
+import torch
+
+from postlocal.group import Group
+from postlocal.planning.cluster import Link
+from postlocal.topology import WORLD, Layout
+
+_LARGE = 2**22  # fp32 values: 16 MiB
+
+
+def measure_links(
+    layout: Layout,
+    device: torch.device | None = None,
+    numel: int = _LARGE,
+    rounds: int = 5,
+) -> dict[str, Link]:
+    """Time all-reduces at each level, all groups of a level at the same time; collective.
+
+    The time of one value is 2 (W - 1) latencies; what many values need beyond that is the
+    bandwidth of a ring. Both are medians, of the group that is slowest.
+
+    Args:
+        layout: the groups.
+        device: where tensors lie; None: on the CPU.
+        numel: fp32 values of a large all-reduce.
+        rounds: of each size, after one that does not count.
+
+    Returns:
+        Links by level, the same on all ranks; a level at which ranks are alone has none.
+
+    Raises:
+        PeerError: if a rank does not take part.
+
+    Example:
+        >>> from postlocal import topology, virtual
+        >>> def work(group):
+        ...     return list(measure_links(Layout(group, topology.nodes(size=1)), numel=2**10))
+        >>> virtual.run(2, work)
+        [['world'], ['world']]
+    """
+    links = {}
+    for level in layout.levels[1:]:
+        group = layout[level]
+        mine = [(_seconds(group, n, rounds, device)) for n in (numel, 1)] if group.size > 1 else []
+        # Groups may differ in size, so that some ranks are alone where others are not.
+        said = layout[WORLD].all_gather_object((mine, group.size))
+        (large, small), size = max((each for each in said if each[0]), default=([0.0, 0.0], 1))
+        if size > 1:
+            messages = 2 * (size - 1)
+            payload = 4 * numel * messages / size
+            # Where both took the same time, no bandwidth can be told.
+            links[level] = Link(8 * payload / max(large - small, 1e-9), small / messages)
+    return links
+
+
+def _seconds(group: Group, numel: int, rounds: int, device: torch.device | None) -> float:
+    """Median time of an all-reduce, of the slowest rank in each round."""
+    values = torch.zeros(numel, device=device)
+    times = []
+    for _ in range(rounds + 1):
+        group.all_reduce(torch.zeros(1, device=device)).wait()  # start together
+        start = time.perf_counter()
+        group.all_reduce(values).wait()
+        float(values[0])  # an accelerator is done only then
+        times.append(time.perf_counter() - start)
+    slowest = (max(together) for together in zip(*group.all_gather_object(times), strict=True))
+    return float(median(list(slowest)[1:]))

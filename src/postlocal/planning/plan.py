@@ -1,0 +1,193 @@
+"""What a strategy will cost: time, bytes and memory of a run."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from postlocal.outer import Outer
+from postlocal.planning.cluster import Cluster
+from postlocal.planning.exchange import remembers
+from postlocal.planning.job import Job, count
+from postlocal.planning.replay import Timetable, Totals, replay, timetable
+from postlocal.schedule import RANK
+from postlocal.schedule import levels as levels_of
+from postlocal.strategies import Strategy
+
+_STAGING = 64 * 2**20  # the most that wires stage at a time
+_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that stay on a rank, activations and what a backend takes left out.
+
+    Attributes:
+        parameters: of the model.
+        gradients: as many; DistributedDataParallel's buckets are left out.
+        optimizer: the inner optimizer's state.
+        anchor: the parameters last agreed on.
+        outer: the outer optimizer's state.
+        residual: what wires remember.
+        under_way: contributions that travel, or wait, while training goes on.
+        staging: of wires, at most.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    anchor: int
+    outer: int
+    residual: int
+    under_way: int
+    staging: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    Attributes:
+        name: of the strategy.
+        details: the strategy, as text.
+        steps: optimizer steps.
+        seconds_a_step: mean over the run, its end included.
+        share_computing: seconds that a rank computes, of all.
+        payload_bytes_a_step: bytes that the busiest rank sends, mean over the run: gradients,
+            parameters, and optimizer state where it is averaged.
+        syncs: number of synchronizations of parameters; each fragment's is one.
+        memory: bytes on a rank.
+
+    Example:
+        >>> from postlocal import strategies
+        >>> from postlocal.planning import Cluster, Job, Link
+        >>> two = Cluster(2, {"world": Link(bandwidth=1e9)})
+        >>> planned = plan(strategies.diloco(period=100), Job(10**8, step=0.1, steps=1000), two)
+        >>> Plan.from_dict(planned.to_dict()) == planned
+        True
+    """
+
+    name: str
+    details: str
+    steps: int
+    seconds_a_step: float
+    share_computing: float
+    payload_bytes_a_step: float
+    syncs: int
+    memory: Memory
+
+    @property
+    def hours(self) -> float:
+        """Hours of the run."""
+        return self.steps * self.seconds_a_step / 3600
+
+    @property
+    def payload_bytes_a_day(self) -> float:
+        """Bytes that the busiest rank sends in 24 hours."""
+        return self.payload_bytes_a_step * _DAY / self.seconds_a_step
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, derived ones too."""
+        derived = {"hours": self.hours, "payload_bytes_a_day": self.payload_bytes_a_day}
+        memory = asdict(self.memory) | {"total": self.memory.total}
+        return asdict(self) | derived | {"memory": memory}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Plan":
+        """What `to_dict` gave, also by way of JSON."""
+        fields = {name: values[name] for name in cls.__dataclass_fields__}
+        memory = {name: values["memory"][name] for name in Memory.__dataclass_fields__}
+        return cls(**fields | {"memory": Memory(**memory)})
+
+
+def plan(strategy: Strategy, job: Job, cluster: Cluster) -> Plan:
+    """Tell what a run will take, with no cluster and no training.
+
+    The strategy's own schedule is rolled out over the whole run, its wires tell their own bytes,
+    and fragments that are under way share the world's link one after the other. A schedule that
+    adapts to what it measures keeps the rounds that it starts with. Buffers, and the few bytes of
+    control at each synchronization, are left out.
+
+    Args:
+        strategy: one of `postlocal.strategies`, or any other.
+        job: what is trained.
+        cluster: where.
+
+    Raises:
+        ValueError: if the strategy names a level that the cluster lacks or that has no link, or
+            its fragments do not fit the model.
+
+    Example:
+        >>> from postlocal import strategies
+        >>> from postlocal.planning import Cluster, Job, Link
+        >>> regions = Cluster(8, {"world": Link(bandwidth=1e9, latency=0.04)})
+        >>> planned = plan(strategies.diloco(period=100), Job(10**9, step=1.0), regions)
+        >>> print(f"{planned.share_computing:.1%}, {planned.hours:.0f} hours")
+        64.1%, 4 hours
+    """
+    return plan_rounds(timetable(strategy, job), strategy, job, cluster)
+
+
+def plan_rounds(rounds: Timetable, strategy: Strategy, job: Job, cluster: Cluster) -> Plan:
+    """The same with rounds that are known, to be planned for several clusters."""
+    for level in levels_of(strategy.schedule):
+        _ = cluster.layout[level]  # raises with the fix where it is not there
+    totals = replay(rounds, strategy, job, cluster)
+    return Plan(
+        name=strategy.name,
+        details=strategy.fingerprint,
+        steps=job.steps,
+        seconds_a_step=totals.seconds / job.steps,
+        share_computing=job.steps * job.step_time.mean / totals.seconds,
+        payload_bytes_a_step=totals.payload_bytes / job.steps,
+        syncs=totals.syncs,
+        memory=_memory(strategy, job, cluster, totals),
+    )
+
+
+def _memory(strategy: Strategy, job: Job, cluster: Cluster, totals: Totals) -> Memory:
+    numel, parameters = job.numel, job.parameter_bytes
+    wide = sum(_wide_bytes(tensor) for tensor in job.tensors.values())
+    reduces = strategy.schedule(0, 1.0).gradients != RANK
+    residuals = int(remembers(strategy.wire)) + int(reduces and remembers(strategy.gradient_wire))
+    return Memory(
+        parameters=parameters,
+        gradients=parameters,
+        optimizer=round(numel * job.optimizer_bytes),
+        anchor=wide if strategy.anchored else 0,
+        outer=round(numel * _bytes_a_value(strategy.outer)) if strategy.anchored else 0,
+        residual=residuals * wide,
+        under_way=4 * _under_way(strategy, job, totals),
+        staging=min(_STAGING, wide) if cluster.workers > 1 else 0,
+    )
+
+
+def _under_way(strategy: Strategy, job: Job, totals: Totals) -> int:
+    """Values that travel in memory of their own."""
+    if strategy.fragments.delay:
+        return totals.under_way
+    apart = strategy.fragments.mix > 0 or job.parameter_bytes < 4 * job.numel
+    if not (apart and strategy.anchored):
+        return 0
+    return max(map(count, job.split(strategy.fragments)))
+
+
+def _bytes_a_value(outer: Outer) -> float:
+    """Bytes of state that an outer optimizer keeps for each value, found by taking a step."""
+    probe = torch.zeros(64)
+    optimizer = outer([probe])
+    probe.grad = torch.ones_like(probe)
+    optimizer.step()
+    state = optimizer.state[probe].values()
+    kept = [each for each in state if isinstance(each, torch.Tensor) and each.shape == probe.shape]
+    return sum(each.nbytes for each in kept) / probe.numel()
+
+
+def _wide_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * max(4, tensor.itemsize)

@@ -1,0 +1,83 @@
+"""What a planner asks for, measured in the world that a launcher prepared."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from postlocal import group
+from postlocal.group import Group
+from postlocal.planning import Link, measure_links
+from postlocal.topology import Layout
+from postlocal.train.config import TrainConfig
+from postlocal.train.model import SIZES, VOCABULARY, Transformer
+from postlocal.train.run import cross_entropy, make_optimizer
+from postlocal.train.world import joined
+
+_FIRST = 2  # steps that allocate, and do not count
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured, the same on all ranks.
+
+    Attributes:
+        workers: number of ranks.
+        links: by level.
+        step_seconds: of some steps of all ranks.
+        parameters: number of them in the model.
+    """
+
+    workers: int
+    links: Mapping[str, Link]
+    step_seconds: tuple[float, ...]
+    parameters: int
+
+
+def measure(config: TrainConfig, steps: int = 10) -> Measured:
+    """Time links, and steps of the trainer's model, in the launcher's world.
+
+    Args:
+        config: names the model, its batches and the nodes.
+        steps: timed on each rank.
+
+    Raises:
+        PeerError: if a rank is lost.
+    """
+    with joined(config.timeout) as device:
+        return measure_in(group.resolve(None, None), device, config, steps)
+
+
+def measure_in(
+    everyone: Group, device: torch.device, config: TrainConfig, steps: int = 10
+) -> Measured:
+    """The same among the ranks of a group; collective."""
+    layout = Layout(everyone, config.make_topology())
+    links = measure_links(layout, device)
+    model = Transformer(SIZES[config.model]).to(device)
+    seconds = everyone.all_gather_object(_step_seconds(model, device, config, steps))
+    return Measured(
+        workers=everyone.size,
+        links=links,
+        step_seconds=tuple(each for theirs in seconds for each in theirs),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _step_seconds(
+    model: Transformer, device: torch.device, config: TrainConfig, steps: int
+) -> list[float]:
+    optimizer = make_optimizer(model, config)
+    shape = (config.batch_size, config.sequence_length + 1)
+    text = torch.randint(VOCABULARY, shape, device=device)
+    seconds = []
+    for _ in range(_FIRST + steps):
+        start = time.perf_counter()
+        loss = cross_entropy(model, text[:, :-1], text[:, 1:])
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        float(loss.detach())  # an accelerator is done only then
+        seconds.append(time.perf_counter() - start)
+    return seconds[_FIRST:]
