@@ -295,17 +295,24 @@ def meter_of(rank: int, strategy: Strategy, steps: int) -> Meter:
     return sync.meter
 
 
+def exchanged(numel: int, world: int, rank: int) -> int:
+    """Bytes of an exact mean: what others own goes to them, and what a rank owns to the others."""
+    share = -(-numel // world)
+    own = min(share, numel - rank * share)
+    return 4 * (numel - own + (world - 1) * own)
+
+
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_the_meter_counts_what_is_sent_by_purpose(ranks: Ranks, world: int) -> None:
     model = convnet()
     numel = sum(parameter.numel() for parameter in model.parameters())
     share = -(-numel // world)
     warm = strategies.post_local_sgd(warmup=3, period=4)
-    for meter in ranks(world, meter_of, warm, 11):
+    for rank, meter in enumerate(ranks(world, meter_of, warm, 11)):
         assert meter.payload_bytes["gradients"] == 3 * 2 * (world - 1) * share * 4
-        assert meter.payload_bytes["parameters"] == 2 * 2 * (world - 1) * share * 4
-        floats = -(-8 // world)
-        assert meter.payload_bytes["buffers"] == 2 * 2 * (world - 1) * (floats * 4 + 8)
+        assert meter.payload_bytes["parameters"] == 2 * exchanged(numel, world, rank)
+        integers = 2 * (world - 1) * 8
+        assert meter.payload_bytes["buffers"] == 2 * (exchanged(8, world, rank) + integers)
         assert meter.payload_bytes["control"] == 2 * (world - 1) * 80
         assert meter.syncs == 2
         assert [record.step for record in meter.records] == [7, 11]

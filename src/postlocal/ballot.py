@@ -155,11 +155,15 @@ def _check_clocks(rows: Tensor) -> None:
         )
 
 
+_NEGLIGIBLE = 1e-8  # of the greatest weight: at less, a contribution is left out
+
+
 def shares(weights: Tensor) -> tuple[Tensor, float]:
     """Weights by which contributions are multiplied, and what their sum is divided by.
 
     Where nobody's weight is 1 they are scaled, so that the greatest is: equal contributions of
-    equal weights then stay as they are, in any precision.
+    equal weights then stay as they are, in any precision. One that hardly counts does not at all:
+    what a lossy wire owes would be spent where nobody sees it.
 
     Args:
         weights: of all ranks, shape ``(ranks,)``, fp64.
@@ -170,7 +174,7 @@ def shares(weights: Tensor) -> tuple[Tensor, float]:
     """
     greatest = float(weights.max())
     unit = 1.0 if greatest == 0 or bool((weights == 1).any()) else greatest
-    scaled = weights / unit
+    scaled = weights.where(weights > _NEGLIGIBLE * greatest, 0.0) / unit
     return scaled, float(scaled.sum()) or 1.0  # where all are 0, so is the sum of contributions
 
 

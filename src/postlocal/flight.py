@@ -210,9 +210,9 @@ class Flight:
         fragment, values = self.fragment, self._contributions
         device = next(iter(values.values())).device
         ballot = self.ballot = Ballot(fragment.group, device, self._vote, self._squares)
-        divisor = self._weigh(ballot)
+        weights, divisor = self._weigh(ballot)
         try:
-            sent = fragment.carrier.mean_(values, divisor)
+            sent = fragment.carrier.mean_(values, divisor, weights)
         except PeerError:
             ballot.wait()  # a rank that found a disagreement has left, and all have to hear of it
             raise
@@ -221,21 +221,23 @@ class Flight:
             self._meter.count("buffers", self.buffers.meet(fragment.group, ballot), self.record)
         self._meter.count("control", ballot.payload_bytes, self.record)
 
-    def _weigh(self, ballot: Ballot) -> Divisor:
-        """Multiply the contribution by its weight; returns what their sum is divided by."""
-        fragment, values, weight = self.fragment, self._contributions, self._vote.weight
-        if weight == 0:
-            fragment.carrier.forget()
+    def _weigh(self, ballot: Ballot) -> tuple[dict[str, float], Divisor]:
+        """Weights of this rank's contribution by name, and what their sum is divided by."""
+        fragment, weight = self.fragment, self._vote.weight
+        rank = fragment.group.rank
         if fragment.jury is not None:
             self._weights = fragment.jury.weigh(ballot.squares.sqrt(), ballot.finite, ballot.work)
-            own = self._weights[fragment.group.rank].tolist()
-            for module, share in zip(fragment.modules, own, strict=True):
-                weigh_(fragment.of(module, values), share)
-            return _one
-        if weight not in (0, 1):  # the ballot is waited for only where weights are uneven
-            weight = float(shares(ballot.weights)[0][fragment.group.rank])
-        weigh_(values.values(), weight)
-        return lambda: shares(ballot.weights)[1]
+            modules = zip(fragment.modules, self._weights[rank].tolist(), strict=True)
+            weights = {name: share for module, share in modules for name in module}
+            if self._vote.work > 0 or not self._vote.finite:
+                fragment.carrier.forget([name for name, share in weights.items() if share == 0])
+            return weights, _one
+        if weight == 0:
+            fragment.carrier.forget(self._contributions)
+        elif weight != 1:  # the ballot is waited for only where weights are uneven
+            weight = float(shares(ballot.weights)[0][rank])
+        weights = dict.fromkeys(self._contributions, weight)
+        return weights, lambda: shares(ballot.weights)[1]
 
     def exchange_beside(self, courier: Courier) -> None:
         """Communicate on the courier's thread while training goes on."""

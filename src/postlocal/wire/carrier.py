@@ -1,6 +1,6 @@
 """Wires in use: recipes, and what they are over one group."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -8,9 +8,14 @@ from torch import Tensor
 
 from postlocal.group import Group
 from postlocal.topology import Layout
+from postlocal.wire.cargo import Terms
+from postlocal.wire.chunks import Parcel
 from postlocal.wire.exchange import ChunkWire, Divisor
-from postlocal.wire.mean import mean_, payload_bytes
+from postlocal.wire.mean import carry_, payload_bytes
 from postlocal.wire.staging import Staging
+
+Weights = Mapping[str, float]
+"""What this rank's tensors are multiplied by, by name."""
 
 
 class Carrier(Protocol):
@@ -26,21 +31,31 @@ class Carrier(Protocol):
 
     group: Group
 
-    def mean_(self, tensors: Mapping[str, Tensor], divisor: Divisor | None = None) -> int:
+    def mean_(
+        self,
+        tensors: Mapping[str, Tensor],
+        divisor: Divisor | None = None,
+        weights: Weights | None = None,
+    ) -> int:
         """Replace tensors by their mean over the group; all ranks end with identical bits.
+
+        A wire that remembers sends ``(value + residual) * weight`` and keeps what is lost over
+        ``weight``.
 
         Args:
             tensors: by name; floating point, of the same shapes, dtypes and strides on all ranks;
                 no two overlap in memory.
             divisor: gives the sum of the weights of all contributions; None: the size of the
                 group.
+            weights: by name, of this rank; None: all are 1. A tensor of weight 0 counts as zeros,
+                whatever it holds, and its residual waits.
 
         Returns:
             Bytes of payload that this rank sent.
 
         Raises:
             PeerError: if a rank did not take part in time. What is remembered is then worth
-                nothing: `forget` it, or load a state.
+                nothing: load a state, or an empty one.
         """
         ...
 
@@ -48,8 +63,14 @@ class Carrier(Protocol):
         """What `mean_` of these tensors will return on this rank."""
         ...
 
-    def forget(self) -> None:
-        """Drop what was lost of this rank's values, as a replica does that was left out."""
+    def forget(self, names: Iterable[str] | None = None) -> None:
+        """Drop what was lost of this rank's values, as a replica does that was left out.
+
+        What this rank lost of means that it encoded for all is kept.
+
+        Args:
+            names: of which tensors; None: of all.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,10 +91,10 @@ class Wire(Protocol):
         ...
 
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes each of ``size`` ranks sends for the mean of a tensor of ``numel`` elements.
+        """The most bytes that one of ``size`` ranks sends for a tensor of ``numel`` elements.
 
         Where it depends on more, such as the tensor's shape, it is an estimate, and the docstring
-        of the recipe says of what; `Carrier.payload_bytes` is exact.
+        of the recipe says of what; `Carrier.payload_bytes` is exact, rank by rank.
         """
         ...
 
@@ -86,6 +107,11 @@ class Wire(Protocol):
             staging: memory for what travels, which several carriers can share.
         """
         ...
+
+
+def weight_of(name: str, weights: Weights | None) -> float:
+    """The weight of a tensor of this rank."""
+    return 1.0 if weights is None else weights[name]
 
 
 class Forgetful:
@@ -102,13 +128,22 @@ class Forgetful:
         self._wire = wire
         self._staging = staging or Staging()
 
-    def mean_(self, tensors: Mapping[str, Tensor], divisor: Divisor | None = None) -> int:
-        return mean_(list(tensors.values()), self.group, self._wire, divisor, staging=self._staging)
+    def mean_(
+        self,
+        tensors: Mapping[str, Tensor],
+        divisor: Divisor | None = None,
+        weights: Weights | None = None,
+    ) -> int:
+        parcels = [
+            Parcel(tensor, terms=Terms(weight_of(name, weights)))
+            for name, tensor in tensors.items()
+        ]
+        return carry_(parcels, self.group, self._wire, divisor, self._staging)
 
     def payload_bytes(self, tensors: Mapping[str, Tensor]) -> int:
-        return payload_bytes(tensors.values(), self.group.size, self._wire)
+        return payload_bytes(tensors.values(), self.group, self._wire)
 
-    def forget(self) -> None:
+    def forget(self, names: Iterable[str] | None = None) -> None:
         return None
 
     def state_dict(self) -> dict[str, Any]:

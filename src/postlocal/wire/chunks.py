@@ -1,21 +1,36 @@
 """Tensors as flat chunks: small ones share a chunk, large ones travel from where they lie."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from postlocal.tensors import flat_view
+from postlocal.tensors import flat_view, weigh_
+from postlocal.wire.cargo import PLAIN, Cargo, Terms
 from postlocal.wire.staging import Staging
 
 # An exchange costs milliseconds before the first byte moves (gloo, a few ranks on a few cores), so
 # as much is under way as memory for it allows.
 CHUNK = 2**22
-"""Greatest number of elements of a chunk; a lossy wire, which copies more, takes half of it."""
+"""Greatest number of fp32 elements of a chunk; a lossy wire, which copies more, takes half."""
 _IN_PLACE = 2**16  # tensors of at least so many elements are worth messages of their own
 
-_Pair = tuple[Tensor, Tensor | None]
-"""A tensor, or a part of it, and its residual."""
+
+@dataclass(frozen=True)
+class Parcel:
+    """A tensor that travels, or a part of one.
+
+    Attributes:
+        tensor: takes the mean.
+        residual: what a lossy wire lost of it, in the dtype that it travels in: of the tensor's
+            shape and strides, or contiguous where that has gaps. None: that is not kept.
+        terms: its weight, and what becomes of its residual.
+    """
+
+    tensor: Tensor
+    residual: Tensor | None = None
+    terms: Terms = PLAIN
 
 
 class Chunk:
@@ -28,27 +43,31 @@ class Chunk:
         packed: how many `pack` copies at most, those of residuals included.
     """
 
-    def __init__(self, pairs: Sequence[_Pair], dtype: torch.dtype, staging: Staging) -> None:
-        self.numel = sum(values.numel() for values, _ in pairs)
+    def __init__(self, parcels: Sequence[Parcel], dtype: torch.dtype, staging: Staging) -> None:
+        self._parcels = parcels
+        self.numel = sum(parcel.tensor.numel() for parcel in parcels)
         self.dtype = dtype
-        self._values = _Packed([values for values, _ in pairs], dtype, staging)
-        residuals = [residual for _, residual in pairs if residual is not None]
+        self._values = _Packed([parcel.tensor for parcel in parcels], dtype, staging)
+        residuals = [parcel.residual for parcel in parcels if parcel.residual is not None]
         self._residual = _Packed(residuals, dtype, staging) if residuals else None
         self.copied = self._values.copied(_IN_PLACE)
         self.packed = self.numel * (2 if residuals else 1)
 
-    @property
     def pieces(self) -> list[Tensor]:
-        """The values, flat: large ones where they lie, small ones packed."""
-        return self._values.pack(_IN_PLACE)
+        """The values times their weights, flat: large ones where they lie, small ones packed."""
+        pieces = self._values.pack(_IN_PLACE)
+        for parcel, values in zip(self._parcels, self._values.placed, strict=True):
+            weigh_([values], parcel.terms.weight)
+        return pieces
 
-    def pack(self) -> tuple[Tensor, Tensor | None]:
-        """All values in one flat tensor, residual added; and a flat one that takes the loss."""
+    def pack(self) -> Cargo:
+        """All values in one flat tensor, and all residuals."""
         (values,) = self._values.pack(self.numel)
-        if self._residual is None:
-            return values, None
-        (residual,) = self._residual.pack(self.numel)
-        return values.add_(residual), residual
+        residual = None
+        if self._residual is not None:
+            (residual,) = self._residual.pack(self.numel)
+        terms = [(parcel.tensor.numel(), parcel.terms) for parcel in self._parcels]
+        return Cargo(values, residual, terms)
 
     def unpack(self) -> None:
         """Give the tensors what has come, where it is not theirs already."""
@@ -58,14 +77,18 @@ class Chunk:
 
 
 class _Packed:
-    """Tensors laid end to end, those copied that have to be."""
+    """Tensors laid end to end, those copied that have to be.
+
+    Attributes:
+        placed: where each one is.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], dtype: torch.dtype, staging: Staging) -> None:
         self._tensors = tensors
         self._dtype = dtype
         self._staging = staging
-        self._copied: list[Tensor] = []
         self._flat: Tensor | None = None
+        self.placed = list(tensors)
 
     def copied(self, in_place: int) -> int:
         return sum(t.numel() for t in self._tensors if not self._stays(t, in_place))
@@ -73,64 +96,95 @@ class _Packed:
     def pack(self, in_place: int) -> list[Tensor]:
         """Those of at least ``in_place`` elements as they are, and the rest as one tensor."""
         flats = [tensor.view(-1) for tensor in self._tensors if self._stays(tensor, in_place)]
-        self._copied = [tensor for tensor in self._tensors if not self._stays(tensor, in_place)]
-        if self._copied:
-            numel = sum(map(torch.numel, self._copied))
-            self._flat = self._staging.take(numel, self._copied[0], self._dtype)
-            for tensor, part in self._parts(self._flat):
-                part.copy_(tensor)
+        numel = self.copied(in_place)
+        if numel:
+            self._flat = self._staging.take(numel, self._tensors[0], self._dtype)
+            self._place(self._flat, in_place)
             flats.append(self._flat)
         return flats
 
     def unpack(self) -> None:
         if self._flat is not None:
-            for tensor, part in self._parts(self._flat):
-                tensor.copy_(part)
+            for tensor, part in zip(self._tensors, self.placed, strict=True):
+                if part is not tensor:
+                    tensor.copy_(part)
+            self.placed = list(self._tensors)
             self._staging.give(self._flat)
             self._flat = None
+
+    def _place(self, flat: Tensor, in_place: int) -> None:
+        start = 0
+        for index, tensor in enumerate(self._tensors):
+            if not self._stays(tensor, in_place):
+                stop = start + tensor.numel()
+                self.placed[index] = flat[start:stop].view(tensor.shape).copy_(tensor)
+                start = stop
 
     def _stays(self, tensor: Tensor, in_place: int) -> bool:
         fits = tensor.dtype == self._dtype and tensor.is_contiguous()
         return fits and tensor.numel() >= in_place
 
-    def _parts(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        parts = torch.split(flat, [tensor.numel() for tensor in self._copied])
-        for tensor, part in zip(self._copied, parts, strict=True):
-            yield tensor, part.view(tensor.shape)
 
+def chunks(parcels: Iterable[Parcel], limit: int, staging: Staging) -> Iterator[Chunk]:
+    """Tensors in chunks of one dtype, cut where a chunk is full; in one order on all ranks.
 
-def chunks(pairs: Iterable[_Pair], limit: int, staging: Staging) -> Iterator[Chunk]:
-    """Tensors in chunks of one dtype, cut where a chunk is full; in one order on all ranks."""
-    known = [(tensor.detach(), residual) for tensor, residual in pairs if tensor.numel()]
+    Args:
+        parcels: the tensors.
+        limit: greatest number of fp32 elements of a chunk; it holds half as many of fp64.
+        staging: where memory for copies comes from.
+    """
+    known = [parcel for parcel in parcels if parcel.tensor.numel()]
     for dtype in (torch.float32, torch.float64):
-        together: list[_Pair] = []
-        room = limit
-        for pair in known:
-            if travels_as(pair[0].dtype) != dtype:
+        most = max(1, limit * torch.float32.itemsize // dtype.itemsize)
+        together: list[Parcel] = []
+        room = most
+        for parcel in known:
+            if travels_as(parcel.tensor.dtype) != dtype:
                 continue
-            for piece in _cut(pair, room, limit):
+            for piece in _cut(parcel, room, most):
+                if together and piece.tensor.numel() > room:
+                    yield Chunk(together, dtype, staging)
+                    together, room = [], most
                 together.append(piece)
-                room -= piece[0].numel()
+                room -= piece.tensor.numel()
                 if room <= 0:
                     yield Chunk(together, dtype, staging)
-                    together, room = [], limit
+                    together, room = [], most
         if together:
             yield Chunk(together, dtype, staging)
 
 
-def _cut(pair: _Pair, room: int, limit: int) -> Iterator[_Pair]:
-    """A tensor as flat pieces: one that fills ``room`` elements, then of ``limit`` elements."""
-    tensor, residual = pair
+def _cut(parcel: Parcel, room: int, limit: int) -> Iterator[Parcel]:
+    """A tensor in pieces: one that fills ``room`` elements, then of ``limit`` elements."""
+    tensor, lost = parcel.tensor.detach(), parcel.residual
+    lost = None if lost is None else lost.as_strided((lost.numel(),), (1,))
+    start = 0
+    for piece in _pieces(tensor, room, limit):
+        stop = start + piece.numel()
+        yield Parcel(piece, None if lost is None else lost[start:stop], parcel.terms)
+        start = stop
+
+
+def _pieces(tensor: Tensor, room: int, limit: int) -> Iterator[Tensor]:
     flat = flat_view(tensor)
-    if flat is None:  # gaps in memory are rare: the tensor is copied whole
-        yield pair
+    if flat is None:
+        yield from _slices(tensor, limit)
         return
-    lost = None if residual is None else residual.as_strided((residual.numel(),), (1,))
     start = 0
     while start < flat.numel():
         stop = start + (room if start == 0 else limit)
-        yield flat[start:stop], None if lost is None else lost[start:stop]
+        yield flat[start:stop]
         start = stop
+
+
+def _slices(tensor: Tensor, limit: int) -> Iterator[Tensor]:
+    """A tensor with gaps in memory along its first dimension, or along later ones if need be."""
+    if tensor.numel() <= limit:
+        yield tensor
+        return
+    row = tensor.numel() // len(tensor)
+    for rows in torch.split(tensor, max(1, limit // row)):
+        yield from _slices(rows if row <= limit else rows[0], limit)
 
 
 def travels_as(dtype: torch.dtype) -> torch.dtype:

@@ -5,8 +5,8 @@ from collections import deque
 from postlocal.wire.chunks import CHUNK, Chunk
 from postlocal.wire.exchange import ChunkWire, Exchange
 
-_STAGED = 3 * CHUNK  # elements in memory of ours: 48 MiB, and some more for what is small
-_HOMEBOUND = 4 * CHUNK  # elements on their way back, which may need no memory
+_STAGED = 12 * CHUNK  # bytes in memory of ours: 48 MiB, and some more for what is small
+_HOMEBOUND = 16 * CHUNK  # bytes on their way back, which may need no memory
 
 
 class Convoy:
@@ -31,7 +31,7 @@ class Convoy:
 
     def make_room(self, chunk: Chunk) -> None:
         """Let exchanges go on until there is memory for one more."""
-        while self._homebound and self._numel_back() > _HOMEBOUND:
+        while self._homebound and self._bytes_back() > _HOMEBOUND:
             self._land()
         while self._staged() + self._outbound_cost(chunk) > _STAGED:
             costs = self._homebound and self._homebound_cost(self._homebound[0][0])
@@ -59,8 +59,8 @@ class Convoy:
     def _homebound_cost(self, chunk: Chunk) -> int:
         return self._wire.staged(chunk, self._size).homebound
 
-    def _numel_back(self) -> int:
-        return sum(chunk.numel for chunk, _ in self._homebound)
+    def _bytes_back(self) -> int:
+        return sum(chunk.numel * chunk.dtype.itemsize for chunk, _ in self._homebound)
 
     def _turn(self) -> None:
         chunk, exchange = self._outbound.popleft()

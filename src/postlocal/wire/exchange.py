@@ -1,5 +1,6 @@
 """What a mean of a chunk over a group is made of."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -15,6 +16,16 @@ Divisor = Callable[[], float]
 
 Repair = Callable[[Tensor, Sequence[Tensor]], None]
 """Replaces a contribution, given those of the others in their order, by a mean."""
+
+
+def ring_bytes(numel: int, size: int, dtype: torch.dtype) -> int:
+    """Bytes that each of ``size`` ranks sends in an all-reduce along a ring.
+
+    Example:
+        >>> ring_bytes(1000, 4, torch.float32)
+        6000
+    """
+    return 2 * (size - 1) * math.ceil(numel / size) * dtype.itemsize
 
 
 class Exchange(Protocol):
@@ -38,7 +49,7 @@ class Exchange(Protocol):
 
 
 class Staged(NamedTuple):
-    """Staging memory of a chunk, in fp32 elements, before and after its exchange has turned."""
+    """Staging memory of a chunk, in bytes, before and after its exchange has turned."""
 
     outbound: int
     homebound: int
@@ -54,14 +65,17 @@ class ChunkWire(Protocol):
         ...
 
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes each of ``size`` ranks sends for the mean of ``numel`` elements of ``dtype``.
+        """The most bytes that one of ``size`` ranks sends for ``numel`` elements of ``dtype``."""
+        ...
 
-        Parts that do not divide evenly count as the greatest of them.
-        """
+    def sent_bytes(
+        self, numel: int, rank: int, size: int, dtype: torch.dtype = torch.float32
+    ) -> int:
+        """Bytes that rank ``rank`` of ``size`` sends for a chunk of ``numel`` elements."""
         ...
 
     def limit(self, size: int) -> int:
-        """Greatest number of elements of a chunk, where ``size`` ranks take part."""
+        """Greatest number of fp32 elements of a chunk, where ``size`` ranks take part."""
         ...
 
     def staged(self, chunk: Chunk, size: int) -> Staged:
@@ -69,12 +83,12 @@ class ChunkWire(Protocol):
         ...
 
     def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
-        """Start to replace values by the sum over the group divided by ``divisor()``.
+        """Start to replace values by the weighted sum over the group divided by ``divisor()``.
 
         All ranks end with identical bits.
 
         Args:
-            chunk: the values, of the same sizes on all ranks.
+            chunk: the values with this rank's weights, of the same sizes on all ranks.
             group: who takes part.
             divisor: gives the sum of the weights of all contributions.
             staging: where memory for what travels comes from.

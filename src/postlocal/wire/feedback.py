@@ -1,6 +1,6 @@
 """Error feedback: what a wire lost of this rank's values is added to the next ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from postlocal.group import Group
-from postlocal.tensors import weigh_
 from postlocal.topology import Layout
-from postlocal.wire.carrier import Carrier, Forgetful, Wire
+from postlocal.wire.cargo import Terms
+from postlocal.wire.carrier import Carrier, Forgetful, Weights, Wire, weight_of
+from postlocal.wire.chunks import Parcel
 from postlocal.wire.exchange import ChunkWire, Divisor
-from postlocal.wire.mean import mean_
+from postlocal.wire.mean import carry_
 from postlocal.wire.memory import Memory
 from postlocal.wire.staging import Staging
 
@@ -22,7 +23,9 @@ class error_feedback:
     """Keep what a wire lost of this rank's values, and add it to the next ones.
 
     What a codec rounds away in one synchronization travels in a later one: over many, the mean is
-    exact. It costs memory for one fp32 copy of what travels, on each rank.
+    exact. It costs memory for one fp32 copy of what travels, on each rank. Weights may change from
+    one to the next: residuals are kept for a weight of 1, and what the owner of a part loses
+    when it encodes the mean is added to the next mean.
 
     Args:
         inner: a wire that sends codes and remembers nothing, such as ``int8()`` or ``bf16()``.
@@ -76,26 +79,41 @@ class _Remembering(Forgetful):
         super().__init__(wire, group, staging)
         self._decay = decay
         self._memory = Memory()
+        # Marked, not dropped: what this rank owes as an owner stays, and which part of a tensor
+        # that is becomes known where it travels.
+        self._forgotten: set[str] = set()
 
-    def mean_(self, tensors: Mapping[str, Tensor], divisor: Divisor | None = None) -> int:
+    def mean_(
+        self,
+        tensors: Mapping[str, Tensor],
+        divisor: Divisor | None = None,
+        weights: Weights | None = None,
+    ) -> int:
         if self.group.size == 1:  # nothing is lost
-            return super().mean_(tensors, divisor)
-        residuals = [self._memory.residual(name, tensor) for name, tensor in tensors.items()]
-        weigh_(residuals, self._decay)
-        sent = mean_(
-            list(tensors.values()), self.group, self._wire, divisor, residuals, self._staging
-        )
-        _heal_(residuals)
+            return super().mean_(tensors, divisor, weights)
+        parcels = [
+            Parcel(tensor, self._memory.residual(name, tensor), self._terms(name, weights))
+            for name, tensor in tensors.items()
+        ]
+        sent = carry_(parcels, self.group, self._wire, divisor, self._staging)
+        self._forgotten.difference_update(tensors)
+        _heal_([parcel.residual for parcel in parcels if parcel.residual is not None])
         return sent
 
-    def forget(self) -> None:
-        self._memory.forget()
+    def forget(self, names: Iterable[str] | None = None) -> None:
+        known = self._memory.names
+        self._forgotten |= known if names is None else known.intersection(names)
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._memory.state_dict())
+        residuals = self._memory.state_dict()
+        return {"residuals": residuals, "forgotten": sorted(self._forgotten)} if residuals else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._memory.load_state_dict(state)
+        self._memory.load_state_dict(state.get("residuals", {}))
+        self._forgotten = set(state.get("forgotten", ()))
+
+    def _terms(self, name: str, weights: Weights | None) -> Terms:
+        return Terms(weight_of(name, weights), self._decay, name in self._forgotten)
 
 
 def _heal_(residuals: Sequence[Tensor]) -> None:

@@ -1,7 +1,7 @@
 """PowerSGD as a wire: matrices travel as two factors, and what these lack is sent later."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from postlocal import powersgd as mathematics
-from postlocal.codec import exact
 from postlocal.group import Group
 from postlocal.tensors import flat_view, weigh_
 from postlocal.topology import Layout
-from postlocal.wire.carrier import Carrier
-from postlocal.wire.chunks import travels_as
-from postlocal.wire.encoded import exchanged_bytes
-from postlocal.wire.exchange import Divisor
-from postlocal.wire.mean import mean_, payload_bytes
+from postlocal.wire.cargo import Terms
+from postlocal.wire.carrier import Carrier, Weights, weight_of
+from postlocal.wire.chunks import Parcel, travels_as
+from postlocal.wire.exchange import Divisor, ring_bytes
+from postlocal.wire.mean import carry_, payload_bytes
 from postlocal.wire.memory import Memory
 from postlocal.wire.recipes import fp32
 from postlocal.wire.staging import Staging
@@ -29,7 +28,8 @@ class powersgd:
 
     A matrix of shape ``(n, m)`` travels as ``rank * (n + m)`` values, in two all-reduces for all of
     them together. Each rank remembers the second factor, from where the next mean starts, and
-    what the mean lacks of its own matrices, one fp32 copy.
+    what the mean lacks of its own matrices, for a weight of 1: one fp32 copy. Means of matrices of
+    16 bits take another one, of all of them at once, until they have come.
 
     `payload_bytes` is that of a square matrix.
 
@@ -66,7 +66,7 @@ class powersgd:
         if not mathematics.is_compressed(side, side, self.rank, self.min_compression):
             return fp32().payload_bytes(numel, size, dtype)
         factor = side * min(side, self.rank)
-        return 2 * exchanged_bytes(exact(), factor, size, travels_as(dtype))
+        return 2 * ring_bytes(factor, size, travels_as(dtype))
 
     def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
         return _LowRank(self, layout[level], staging)
@@ -79,19 +79,25 @@ class _Matrix:
     Attributes:
         name: the tensor's.
         tensor: takes the mean.
-        values: contribution and what was lost before, shape ``(1, n, m)``; then what is lost now.
+        output: where the mean comes to, shape ``(1, n, m)``: the tensor's own memory, if it is of
+            the dtype in which it travels.
+        values: contribution and what was lost before; then what is lost now, if its weight is
+            above 0.
+        weight: of the contribution.
     """
 
     name: str
     tensor: Tensor
+    output: Tensor
     values: Tensor
+    weight: float
 
-    @property
-    def output(self) -> Tensor:
-        """Where the mean comes to: the tensor's own memory, if it is of the dtype."""
-        if self.tensor.dtype != self.values.dtype:
-            return torch.empty_like(self.values)
-        return _flat(self.tensor).view(self.values.shape)
+    def settle(self, *, finite: bool) -> None:
+        """Give the tensor its mean, and keep what was lost for a weight of 1."""
+        if self.tensor.dtype != self.output.dtype:
+            _flat(self.tensor).copy_(self.output.view(-1))
+        if self.weight:
+            weigh_([self.values], 1 / self.weight if finite else 0.0)
 
 
 class _LowRank:
@@ -110,35 +116,39 @@ class _LowRank:
         self._memory = Memory()
         self._qs: dict[str, Tensor] = {}
 
-    def mean_(self, tensors: Mapping[str, Tensor], divisor: Divisor | None = None) -> int:
-        if self.group.size == 1:
-            weigh_(tensors.values(), 1.0 if divisor is None else 1 / divisor())
-            return 0
-        sent = self.payload_bytes(tensors)
-        plain = [tensor for tensor in tensors.values() if not self._is_compressed(tensor)]
-        mean_(plain, self.group, fp32(), divisor, staging=self._staging)
-        for dtype in (torch.float32, torch.float64):
-            self._approximate(self._matrices(tensors, dtype), divisor)
+    def mean_(
+        self,
+        tensors: Mapping[str, Tensor],
+        divisor: Divisor | None = None,
+        weights: Weights | None = None,
+    ) -> int:
+        alone = self.group.size == 1
+        plain = [
+            Parcel(tensor, terms=Terms(weight_of(name, weights)))
+            for name, tensor in tensors.items()
+            if alone or not self._is_compressed(tensor)
+        ]
+        sent = carry_(plain, self.group, fp32(), divisor, self._staging)
+        if not alone:
+            for dtype in (torch.float32, torch.float64):
+                sent += self._approximate(self._matrices(tensors, dtype, weights), divisor)
         return sent
 
     def payload_bytes(self, tensors: Mapping[str, Tensor]) -> int:
-        size = self.group.size
         plain = [tensor for tensor in tensors.values() if not self._is_compressed(tensor)]
-        total = payload_bytes(plain, size, fp32())
+        total = payload_bytes(plain, self.group, fp32())
         for dtype in (torch.float32, torch.float64):
-            first, second = 0, 0
-            for tensor in tensors.values():
-                if travels_as(tensor.dtype) == dtype and self._is_compressed(tensor):
-                    n, m = mathematics.matrix_shape(tensor)
-                    first += n * min(n, m, self._wire.rank)
-                    second += m * min(n, m, self._wire.rank)
-            total += exchanged_bytes(exact(), first, size, dtype)
-            total += exchanged_bytes(exact(), second, size, dtype)
+            shapes = [
+                mathematics.matrix_shape(tensor)
+                for tensor in tensors.values()
+                if travels_as(tensor.dtype) == dtype and self._is_compressed(tensor)
+            ]
+            total += self._factors_bytes(shapes, dtype)
         return total
 
-    def forget(self) -> None:
+    def forget(self, names: Iterable[str] | None = None) -> None:
         # Where to start from stays: it is equal on all ranks.
-        self._memory.forget()
+        self._memory.forget(names)
 
     def state_dict(self) -> dict[str, Any]:
         if not self._qs:
@@ -154,29 +164,55 @@ class _LowRank:
         fits = mathematics.is_compressed(n, m, self._wire.rank, self._wire.min_compression)
         return fits and flat_view(tensor) is not None
 
-    def _matrices(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[_Matrix]:
-        matrices = []
-        for name, tensor in tensors.items():
-            if travels_as(tensor.dtype) == dtype and self._is_compressed(tensor):
-                values = _flat(self._memory.residual(name, tensor).add_(tensor))
-                shape = mathematics.matrix_shape(tensor)
-                matrices.append(_Matrix(name, tensor, values.view(1, *shape)))
-        return matrices
+    def _factors_bytes(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
+        """Bytes of the all-reduces of both factors of matrices of shapes ``(n, m)``."""
+        ranks = [min(n, m, self._wire.rank) for n, m in shapes]
+        return sum(
+            ring_bytes(sum(shape[side] * r for shape, r in zip(shapes, ranks, strict=True)),
+                       self.group.size, dtype)
+            for side in (0, 1)
+        )  # fmt: skip
 
-    def _approximate(self, matrices: Sequence[_Matrix], divisor: Divisor | None) -> None:
+    def _matrices(
+        self, tensors: Mapping[str, Tensor], dtype: torch.dtype, weights: Weights | None
+    ) -> list[_Matrix]:
+        return [
+            self._matrix(name, tensor, dtype, weight_of(name, weights))
+            for name, tensor in tensors.items()
+            if travels_as(tensor.dtype) == dtype and self._is_compressed(tensor)
+        ]
+
+    def _matrix(self, name: str, tensor: Tensor, dtype: torch.dtype, weight: float) -> _Matrix:
+        shape = (1, *mathematics.matrix_shape(tensor))
+        flat = _flat(tensor.detach())
+        output = (flat if tensor.dtype == dtype else torch.empty_like(flat, dtype=dtype)).view(
+            shape
+        )
+        if weight == 0:  # the residual waits, and zeros take its place
+            return _Matrix(name, tensor, output, output.zero_(), weight)
+        values = _flat(self._memory.residual(name, tensor).add_(tensor)).view(shape)
+        weigh_([values], weight)
+        return _Matrix(name, tensor, output, values, weight)
+
+    def _approximate(self, matrices: Sequence[_Matrix], divisor: Divisor | None) -> int:
+        """Replace matrices by their low-rank means; returns the bytes that this rank sent."""
         if not matrices:
-            return
+            return 0
         values = [matrix.values for matrix in matrices]
         outputs = [matrix.output for matrix in matrices]
         starts = [self._start(matrix) for matrix in matrices]
         qs = mathematics.mean_(
             values, starts, outputs, [], self.group, divisor=divisor, residuals=values
         )
-        for matrix, output, q in zip(matrices, outputs, qs, strict=True):
-            if matrix.tensor.dtype != output.dtype:
-                _flat(matrix.tensor).copy_(output.view(-1))
-            self._qs[matrix.name] = q
-        self._heal(matrices, qs)
+        finite = torch.stack([q.sum() for q in qs]).isfinite().tolist()
+        for matrix, q, fine in zip(matrices, qs, finite, strict=True):
+            matrix.settle(finite=fine)
+            # What a value that is not finite has spoilt begins anew, on all ranks.
+            self._qs.pop(matrix.name, None)
+            if fine:
+                self._qs[matrix.name] = q
+        shapes = [(matrix.values.shape[1], matrix.values.shape[2]) for matrix in matrices]
+        return self._factors_bytes(shapes, values[0].dtype)
 
     def _start(self, matrix: _Matrix) -> Tensor:
         """``Q`` to start from, the same on all ranks: where the last mean ended, or random."""
@@ -188,14 +224,6 @@ class _LowRank:
         generator = torch.Generator().manual_seed(seed)
         shape = (1, m, min(n, m, self._wire.rank))
         return mathematics.random_start(shape, generator, matrix.values)
-
-    def _heal(self, matrices: Sequence[_Matrix], qs: Sequence[Tensor]) -> None:
-        """Begin anew, on all ranks, with what a value that is not finite has spoilt."""
-        finite = torch.stack([q.sum() for q in qs]).isfinite().tolist()
-        for matrix, fine in zip(matrices, finite, strict=True):
-            if not fine:
-                matrix.values.zero_()
-                del self._qs[matrix.name]
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -1,18 +1,15 @@
 """Means and maxima of many tensors over a group, in place."""
 
 from collections.abc import Iterable, Sequence
-from itertools import repeat
 
 import torch
 from torch import Tensor
 
-from postlocal.codec import exact
 from postlocal.group import Group
 from postlocal.tensors import weigh_
-from postlocal.wire.chunks import chunks
+from postlocal.wire.chunks import Parcel, chunks
 from postlocal.wire.convoy import Convoy
-from postlocal.wire.encoded import exchanged_bytes
-from postlocal.wire.exchange import ChunkWire, Divisor
+from postlocal.wire.exchange import ChunkWire, Divisor, ring_bytes
 from postlocal.wire.staging import Staging
 
 
@@ -35,9 +32,8 @@ def mean_(
         group: who takes part.
         wire: how values travel.
         divisor: gives the sum of the weights; None: the size of the group.
-        residuals: error feedback: what a lossy wire lost of this rank's values, added to them
-            before they travel, and then replaced by what is lost this time. Of the tensors'
-            shapes and strides, in the dtype that they travel in: fp32, or fp64 for fp64 tensors.
+        residuals: error feedback: what a lossy wire lost, added to what travels next, and then
+            replaced by what is lost this time; see `Parcel`.
         staging: memory to use; give the same one again to save its allocation.
 
     Returns:
@@ -46,36 +42,50 @@ def mean_(
     Raises:
         PeerError: if a rank did not take part in time.
     """
+    kept = [None] * len(tensors) if residuals is None else residuals
+    parcels = [Parcel(*pair) for pair in zip(tensors, kept, strict=True)]
+    return carry_(parcels, group, wire, divisor, staging)
+
+
+def carry_(
+    parcels: Sequence[Parcel],
+    group: Group,
+    wire: ChunkWire,
+    divisor: Divisor | None = None,
+    staging: Staging | None = None,
+) -> int:
+    """As `mean_`, of tensors with weights and residuals: their weighted sum over the divisor."""
     divisor = divisor or (lambda: float(group.size))
     if group.size == 1:
-        weigh_(tensors, 1 / divisor())
+        total = divisor()
+        for parcel in parcels:
+            weigh_([parcel.tensor], parcel.terms.weight / total)
         return 0
     sent = 0
     staging = staging or Staging()
     convoy = Convoy(wire, group.size)
-    pairs = zip(tensors, repeat(None) if residuals is None else residuals, strict=False)
-    for chunk in chunks(pairs, wire.limit(group.size), staging):
+    for chunk in chunks(parcels, wire.limit(group.size), staging):
         convoy.make_room(chunk)
         convoy.add(chunk, wire.launch(chunk, group, divisor, staging))
-        sent += wire.payload_bytes(chunk.numel, group.size, chunk.dtype)
+        sent += wire.sent_bytes(chunk.numel, group.rank, group.size, chunk.dtype)
     convoy.arrive()
     return sent
 
 
-def payload_bytes(tensors: Iterable[Tensor], size: int, wire: ChunkWire) -> int:
-    """What `mean_` of tensors over ``size`` ranks will return.
+def payload_bytes(tensors: Iterable[Tensor], group: Group, wire: ChunkWire) -> int:
+    """What `mean_` of tensors will return on this rank.
 
     Example:
+        >>> from postlocal.group import Alone
         >>> from postlocal.wire import fp32
-        >>> payload_bytes([torch.zeros(1000), torch.zeros(24)], 2, fp32())
-        4096
+        >>> payload_bytes([torch.zeros(1000), torch.zeros(24)], Alone(), fp32())
+        0
     """
-    if size == 1:
+    if group.size == 1:
         return 0
-    pairs = zip(tensors, repeat(None), strict=False)
     return sum(
-        wire.payload_bytes(chunk.numel, size, chunk.dtype)
-        for chunk in chunks(pairs, wire.limit(size), Staging())
+        wire.sent_bytes(chunk.numel, group.rank, group.size, chunk.dtype)
+        for chunk in chunks(map(Parcel, tensors), wire.limit(group.size), Staging())
     )
 
 
@@ -101,5 +111,5 @@ def maximum_(tensors: Sequence[Tensor], group: Group, device: torch.device | Non
         parts = torch.split(flat, [tensor.numel() for tensor in chosen])
         for tensor, part in zip(chosen, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
-        sent += exchanged_bytes(exact(), flat.numel(), group.size, dtype)
+        sent += ring_bytes(flat.numel(), group.size, dtype)
     return sent

@@ -1,10 +1,11 @@
 """What a wire lost of this rank's values, by the tensors' names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from postlocal.tensors import flat_view
 from postlocal.wire.chunks import travels_as
 
 
@@ -24,24 +25,34 @@ class Memory:
         self._loaded: dict[str, Tensor] = {}
 
     def residual(self, name: str, like: Tensor) -> Tensor:
-        """The residual of a tensor, of its shape and strides, in the dtype that it travels in.
+        """The residual of a tensor, of its shape, in the dtype that it travels in.
+
+        It has the tensor's strides, or is contiguous where the tensor has gaps in memory.
 
         Raises:
             ValueError: if what was loaded for the name has another shape.
         """
         known = self._residuals.get(name)
         if known is None:
-            known = torch.zeros_like(like, dtype=travels_as(like.dtype))
+            gaps = flat_view(like.detach()) is None
+            layout = torch.contiguous_format if gaps else torch.preserve_format
+            known = torch.zeros_like(like, dtype=travels_as(like.dtype), memory_format=layout)
             if name in self._loaded:
                 _check_shape(name, self._loaded[name], like)
                 known.copy_(self._loaded.pop(name))
             self._residuals[name] = known
         return known
 
-    def forget(self) -> None:
-        """Drop all residuals."""
-        self._residuals.clear()
-        self._loaded.clear()
+    @property
+    def names(self) -> set[str]:
+        """Of which tensors there are residuals."""
+        return {*self._residuals, *self._loaded}
+
+    def forget(self, names: Iterable[str] | None = None) -> None:
+        """Drop residuals; all for None."""
+        for name in self.names if names is None else names:
+            self._residuals.pop(name, None)
+            self._loaded.pop(name, None)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The residuals, not copied."""

@@ -28,16 +28,22 @@ class Exact:
     lossy = False
 
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
-        return exchanged_bytes(exact(), numel, size, dtype)
+        return self.sent_bytes(numel, 0, size, dtype)
+
+    def sent_bytes(
+        self, numel: int, rank: int, size: int, dtype: torch.dtype = torch.float32
+    ) -> int:
+        return exchanged_bytes(exact(), numel, size, dtype, rank)
 
     def limit(self, size: int) -> int:
         return CHUNK
 
     def staged(self, chunk: Chunk, size: int) -> Staged:
-        return Staged(chunk.numel + chunk.copied, chunk.copied)
+        copied = chunk.copied * chunk.dtype.itemsize
+        return Staged(chunk.numel * chunk.dtype.itemsize + copied, copied)
 
     def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
-        return Direct(chunk.pieces, group, divisor, staging, self.repair)
+        return Direct(chunk.pieces(), group, divisor, staging, self.repair)
 
     def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
         return Forgetful(self, layout[level], staging)
@@ -55,18 +61,23 @@ class Coded:
     lossy = True
 
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
-        return exchanged_bytes(self.codec, numel, size, dtype)
+        return self.sent_bytes(numel, 0, size, dtype)
+
+    def sent_bytes(
+        self, numel: int, rank: int, size: int, dtype: torch.dtype = torch.float32
+    ) -> int:
+        return exchanged_bytes(self.codec, numel, size, dtype, rank)
 
     def limit(self, size: int) -> int:
         return CHUNK // 2
 
     def staged(self, chunk: Chunk, size: int) -> Staged:
-        payload = self.codec.nbytes(chunk.numel, chunk.dtype) // 4
-        return Staged(chunk.packed + 2 * payload, chunk.packed + payload)
+        packed = chunk.packed * chunk.dtype.itemsize
+        payload = self.codec.nbytes(chunk.numel, chunk.dtype)
+        return Staged(packed + 2 * payload, packed + payload)
 
     def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
-        flat, residual = chunk.pack()
-        return Encoded(flat, group, divisor, self.codec, staging, residual)
+        return Encoded(chunk.pack(), group, divisor, self.codec, staging)
 
     def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
         return Forgetful(self, layout[level], staging)
@@ -84,6 +95,11 @@ class Gathered:
     lossy = True
 
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
+        return self.sent_bytes(numel, 0, size, dtype)
+
+    def sent_bytes(
+        self, numel: int, rank: int, size: int, dtype: torch.dtype = torch.float32
+    ) -> int:
         return (size - 1) * self.codec.nbytes(numel, dtype)
 
     def limit(self, size: int) -> int:
@@ -93,12 +109,11 @@ class Gathered:
         return max(1, min(whole, fitting) // self.codec.block) * self.codec.block
 
     def staged(self, chunk: Chunk, size: int) -> Staged:
-        payloads = size * self.codec.nbytes(chunk.numel, chunk.dtype) // 4
-        return Staged(chunk.packed + payloads, chunk.packed)
+        packed = chunk.packed * chunk.dtype.itemsize
+        return Staged(packed + size * self.codec.nbytes(chunk.numel, chunk.dtype), packed)
 
     def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
-        flat, residual = chunk.pack()
-        return ToEveryone(flat, group, divisor, self.codec, staging, residual)
+        return ToEveryone(chunk.pack(), group, divisor, self.codec, staging)
 
     def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
         return Forgetful(self, layout[level], staging)

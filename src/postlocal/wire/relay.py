@@ -1,7 +1,7 @@
-"""Means over two levels: exact within nodes, by another wire between them."""
+"""Means over two levels: sums in fp32 within nodes, by another wire between them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,29 +9,38 @@ import torch
 from torch import Tensor
 
 from postlocal.group import Group, Work
+from postlocal.tensors import weigh_
 from postlocal.topology import Layout
-from postlocal.wire.carrier import Carrier, Forgetful, Wire
-from postlocal.wire.chunks import Chunk, travels_as
+from postlocal.wire.cargo import Terms
+from postlocal.wire.carrier import Carrier, Forgetful, Weights, Wire, weight_of
+from postlocal.wire.chunks import Chunk, Parcel, travels_as
 from postlocal.wire.direct import Direct
 from postlocal.wire.exchange import Divisor, Exchange
+from postlocal.wire.mean import carry_, payload_bytes
 from postlocal.wire.recipes import Exact
 from postlocal.wire.staging import Staging
 
 
 @dataclass(frozen=True)
 class relayed:
-    """Exact sums within the groups of a level, another wire between their first ranks.
+    """Sums in fp32 within the groups of a level, another wire between their first ranks.
 
     What is lossy, or slow, is done once a node: contributions are summed at the node's first rank,
     the first ranks of all nodes take the mean, and hand it to their nodes. Nodes may differ in
-    size. Where everybody is in one group of the level, or the mean is taken within such a group,
-    nothing is left between, and the mean is exact. Tensors of 16 bits are summed in fp32 copies.
+    size. Tensors of 16 bits are summed in fp32 copies, of all of them at once.
+
+    Where everybody is in one group of the level, or the mean is taken within such a group, nothing
+    is left between, and the mean is that of `fp32`: identical replicas stay as they are.
+
+    What a lossy wire between remembers is a node's, at its first rank, and not one replica's to
+    forget: contributions of weight 0 have never been in it. Only a replica that is a node by itself
+    forgets.
 
     `payload_bytes` is what a first rank sends between nodes, where each rank is a node.
 
     Args:
         between: how values travel between the first ranks of groups.
-        level: whose groups are summed exactly.
+        level: whose groups are summed in fp32.
 
     Example:
         >>> from postlocal.wire import bf16
@@ -53,7 +62,10 @@ class relayed:
         staging = staging or Staging()
         leaders = layout.leaders(self.level)
         inside = layout[min(self.level, level, key=layout.levels.index)]
-        return _Relay(layout[level], inside, self.between.open(leaders, level, staging), staging)
+        between = self.between.open(leaders, level, staging)
+        if inside.size == layout[level].size:
+            return Forgetful(Exact(), inside, staging)
+        return _Relay(layout[level], inside, between, staging, weighs=self.lossy)
 
 
 class _Relay:
@@ -64,23 +76,34 @@ class _Relay:
         inside: this rank's part of it, whose first rank leads.
         between: carries between leaders.
         staging: memory for what travels.
+        weighs: whether nodes' weights travel too, so that what is remembered between is for a
+            weight of 1.
     """
 
-    def __init__(self, group: Group, inside: Group, between: Carrier, staging: Staging) -> None:
+    def __init__(
+        self, group: Group, inside: Group, between: Carrier, staging: Staging, *, weighs: bool
+    ) -> None:
         self.group = group
+        self._inside = inside
         self._leads = inside.rank == 0
         self._between = between
-        self._to_leader = Forgetful(_ToLeader(leads=self._leads), inside, staging)
-        self._from_leader = Forgetful(_FromLeader(leads=self._leads), inside, staging)
+        self._staging = staging
+        self._weighs = weighs
 
-    def mean_(self, tensors: Mapping[str, Tensor], divisor: Divisor | None = None) -> int:
+    def mean_(
+        self,
+        tensors: Mapping[str, Tensor],
+        divisor: Divisor | None = None,
+        weights: Weights | None = None,
+    ) -> int:
         wide = {name: tensor.to(travels_as(tensor.dtype)) for name, tensor in tensors.items()}
-        sent = self._to_leader.mean_(wide, lambda: 1.0)
+        sent, node = self._gather(wide, weights)
         # Asked on all ranks: what it may raise, such as a disagreement, all have to hear.
         total = float(self.group.size) if divisor is None else divisor()
         if self._leads:
-            sent += self._between.mean_(wide, lambda: total)
-        sent += self._from_leader.mean_(wide, lambda: 1.0)
+            sent += self._between.mean_(wide, lambda: total, node)
+        mean = [Parcel(tensor) for tensor in wide.values()]
+        sent += carry_(mean, self._inside, _FromLeader(), lambda: 1.0, self._staging)
         for name, tensor in tensors.items():
             if wide[name] is not tensor:
                 tensor.copy_(wide[name])
@@ -88,11 +111,37 @@ class _Relay:
 
     def payload_bytes(self, tensors: Mapping[str, Tensor]) -> int:
         wide = {name: _widened(tensor) for name, tensor in tensors.items()}
-        inside = self._to_leader.payload_bytes(wide) + self._from_leader.payload_bytes(wide)
+        weights = [torch.empty(len(wide))] if self._weighs else []
+        inside = payload_bytes([*wide.values(), *weights], self._inside, _ToLeader())
+        inside += payload_bytes(wide.values(), self._inside, _FromLeader())
         return inside + (self._between.payload_bytes(wide) if self._leads else 0)
 
-    def forget(self) -> None:
-        self._between.forget()
+    def forget(self, names: Iterable[str] | None = None) -> None:
+        if self._inside.size == 1:
+            self._between.forget(names)
+
+    def _gather(
+        self, wide: Mapping[str, Tensor], weights: Weights | None
+    ) -> tuple[int, Weights | None]:
+        """Bring the node's weighted sums to its leader, or its means and their weights."""
+        own = [weight_of(name, weights) for name in wide]
+        sums = [
+            Parcel(tensor, terms=Terms(weight))
+            for tensor, weight in zip(wide.values(), own, strict=True)
+        ]
+        if not self._weighs:
+            return self._sum(sums), None
+        totals = torch.tensor(own, device=next((t.device for t in wide.values()), None))
+        sent = self._sum([*sums, Parcel(totals)])
+        if not self._leads:
+            return sent, None
+        node = dict(zip(wide, totals.tolist(), strict=True))
+        for name, total in node.items():
+            weigh_([wide[name]], 1 / total if total else 0.0)
+        return sent, node
+
+    def _sum(self, parcels: Sequence[Parcel]) -> int:
+        return carry_(parcels, self._inside, _ToLeader(), lambda: 1.0, self._staging)
 
     def state_dict(self) -> dict[str, Any]:
         return self._between.state_dict()
@@ -113,27 +162,27 @@ def _widened(tensor: Tensor) -> Tensor:
 class _ToLeader(Exact):
     """The sum comes to the first rank; what the others hold is then worth nothing."""
 
-    leads: bool = False
-
-    def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
-        kept = math.ceil(numel / size) if self.leads else 0
+    def sent_bytes(
+        self, numel: int, rank: int, size: int, dtype: torch.dtype = torch.float32
+    ) -> int:
+        kept = math.ceil(numel / size) if rank == 0 else 0
         return (numel - kept) * dtype.itemsize
 
     def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
-        return Direct(chunk.pieces, group, divisor, staging, readers=(0,))
+        return Direct(chunk.pieces(), group, divisor, staging, readers=(0,))
 
 
 @dataclass(frozen=True)
 class _FromLeader(Exact):
     """What the first rank holds comes to all."""
 
-    leads: bool = False
-
-    def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
-        return (size - 1) * numel * dtype.itemsize if self.leads else 0
+    def sent_bytes(
+        self, numel: int, rank: int, size: int, dtype: torch.dtype = torch.float32
+    ) -> int:
+        return (size - 1) * numel * dtype.itemsize if rank == 0 else 0
 
     def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
-        return _Copies(chunk.pieces, group)
+        return _Copies(chunk.pieces(), group)
 
 
 class _Copies:
