@@ -15,6 +15,7 @@ Example:
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -158,7 +159,28 @@ def rate(outer: Outer, step: int) -> float:
 
 
 @dataclass(frozen=True)
-class cosine:
+class _Decay(ABC):
+    """A factor that rises from 0 to 1 and falls to ``final``; see `cosine` and `linear`."""
+
+    total: int
+    final: float = 0.0
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        _check_decay(self.total, self.final, self.warmup)
+
+    def __call__(self, step: int) -> float:
+        done = _share(step - self.warmup, self.total - self.warmup)
+        return _share(step, self.warmup) * (1 - (1 - self.final) * self._fallen(done))
+
+    @abstractmethod
+    def _fallen(self, done: float) -> float:
+        """How far the factor has fallen, from 0 to 1, when a share of the steps is done."""
+        ...
+
+
+@dataclass(frozen=True)
+class cosine(_Decay):
     """A factor that falls from 1 to ``final`` along half a cosine (arXiv 1608.03983, equation 5).
 
     Args:
@@ -175,21 +197,12 @@ class cosine:
         [1.0, 0.6, 0.2, 0.2]
     """
 
-    total: int
-    final: float = 0.0
-    warmup: int = 0
-
-    def __post_init__(self) -> None:
-        _check_decay(self.total, self.final, self.warmup)
-
-    def __call__(self, step: int) -> float:
-        done = _share(step - self.warmup, self.total - self.warmup)
-        fallen = (1 - math.cos(math.pi * done)) / 2
-        return _share(step, self.warmup) * (1 - (1 - self.final) * fallen)
+    def _fallen(self, done: float) -> float:
+        return (1 - math.cos(math.pi * done)) / 2
 
 
 @dataclass(frozen=True)
-class linear:
+class linear(_Decay):
     """A factor that falls from 1 to ``final`` in a straight line.
 
     Args:
@@ -206,16 +219,8 @@ class linear:
         [0.5, 1.0, 0.75, 0.5]
     """
 
-    total: int
-    final: float = 0.0
-    warmup: int = 0
-
-    def __post_init__(self) -> None:
-        _check_decay(self.total, self.final, self.warmup)
-
-    def __call__(self, step: int) -> float:
-        done = _share(step - self.warmup, self.total - self.warmup)
-        return _share(step, self.warmup) * (1 - (1 - self.final) * done)
+    def _fallen(self, done: float) -> float:
+        return done
 
 
 @dataclass(frozen=True, init=False)

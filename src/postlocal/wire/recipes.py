@@ -11,13 +11,23 @@ from postlocal.wire.carrier import Carrier, Forgetful
 from postlocal.wire.chunks import CHUNK, Chunk
 from postlocal.wire.direct import Direct
 from postlocal.wire.encoded import Encoded, exchanged_bytes
-from postlocal.wire.exchange import Divisor, Exchange, Repair, Staged
+from postlocal.wire.exchange import ChunkWire, Divisor, Exchange, Repair, Staged
 from postlocal.wire.gathered import ToEveryone
 from postlocal.wire.staging import Staging
 
 
+class _Forgetting(ChunkWire):
+    """What wires that remember nothing have in common."""
+
+    def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
+        return self.sent_bytes(numel, 0, size, dtype)
+
+    def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
+        return Forgetful(self, layout[level], staging)
+
+
 @dataclass(frozen=True)
-class Exact:
+class Exact(_Forgetting):
     """Values travel as they are; see `fp32`.
 
     Args:
@@ -26,9 +36,6 @@ class Exact:
 
     repair: Repair | None = field(default=None, repr=False)
     lossy = False
-
-    def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
-        return self.sent_bytes(numel, 0, size, dtype)
 
     def sent_bytes(
         self, numel: int, rank: int, size: int, dtype: torch.dtype = torch.float32
@@ -45,12 +52,9 @@ class Exact:
     def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
         return Direct(chunk.pieces(), group, divisor, staging, self.repair)
 
-    def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
-        return Forgetful(self, layout[level], staging)
-
 
 @dataclass(frozen=True)
-class Coded:
+class Coded(_Forgetting):
     """Codes travel to the owners of parts and back; see `quantised`.
 
     Args:
@@ -59,9 +63,6 @@ class Coded:
 
     codec: Codec
     lossy = True
-
-    def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
-        return self.sent_bytes(numel, 0, size, dtype)
 
     def sent_bytes(
         self, numel: int, rank: int, size: int, dtype: torch.dtype = torch.float32
@@ -79,12 +80,9 @@ class Coded:
     def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
         return Encoded(chunk.pack(), group, divisor, self.codec, staging)
 
-    def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
-        return Forgetful(self, layout[level], staging)
-
 
 @dataclass(frozen=True)
-class Gathered:
+class Gathered(_Forgetting):
     """Codes travel to everybody; see `gathered`.
 
     Args:
@@ -93,9 +91,6 @@ class Gathered:
 
     codec: Codec
     lossy = True
-
-    def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
-        return self.sent_bytes(numel, 0, size, dtype)
 
     def sent_bytes(
         self, numel: int, rank: int, size: int, dtype: torch.dtype = torch.float32
@@ -114,9 +109,6 @@ class Gathered:
 
     def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
         return ToEveryone(chunk.pack(), group, divisor, self.codec, staging)
-
-    def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
-        return Forgetful(self, layout[level], staging)
 
 
 def fp32() -> Exact:
