@@ -159,17 +159,17 @@ class Campaign:
     Args:
         config: of all runs but for the seed.
         settings: strategies by name.
-        seeds: how many of each, from 0 on.
+        seeds: of each setting.
     """
 
     config: TrainConfig
     settings: Mapping[str, Strategy]
-    seeds: int
+    seeds: Sequence[int]
 
     @property
     def runs(self) -> list[Run]:
         """Every setting with the first seed, then with the next."""
-        return [(name, seed) for seed in range(self.seeds) for name in self.settings]
+        return [(name, seed) for seed in self.seeds for name in self.settings]
 
     def config_of(self, run: Run) -> TrainConfig:
         """The configuration with the run's seed."""

@@ -8,7 +8,7 @@ which is what DDP computes. Results are kept, run by run, under ``runs/convergen
 """
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
@@ -29,44 +29,43 @@ FOLDER = Path("runs/convergence")
 WORKERS = 4
 CONTROL = "ddp"
 
-LRS = (0.4, 0.7, 1.0, 1.4)
-"""Outer learning rates that are tried with momentum."""
-PLAIN_LRS = (1.0, 1.5, 2.0)
-"""Those that are tried without; 1 is averaging."""
-LR, STREAMING_LR = 0.7, 1.0
+MOMENTA = {0.0: (1.0, 1.5, 2.0), 0.5: (0.7, 1.0, 1.4), 0.9: (0.4, 0.7, 1.0)}
+"""Outer momenta that are tried, each with outer learning rates; 0 and 1 is averaging."""
+LR, MOMENTUM = 1.0, 0.5
 """The best ones, at which wires and delays are compared."""
 
 
-def _diloco(period: int, lr: float, momentum: float = 0.9, **axes: Any) -> Strategy:
+def _diloco(period: int, lr: float = LR, momentum: float = MOMENTUM, **axes: Any) -> Strategy:
     return replace(strategies.diloco(period, lr, momentum), **axes)
 
 
-def _streaming(period: int, lr: float, delay: int = 1, **axes: Any) -> Strategy:
-    strategy = strategies.streaming_diloco(period, delay=delay, outer_lr=lr)
+def _streaming(
+    period: int, lr: float = LR, momentum: float = MOMENTUM, delay: int = 1, **axes: Any
+) -> Strategy:
+    strategy = strategies.streaming_diloco(
+        period, delay=delay, outer_lr=lr, outer_momentum=momentum
+    )
     return replace(strategy, **{"wire": wire.fp32()} | axes)
 
 
 def _settings() -> dict[str, Strategy]:
     settings = {CONTROL: strategies.ddp()}
-    for period in (30, 100):
-        for lr in PLAIN_LRS:
-            settings[f"averaging-{period}-lr{lr}"] = _diloco(period, lr, momentum=0.0)
-        for lr in LRS:
-            settings[f"diloco-{period}-lr{lr}"] = _diloco(period, lr)
-            settings[f"streaming-{period}-lr{lr}"] = _streaming(period, lr)
-        settings[f"diloco-{period}-lr1.0-momentum0.5"] = _diloco(period, 1.0, momentum=0.5)
+    for period in (10, 30, 100):
+        for momentum, lr in ((m, lr) for m, lrs in MOMENTA.items() for lr in lrs):
+            outer = f"{period}-lr{lr}-m{momentum}"
+            settings[f"diloco-{outer}"] = _diloco(period, lr, momentum)
+            settings[f"streaming-{outer}"] = _streaming(period, lr, momentum)
+        settings[f"streaming-{period}-fp4"] = _streaming(period, wire=wire.fp4())
     for delay in (0, 3, 5):
-        settings[f"streaming-30-delay{delay}"] = _streaming(30, STREAMING_LR, delay)
+        settings[f"streaming-30-delay{delay}"] = _streaming(30, delay=delay)
     for name in ("int8", "int4", "fp4", "sign"):
         bare = getattr(wire, name)()
-        settings[f"diloco-30-{name}"] = _diloco(30, LR, wire=bare)
-        settings[f"diloco-30-{name}-feedback"] = _diloco(30, LR, wire=wire.error_feedback(bare))
-    for lr in PLAIN_LRS:
+        settings[f"diloco-30-{name}"] = _diloco(30, wire=bare)
+        settings[f"diloco-30-{name}-feedback"] = _diloco(30, wire=wire.error_feedback(bare))
+    for lr in (1.0, 1.5, 2.0):
         settings[f"sparse-30-lr{lr}"] = strategies.sparse_loco(30, outer_lr=lr)
     forgetful = replace(strategies.sparse_loco(30, outer_lr=2.0), wire=wire.top_k())
     settings["sparse-30-lr2.0-no-feedback"] = forgetful
-    for period in (30, 100):
-        settings[f"streaming-{period}-fp4"] = _streaming(period, STREAMING_LR, wire=wire.fp4())
     return settings
 
 
@@ -77,8 +76,8 @@ def summarize(campaign: Campaign, results: Mapping[Run, Result]) -> dict[str, di
     """Over seeds: losses, penalties in percent of the control's loss of the same seed, bytes."""
     rows = {}
     for name in campaign.settings:
-        own = [results[name, seed] for seed in range(campaign.seeds)]
-        control = [results[CONTROL, seed] for seed in range(campaign.seeds)]
+        own = [results[name, seed] for seed in campaign.seeds]
+        control = [results[CONTROL, seed] for seed in campaign.seeds]
         rows[name] = {
             "strategy": campaign.settings[name].fingerprint,
             "losses": [result.loss for result in own],
@@ -98,7 +97,7 @@ def table(campaign: Campaign, rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         f"Model `{config.model}`, {config.workers} workers, {config.steps} steps of "
         f"{config.batch_size} x {config.sequence_length} bytes each ({tokens / 1e6:.2f} M tokens "
-        f"in all), AdamW, peak learning rate {config.lr:g}, {campaign.seeds} seeds. Loss is held "
+        f"in all), AdamW, peak learning rate {config.lr:g}, {_said(campaign.seeds)}. Loss is held "
         "out, in nats a byte, with its standard deviation over seeds; the penalty is against DDP "
         "of the same seed, mean (least..greatest).",
         "",
@@ -117,6 +116,10 @@ def table(campaign: Campaign, rows: Mapping[str, Mapping[str, Any]]) -> str:
     if len(sources) > 1:
         lines += ["", f"The runs are of {len(sources)} states of the source."]
     return "\n".join(lines) + "\n"
+
+
+def _said(seeds: Sequence[int]) -> str:
+    return f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
 
 
 def plot(campaign: Campaign, rows: Mapping[str, Mapping[str, Any]], to: Path) -> None:
@@ -161,6 +164,9 @@ def main(
     lr: Annotated[float, typer.Option(help="Peak learning rate of the inner optimizer.")] = 3e-3,
     settings: Annotated[str, typer.Option(help="Names, or patterns such as 'diloco-*'.")] = "*",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting.")] = 3,
+    first_seed: Annotated[
+        int, typer.Option(min=0, help="The first seed; tune on others than those reported.")
+    ] = 0,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, a core each.")] = 2,
     resume: Annotated[bool, typer.Option(help="Take results that are there already.")] = False,
     record: Annotated[bool, typer.Option(help="Write a record under benchmarks/records.")] = True,
@@ -170,7 +176,7 @@ def main(
     config = make_config(
         model=model, steps=steps, lr=lr, workers=WORKERS, batch_size=batch_size, eval_sequences=512
     )
-    campaign = Campaign(config, choose(settings), seeds)
+    campaign = Campaign(config, choose(settings), range(first_seed, first_seed + seeds))
     results = campaign.train(Cache(FOLDER / "results.jsonl"), jobs, resume)
     rows = summarize(campaign, results)
     text = table(campaign, rows)

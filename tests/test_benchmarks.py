@@ -58,7 +58,7 @@ def test_a_run_of_threads_is_repeated_bit_for_bit() -> None:
 
 
 def campaign(seeds: int = 2) -> Campaign:
-    return Campaign(CONFIG, SETTINGS, seeds)
+    return Campaign(CONFIG, SETTINGS, range(seeds))
 
 
 def results(of: Campaign) -> list[Result]:
@@ -78,7 +78,7 @@ def test_a_campaign_takes_from_its_cache_what_is_there(tmp_path: Path) -> None:
 
 
 def test_runs_that_differ_have_different_keys() -> None:
-    slower = Campaign(CONFIG.model_copy(update={"lr": 1e-3}), SETTINGS, 2)
+    slower = Campaign(CONFIG.model_copy(update={"lr": 1e-3}), SETTINGS, range(2))
     keys = [of.key(run) for of in (campaign(), slower) for run in of.runs]
     assert len(set(keys)) == 8
 
