@@ -48,12 +48,23 @@ class Worker:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, windows: Windows, count: int) -> float:
-    """Mean loss in nats a byte over evenly spaced held-out windows, the same for every model."""
+def held_out_loss(
+    model: nn.Module, windows: Windows, count: int, part: int = 0, parts: int = 1
+) -> float:
+    """Mean loss in nats a byte over evenly spaced held-out windows, the same for every model.
+
+    Args:
+        model: what is asked.
+        windows: of the data.
+        count: how many, at most.
+        part: of ``parts`` into which they are dealt; the mean is over this one.
+        parts: number of parts.
+    """
     held_out = windows.held_out
     chosen = held_out[np.linspace(0, len(held_out) - 1, min(count, len(held_out))).astype(int)]
+    chosen = chosen[part::parts]
     losses: list[Tensor] = []
-    for part in np.array_split(chosen, max(1, len(chosen) // 32)):
-        inputs, targets = windows.batch(part)
-        losses.append(cross_entropy(model, inputs, targets).double() * len(part))
+    for some in np.array_split(chosen, max(1, len(chosen) // 32)):
+        inputs, targets = windows.batch(some)
+        losses.append(cross_entropy(model, inputs, targets).double() * len(some))
     return float(sum(losses)) / len(chosen)
