@@ -1,7 +1,9 @@
 """Configuration of the documentation."""
 
 import re
+import sys
 from importlib.metadata import version as installed
+from pathlib import Path
 
 from sphinx.application import Sphinx
 
@@ -9,6 +11,9 @@ project = "postlocal"
 copyright = "2026, the postlocal authors"
 author = "the postlocal authors"
 release = version = installed("postlocal")
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))  # `benchmarks` is not part of the package
 
 extensions = [
     "myst_parser",
@@ -50,6 +55,18 @@ def index_arguments(
         lines += ["", ".. index::", *entries, ""]
 
 
+def write_records(app: Sphinx) -> None:
+    """Put the newest records on a page."""
+    from benchmarks.measure import RECORDS
+    from benchmarks.page import render
+
+    page = DOCS / "records.md"
+    text = render(RECORDS, page)
+    if not page.exists() or page.read_text() != text:
+        page.write_text(text)
+
+
 def setup(app: Sphinx) -> None:
     """Sphinx calls this. The index is made before napoleon rewrites the arguments."""
+    app.connect("builder-inited", write_records)
     app.connect("autodoc-process-docstring", index_arguments, priority=100)
