@@ -17,6 +17,11 @@ _LIGHTHOUSE_PORT = 29510
 _STORE_PORT = 29600
 
 
+def _environment() -> dict[str, str]:
+    # It says what it does ten times a second.
+    return {"RUST_LOG": "warn", **rank_environment()}
+
+
 @contextmanager
 def lighthouse(host: Host, replicas: int) -> Iterator[str]:
     """Address of a lighthouse that is there in the ``with`` block.
@@ -29,7 +34,7 @@ def lighthouse(host: Host, replicas: int) -> Iterator[str]:
         str(Path(sys.executable).parent / "torchft_lighthouse"),
         "--bind", f"[::]:{_LIGHTHOUSE_PORT}", "--min_replicas", str(replicas),
         "--quorum_tick_ms", "100", "--join_timeout_ms", "10000",
-        environment=rank_environment(),
+        environment=_environment(),
     )  # fmt: skip
     try:
         yield f"http://{host.address}:{_LIGHTHOUSE_PORT}"
@@ -60,7 +65,7 @@ def torchrun_apart(
             # A group's store is where others find it, so that it listens at the host's address.
             "--master-addr", host.address, "--master-port", str(_STORE_PORT),
             "--no-python", *command,
-            environment={**rank_environment(), **groups, "REPLICA_GROUP_ID": str(index)},
+            environment={**_environment(), **groups, "REPLICA_GROUP_ID": str(index)},
             output=output,
         )
         for index, (host, output) in enumerate(

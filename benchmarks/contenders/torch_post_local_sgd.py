@@ -21,6 +21,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import (
 )
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.algorithms.model_averaging.utils import average_parameters
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.contenders.training import Training
 from benchmarks.training import Worker
@@ -33,18 +34,22 @@ def post_local_sgd(period: int) -> Callable[[TrainConfig, int], Training]:
     """A maker of training that averages parameters once a period."""
 
     def make(config: TrainConfig, rank: int) -> Training:
-        from torch.distributed.optim import PostLocalSGDOptimizer
+        from torch.distributed.optim import PostLocalSGDOptimizer  # warns when it is imported
 
-        worker = Worker(config, [rank], distributed=True)
-        subgroup, groups = dist.new_subgroups(group_size=1)
-        state = PostLocalSGDState(process_group=None, subgroup=subgroup, start_localSGD_iter=WARMUP)
-        worker.model.register_comm_hook(state, post_localSGD_hook)  # type: ignore[operator]
+        worker = Worker(config, [rank])
+        model = DistributedDataParallel(worker.model)
+        subgroup, _ = dist.new_subgroups(group_size=1)  # type: ignore[no-untyped-call]
+        state = PostLocalSGDState(  # type: ignore[no-untyped-call]
+            process_group=None, subgroup=subgroup, start_localSGD_iter=WARMUP
+        )
+        model.register_comm_hook(state, post_localSGD_hook)
         averager = PeriodicModelAverager(period=period, warmup_steps=WARMUP)
+        worker.model = model
         worker.optimizer = PostLocalSGDOptimizer(optim=worker.optimizer, averager=averager)
         return Training(
             worker,
             agrees=lambda steps: steps <= WARMUP or (steps - WARMUP) % period == 1,
-            finish=lambda: average_parameters(iter(worker.model.parameters()), dist.group.WORLD),
+            finish=lambda: average_parameters(iter(model.parameters()), averager.process_group),
             close=lambda: dist.destroy_process_group(subgroup),
         )
 

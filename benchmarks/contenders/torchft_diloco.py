@@ -8,6 +8,7 @@ that needs Triton, and is left out without a word where it is missing.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def diloco(
-    period: int, fragments: int = 1, delay: int = 0, local_share: float = 0.0
+    period: int, fragments: int = 1, delay: int = 0
 ) -> Callable[[TrainConfig, int], Training]:
     """A maker of training with an outer optimizer.
 
@@ -33,7 +34,6 @@ def diloco(
         period: steps between two synchronizations of a parameter.
         fragments: number of parts that are synchronized on their own, one after the other.
         delay: steps from sending a fragment to waiting for it.
-        local_share: of a parameter that is kept when the agreed value comes in.
     """
 
     def make(config: TrainConfig, rank: int) -> Training:
@@ -50,7 +50,6 @@ def diloco(
             [SGD(part.parameters(), lr=0.7, momentum=0.9, nesterov=True) for part in parts],
             sync_every=period,
             fragment_sync_delay=delay,
-            fragment_update_alpha=local_share,
         )
         blocks.enter_context(outer)
         return Training(
@@ -70,7 +69,7 @@ def _split(model: nn.Module, count: int) -> Sequence[nn.Module]:
     assert isinstance(model, Transformer)
     layers = [model.embedding, *model.blocks, model.norm, model.head]
     bounds = [len(layers) * part // count for part in range(count + 1)]
-    return [nn.ModuleList(layers[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [nn.ModuleList(layers[a:b]) for a, b in pairwise(bounds)]
 
 
 @contextmanager
