@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -96,10 +96,6 @@ def torchrun(
         ranks_a_host: number of ranks on each.
         outputs: a file for each host's output.
     """
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    # Nobody resolves names there, and each connection says so.
-    quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, **quiet, "PATH": path}
     return [
         host.run(
             sys.executable, "-m", "torch.distributed.run",
@@ -109,10 +105,18 @@ def torchrun(
             # All hosts have the machine's name, so that they can be told apart by address only.
             "--local-addr", host.address,
             "--no-python", *command,
-            environment=environment, output=output,
+            environment=rank_environment(), output=output,
         )
         for host, output in zip(hosts, outputs or [None] * len(hosts), strict=True)
     ]  # fmt: skip
+
+
+def rank_environment() -> dict[str, str]:
+    """Variables of what runs on hosts."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # Nobody resolves names there, and each connection says so.
+    quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
+    return {"OMP_NUM_THREADS": "1", **os.environ, **quiet, "PATH": path}
 
 
 def wait(processes: Sequence[subprocess.Popen[str]], grace: float) -> list[int | None]:
@@ -130,13 +134,27 @@ def wait(processes: Sequence[subprocess.Popen[str]], grace: float) -> list[int |
 def run(
     hosts: Sequence[Host], command: Sequence[str], ranks_a_host: int, grace: float
 ) -> list[int | None]:
-    """Exit codes of ``torchrun`` on every host, as `wait` gives them.
+    """Exit codes of ``torchrun`` on every host, as `follow` gives them."""
+    return follow(hosts, lambda outputs: torchrun(hosts, command, ranks_a_host, outputs), grace)
+
+
+def follow(
+    hosts: Sequence[Host],
+    start: Callable[[list[IO[str] | None]], list[subprocess.Popen[str]]],
+    grace: float,
+) -> list[int | None]:
+    """Exit codes of a process on every host, as `wait` gives them.
 
     What host 0 says is shown at once, and the last that others said if they fail.
+
+    Args:
+        hosts: where.
+        start: starts them, given a file for each one's output.
+        grace: seconds for others after one has failed.
     """
     with ExitStack() as files:
         others = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in hosts[1:]]
-        codes = wait(torchrun(hosts, command, ranks_a_host, [None, *others]), grace)
+        codes = wait(start([None, *others]), grace)
         for host, code, output in zip(hosts[1:], codes[1:], others, strict=True):
             if code != 0:
                 output.seek(0)

@@ -2,7 +2,14 @@
 
 from collections.abc import Mapping
 
-from benchmarks.contenders import plain
+from benchmarks.contenders import (
+    accelerate_local_sgd,
+    plain,
+    torch_hooks,
+    torch_post_local_sgd,
+    torchft_diloco,
+    torchft_local_sgd,
+)
 from benchmarks.contenders.ours import ours
 from benchmarks.contenders.training import Contender, Training
 from postlocal import strategies
@@ -26,6 +33,27 @@ CONTENDERS: Mapping[str, Contender] = {
     ),
     "streaming 4 fp4, postlocal": Contender(
         ours(strategies.streaming_diloco(4, outer_lr=1.0, outer_momentum=0.5)), 4, settling=8
+    ),
+    "post-local SGD 8, torch": Contender(torch_post_local_sgd.post_local_sgd(PERIOD), PERIOD),
+    "DDP fp16, torch": Contender(torch_hooks.fp16, settling=3),
+    "DDP PowerSGD, torch": Contender(
+        torch_hooks.power_sgd(matrix_rank=1), settling=torch_hooks.POWER_SGD_START + 2
+    ),
+    "LocalSGD 8, accelerate": Contender(
+        accelerate_local_sgd.local_sgd(PERIOD), PERIOD, package="accelerate"
+    ),
+    "LocalSGD 8, torchft": Contender(
+        torchft_local_sgd.local_sgd(PERIOD), PERIOD, settling=PERIOD, package="torchft", apart=True
+    ),
+    "DiLoCo 8, torchft": Contender(
+        torchft_diloco.diloco(PERIOD), PERIOD, settling=PERIOD, package="torchft", apart=True
+    ),
+    "streaming DiLoCo 8, torchft": Contender(
+        torchft_diloco.diloco(PERIOD, fragments=2, delay=1),
+        PERIOD,
+        settling=2 * PERIOD,
+        package="torchft",
+        apart=True,
     ),
 }
 """By name."""
