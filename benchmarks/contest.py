@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import typer
 
-from benchmarks.contenders import CONTENDERS, Contender
+from benchmarks.contenders import Contender, named
 from benchmarks.hosts import DEVICE
 from benchmarks.network import traffic
 from benchmarks.training import held_out_loss
@@ -73,7 +73,7 @@ def stretch_of(contender: Contender) -> int:
 
 def time_stretch(name: str, index: int, config: TrainConfig, rank: int) -> Report:
     """Time some steps, after those that a contender needs until its costs repeat."""
-    contender = CONTENDERS[name]
+    contender = named(name)
     training = contender.make(config, rank)
     first, steps = contender.settling, stretch_of(contender)
     for step in range(first):
@@ -88,7 +88,9 @@ def time_stretch(name: str, index: int, config: TrainConfig, rank: int) -> Repor
 
 def run_whole(name: str, config: TrainConfig, rank: int, evaluations: int) -> Report:
     """Train to the end, and evaluate on the way when replicas agree."""
-    training = CONTENDERS[name].make(config, rank)
+    contender = named(name)
+    config = config.model_copy(update={"steps": round(config.steps * contender.length)})
+    training = contender.make(config, rank)
     windows, _ = open_data(config, rank, config.workers)
 
     def evaluate() -> float:

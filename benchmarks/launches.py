@@ -1,0 +1,114 @@
+"""Contests on an emulated cluster, kept on disk once they are run."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks import cluster
+from benchmarks.apart import run_apart
+from benchmarks.contenders import ALONE, named
+from benchmarks.contest import Report
+from benchmarks.hosts import Host
+from benchmarks.standings import merged
+from postlocal.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Training on all hosts of a cluster of its own.
+
+    Args:
+        names: of contenders, one after the other.
+        config: of the training; it has a rank for each worker, on a host of its own.
+        rate: of each host's link, up and down; None: as fast as the machine is.
+        rounds: of timed stretches; 0: whole runs.
+        evaluations: in a whole run.
+    """
+
+    names: tuple[str, ...]
+    config: TrainConfig
+    rate: str | None = None
+    rounds: int = 0
+    evaluations: int = 20
+
+    @property
+    def key(self) -> str:
+        """All that decides what comes out."""
+        fields = asdict(self) | {"config": self.config.model_dump(mode="json")}
+        return json.dumps(fields, sort_keys=True)
+
+    def run(self) -> list[Report]:
+        """What came out, of all ranks together.
+
+        Raises:
+            RuntimeError: if a rank failed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            command = [
+                "python", "-m", "benchmarks.contest",
+                "--names", json.dumps(self.names), "--config", self.config.model_dump_json(),
+                "--out", folder, "--rounds", str(self.rounds),
+                "--evaluations", str(self.evaluations),
+            ]  # fmt: skip
+            with cluster.cluster(self.config.workers, self.rate, self.rate) as hosts:
+                if any(code != 0 for code in self._start(hosts, command)):
+                    raise RuntimeError(f"{', '.join(self.names)}: a host failed, as said above")
+            ranks = [_read(Path(folder) / f"{rank}.jsonl") for rank in range(self.config.workers)]
+        return [merged(reports) for reports in zip(*ranks, strict=True)]
+
+    def _start(self, hosts: Sequence[Host], command: Sequence[str]) -> list[int | None]:
+        if any(named(name).apart for name in self.names):
+            return run_apart(hosts, command, grace=30)
+        return cluster.run(hosts, command, ranks_a_host=1, grace=30)
+
+
+def together(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Which contenders one launch can have; the one without communication is in each."""
+    parts = [
+        [name for name in names if name != ALONE and named(name).apart == apart]
+        for apart in (False, True)
+    ]
+    return [(ALONE, *part) for part in parts if part]
+
+
+class Results:
+    """Reports on disk, a launch a line.
+
+    Args:
+        path: the file.
+        resume: whether to take what is there already.
+        console: where to say what is under way.
+    """
+
+    def __init__(self, path: Path, resume: bool, console: Console) -> None:
+        self._path = path
+        self._console = console
+        self._known: dict[str, list[Report]] = {}
+        if resume and path.exists():
+            for row in map(json.loads, path.read_text().splitlines()):
+                self._known[row["key"]] = [Report(**report) for report in row["reports"]]
+
+    def of(self, launch: Launch) -> list[Report]:
+        """What came out of a launch, which is run unless that is known."""
+        if launch.key not in self._known:
+            what = "whole run" if launch.rounds == 0 else f"{launch.rounds} rounds"
+            where = launch.rate or "no limit"
+            with self._console.status(f"{where}, {what}: {' | '.join(launch.names)}"):
+                self.keep(launch, launch.run())
+        return self._known[launch.key]
+
+    def keep(self, launch: Launch, reports: list[Report]) -> None:
+        """Know what came out of a launch from here on."""
+        self._known[launch.key] = reports
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        row = {"key": launch.key, "reports": [asdict(report) for report in reports]}
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _read(path: Path) -> list[Report]:
+    return [Report(**json.loads(line)) for line in path.read_text().splitlines()]

@@ -1,0 +1,163 @@
+"""What the planner says of a step, beside what the step takes.
+
+    python -m benchmarks.planned
+
+Models train on four hosts of an emulated cluster, under several strategies and at several rates.
+The planner is given the number of parameters, the rate of the links and the time that a step takes
+without communication, measured in the same rounds; nothing is fitted. Needs root and iproute2.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib as mpl
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from benchmarks.contenders import ALONE, PLANNED
+from benchmarks.hosts import bits
+from benchmarks.launches import Launch, Results
+from benchmarks.measure import write_record
+from benchmarks.network import missing
+from benchmarks.standings import Pace, paces
+from postlocal.planning import Cluster, Job, Link, plan
+from postlocal.train import make_config
+from postlocal.train.model import SIZES, Transformer
+
+HOSTS = 4
+FOLDER = Path("runs/planned")
+PLACES: Mapping[str, Sequence[str]] = {
+    "tiny": ("100mbit", "25mbit"),
+    "small": ("100mbit", "25mbit"),
+}
+"""Rates at which each size is trained."""
+STEPS = 960
+"""That the planner rolls out: many rounds of each strategy."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One strategy on one network.
+
+    Attributes:
+        strategy: its name.
+        model: size of the model.
+        rate: of each host's link.
+        planned: seconds a step.
+        measured: seconds a step, the median of rounds.
+        least: measured in the fastest round.
+        most: measured in the slowest one.
+    """
+
+    strategy: str
+    model: str
+    rate: str
+    planned: float
+    measured: float
+    least: float
+    most: float
+
+    @property
+    def error(self) -> float:
+        """How far the plan is off, as a share of what was measured; above 0 if too slow."""
+        return self.planned / self.measured - 1
+
+
+def predict(name: str, model: str, rate: str, alone: float) -> float:
+    """Seconds a step by the planner, from seconds that it computes."""
+    job = Job(Transformer(SIZES[model]), step=alone, steps=STEPS)
+    hosts = Cluster(HOSTS, {"world": Link(bandwidth=bits(rate))})
+    return plan(PLANNED[name], job, hosts).seconds_a_step
+
+
+def compare(model: str, rate: str, measured: Mapping[str, Pace]) -> list[Prediction]:
+    """The strategies of one launch."""
+    alone = statistics.median(measured[ALONE].seconds)
+    return [
+        Prediction(
+            name, model, rate, predict(name, model, rate, alone),
+            pace.median, min(pace.seconds), max(pace.seconds),
+        )
+        for name, pace in measured.items()
+        if name != ALONE
+    ]  # fmt: skip
+
+
+def table(predictions: Sequence[Prediction], rounds: int) -> str:
+    """In Markdown, with the median and the worst error."""
+    errors = [abs(each.error) for each in predictions]
+    lines = [
+        f"Seconds a step on {HOSTS} hosts of one rank; measured: median (least..greatest) of "
+        f"{rounds} rounds. Over {len(errors)} combinations the plan is off by "
+        f"{100 * statistics.median(errors):.1f} % (median) and {100 * max(errors):.1f} % (worst).",
+        "",
+        "| strategy | model | rate | planned | measured | off by, % |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {each.strategy} | {each.model} | {each.rate} | {each.planned:.3f} "
+        f"| {each.measured:.3f} ({each.least:.3f}..{each.most:.3f}) | {100 * each.error:+.1f} |"
+        for each in predictions
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(predictions: Sequence[Prediction], to: Path) -> None:
+    """Draw planned against measured seconds."""
+    mpl.use("Agg", force=False)
+    figure = Figure(figsize=(6, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for index, name in enumerate(PLANNED):
+        own = [each for each in predictions if each.strategy == name]
+        axes.plot(
+            [each.measured for each in own], [each.planned for each in own], "os^Dv"[index % 5],
+            label=name,
+        )  # fmt: skip
+    ends = [min(each.measured for each in predictions), max(each.measured for each in predictions)]
+    axes.plot(ends, ends, color="grey", linewidth=1)
+    axes.fill_between(
+        ends, [0.75 * end for end in ends], [1.25 * end for end in ends],
+        color="grey", alpha=0.15, label="within 25 %",
+    )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="measured, s a step", ylabel="planned, s a step")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(to, dpi=110)
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="Timed stretches of each.")] = 3,
+    resume: Annotated[bool, typer.Option(help="Take results that are there already.")] = False,
+    record: Annotated[bool, typer.Option(help="Write a record under benchmarks/records.")] = True,
+) -> None:
+    """Compare planned with measured times of a step."""
+    console = Console()
+    if reason := missing():
+        console.print(f"Skipped: {reason}")
+        return
+    results = Results(FOLDER / "results.jsonl", resume, console)
+    predictions: list[Prediction] = []
+    for model, rates in PLACES.items():
+        config = make_config(model=model, steps=STEPS, batch_size=4, workers=HOSTS)
+        for rate in rates:
+            launch = Launch((ALONE, *PLANNED), config, rate, rounds)
+            predictions += compare(model, rate, paces(results.of(launch)))
+    text = table(predictions, rounds)
+    console.print(text, markup=False, soft_wrap=True)
+    draw = partial(plot, predictions)
+    draw(FOLDER / "planned.png")
+    if record:
+        rows = [asdict(each) | {"error": each.error} for each in predictions]
+        path = write_record("planned", "Planned and measured steps", {"predictions": rows}, text)
+        draw(path.with_suffix(".png"))
+        console.print(f"Record: {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

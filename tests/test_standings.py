@@ -1,0 +1,135 @@
+"""What the reports of a contest come to."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from benchmarks import time_to_loss
+from benchmarks.contenders import ALONE, CONTENDERS, DDP, PLANNED, named
+from benchmarks.contest import Report, stretch_of
+from benchmarks.launches import Launch, Results, together
+from benchmarks.planned import Prediction, predict
+from benchmarks.planned import table as planned_table
+from benchmarks.scoreboard import Scores, plot, table
+from benchmarks.standings import Pace, arrival, crossing, merged, paces
+from rich.console import Console
+
+from postlocal.train import make_config
+from postlocal.train.model import SIZES, Transformer
+
+OURS = "local_sgd 8, postlocal"
+
+
+def curve(name: str, *losses: tuple[int, float, float]) -> Report:
+    return Report(name, 0, losses[-1][1], losses[-1][0], 1000, list(losses))
+
+
+def stretch(name: str, index: int, seconds: float) -> Report:
+    return Report(name, index, seconds, 10, 1000)
+
+
+def test_the_slowest_rank_tells_the_time_and_all_of_them_the_loss() -> None:
+    ranks = [curve(DDP, (10, 2.0, 3.0)), curve(DDP, (10, 2.5, 1.0))]
+    together_ = merged(ranks)
+    assert together_.seconds == 2.5
+    assert together_.losses == [(10, 2.5, 2.0)]
+
+
+def test_a_share_of_computing_is_taken_within_each_round() -> None:
+    reports = [stretch(ALONE, 0, 1.0), stretch(DDP, 0, 2.0), stretch(DDP, 1, 8.0)]
+    measured = paces([*reports, stretch(ALONE, 1, 2.0)])
+    assert measured[DDP].computing == (0.5, 0.25)
+    assert measured[DDP].median == pytest.approx(0.5)
+    assert measured[DDP].bytes_up == 100
+
+
+POINTS = [(10, 1.0, 3.0), (20, 2.0, 2.0), (30, 3.0, 2.5), (40, 4.0, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("target", "steps"), [(3.5, 10), (3.0, 10), (2.5, 15), (2.0, 20), (1.75, 35), (0.5, None)]
+)
+def test_the_first_time_that_a_loss_comes_down_to_the_target_counts(
+    target: float, steps: float | None
+) -> None:
+    crossed = crossing(POINTS, target)
+    assert (crossed and crossed[0]) == steps
+
+
+def test_an_arrival_is_composed_unless_the_run_was_made() -> None:
+    pace = Pace(seconds=(0.5, 0.5), alone=(0.4, 0.4), bytes_up=1)
+    composed = arrival(curve(OURS, *POINTS), pace, None, target=2.0)
+    assert composed is not None
+    assert (composed.steps, composed.seconds, composed.composed) == (20, 10.0, True)
+    run = arrival(curve(OURS, *POINTS), pace, curve(OURS, (20, 9.0, 2.0)), target=2.0)
+    assert run is not None
+    assert (run.seconds, run.composed) == (9.0, False)
+
+
+def scores(losses: tuple[float, float]) -> Scores:
+    of = Scores(seeds=[0, 1])
+    alone = (0.1, 0.1)
+    of.paces["10mbit"] = {
+        ALONE: Pace(alone, alone, 0),
+        DDP: Pace((1.0, 1.0), alone, 2e6),
+        OURS: Pace((0.2, 0.2), alone, 1e6),
+    }
+    for seed, loss in zip(of.seeds, losses, strict=True):
+        of.curves[DDP, seed] = curve(DDP, (50, 5.0, 3.0), (100, 10.0, 2.0))
+        of.curves[OURS, seed] = curve(OURS, (100, 5.0, 3.0), (200, 10.0, loss))
+    return of
+
+
+def test_time_to_the_loss_is_compared_seed_by_seed() -> None:
+    row = scores((2.0, 1.0)).row(OURS, "10mbit")
+    assert row["steps"] == (175, 150, 200)
+    assert row["sooner_than_ddp"] == pytest.approx(((100 / 40 + 100 / 30) / 2, 2.5, 100 / 30))
+    assert row["over_its_limit"] == pytest.approx((2, 2, 2))
+    assert row["computing"] == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_who_does_not_come_to_the_loss_has_no_time(tmp_path: Path) -> None:
+    of = scores((2.0, 2.5))
+    assert "seconds" not in of.row(OURS, "10mbit")
+    assert "not reached by 1 of 2" in table(of)
+    plot(of, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_peers_that_need_a_lighthouse_have_a_launch_of_their_own() -> None:
+    for names in together(list(CONTENDERS)):
+        assert names[0] == ALONE
+        assert len({named(name).apart for name in names[1:]}) == 1
+
+
+def test_stretches_are_whole_periods() -> None:
+    for contender in [*CONTENDERS.values(), *map(named, PLANNED)]:
+        assert stretch_of(contender) % contender.period == 0
+
+
+def test_results_that_are_known_are_not_run_again(tmp_path: Path) -> None:
+    launch = Launch((ALONE,), make_config(steps=1), "10mbit")
+    path, console = tmp_path / "new" / "results.jsonl", Console(quiet=True)
+    known = [curve(ALONE, (1, 1.0, 2.0))]
+    Results(path, resume=False, console=console).keep(launch, known)
+    again = Results(path, resume=True, console=console).of(launch)
+    assert [(r.contender, list(map(tuple, r.losses))) for r in again] == [(ALONE, [(1, 1.0, 2.0)])]
+
+
+def test_contenders_are_chosen_by_pattern() -> None:
+    assert time_to_loss.choose("local_sgd*") == [ALONE, DDP, OURS]
+    with pytest.raises(typer.BadParameter, match="'slow' is none of"):
+        time_to_loss.choose("slow")
+
+
+def test_the_plan_of_ddp_is_its_bytes_over_the_rate_beside_what_hides() -> None:
+    parameters = sum(map(torch.numel, Transformer(SIZES["tiny"]).parameters()))
+    seconds = predict("ddp", "tiny", "10mbit", alone=0.3)
+    travelling = 8 * 2 * 3 / 4 * 4 * parameters / 10e6
+    assert seconds == pytest.approx(0.3 + travelling - 0.2, rel=0.01)
+
+
+def test_errors_of_plans_are_told_as_median_and_worst() -> None:
+    predictions = [Prediction("ddp", "tiny", "10mbit", p, 1.0, 0.9, 1.1) for p in (1.1, 0.8, 1.0)]
+    assert "off by 10.0 % (median) and 20.0 % (worst)" in planned_table(predictions, rounds=3)
