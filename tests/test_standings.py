@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from benchmarks import time_to_loss
+from benchmarks import network, time_to_loss
 from benchmarks.contenders import ALONE, CONTENDERS, DDP, PLANNED, named
 from benchmarks.contest import Report, stretch_of
 from benchmarks.launches import Launch, Results, together
@@ -133,3 +133,17 @@ def test_the_plan_of_ddp_is_its_bytes_over_the_rate_beside_what_hides() -> None:
 def test_errors_of_plans_are_told_as_median_and_worst() -> None:
     predictions = [Prediction("ddp", "tiny", "10mbit", p, 1.0, 0.9, 1.1) for p in (1.1, 0.8, 1.0)]
     assert "off by 10.0 % (median) and 20.0 % (worst)" in planned_table(predictions, rounds=3)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(method="signal")
+@pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
+def test_a_slow_link_slows_down_who_sends_much_and_changes_no_loss() -> None:
+    config = make_config(model="tiny", workers=2, steps=4, batch_size=1, eval_sequences=8)
+    stretches = Launch((ALONE, DDP), config, "20mbit", rounds=1).run()
+    measured = paces(stretches)
+    assert measured[DDP].median > 8 * 3.4e6 / 20e6 > measured[ALONE].median
+    slow, fast = (Launch((DDP,), config, rate, evaluations=2).run()[0] for rate in ("50mbit", None))
+    assert [steps for steps, _, _ in slow.losses] == [2, 4]
+    assert [loss for *_, loss in slow.losses] == [loss for *_, loss in fast.losses]
+    assert slow.losses[0][2] > slow.losses[1][2]
