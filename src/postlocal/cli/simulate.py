@@ -154,7 +154,7 @@ class _Answer:
 
     def give(self, as_json: bool, plot: Path | None) -> None:
         if plot is not None:
-            draw_sweep(self.results, plot)
+            draw_sweep({"": self.results}, plot)
         if as_json:
             typer.echo(json.dumps([self._values(each) for _, each in self.results], indent=1))
             return

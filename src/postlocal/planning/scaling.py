@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from postlocal.planning.fleet import Fleet
@@ -50,32 +51,29 @@ def sweep(
             yield label, simulate(strategy, job, smaller, seed)
 
 
-def draw_sweep(results: Sequence[tuple[str, Simulated]], to: Path) -> None:
+def draw_sweep(panels: Mapping[str, Sequence[tuple[str, Simulated]]], to: Path) -> None:
     """Draw efficiency over the number of replicas, a line for each label.
 
     Args:
-        results: what `sweep` gives.
+        panels: title -> what `sweep` gives, drawn side by side.
         to: the PNG file.
     """
     mpl.use("Agg", force=False)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    markers = iter("osv^D<>Pph*X" * len(results))
+    figure = Figure(figsize=(3.5 + 4.5 * len(panels), 4.5), layout="constrained")
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, results) in zip(row, panels.items(), strict=True):
+        _draw(axes, results)
+        axes.set(title=title, xscale="log", xlabel="replicas", ylim=(0, 101))
+        axes.grid(alpha=0.3)
+    row[0].set_ylabel("efficiency: useful steps a second,\nof those of as many replicas alone (%)")
+    row[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(to, dpi=100)
+
+
+def _draw(axes: Axes, results: Sequence[tuple[str, Simulated]]) -> None:
+    markers = cycle("osv^D<>Pph*X")
     for label, group in groupby(results, key=lambda pair: pair[0]):
         done = [each for _, each in group]
-        axes.plot(
-            [each.replicas for each in done],
-            [100 * each.efficiency for each in done],
-            marker=next(markers),
-            markersize=4,
-            label=label,
-        )
-    axes.set(
-        xscale="log",
-        xlabel="replicas",
-        ylabel="efficiency: useful steps a second,\nof those of as many replicas alone (%)",
-        ylim=(0, 101),
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(to, dpi=100)
+        replicas = [each.replicas for each in done]
+        shares = [100 * each.efficiency for each in done]
+        axes.plot(replicas, shares, marker=next(markers), markersize=4, label=label)
