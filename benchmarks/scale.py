@@ -2,7 +2,8 @@
 
     python -m benchmarks.scale
 
-Nothing is trained; `postlocal.planning.simulate` follows each fleet. ``docs/scale.md`` has the model.
+Nothing is trained; `postlocal.planning.simulate` follows each fleet by the model in
+``docs/scale.md``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,18 +34,17 @@ from postlocal.planning import (
 Results = Sequence[tuple[str, Simulated]]
 
 HOUR, DAY = 3600.0, 86_400.0
-PARAMETERS, STEPS = 10**9, 2000
 # 419 unexpected interruptions in 54 days of 16,384 GPUs (Llama 3, arXiv 2407.21783, Section 3.3.4).
 GPU_APART = 16_384 * 54 * DAY / 419
 
 
-def chosen(narrowed: Callable[[wire.Wire], wire.Wire]) -> Mapping[str, Strategy]:
-    """The strategies, with wires for a fleet."""
+def chosen(steps: int, narrowed: Callable[[wire.Wire], wire.Wire]) -> Mapping[str, Strategy]:
+    """The strategies, with wires for a fleet; a warm-up takes three tenths of the steps."""
     bf16 = narrowed(wire.bf16())
     streaming = strategies.streaming_diloco(period=100, fragments=4, delay=5)
     return {
         "ddp": strategies.ddp(),
-        "post_local_sgd": replace(strategies.post_local_sgd(3 * STEPS // 10), wire=bf16),
+        "post_local_sgd": replace(strategies.post_local_sgd(3 * steps // 10), wire=bf16),
         "local_sgd": replace(strategies.local_sgd(16), wire=bf16),
         "diloco, 100 steps": replace(strategies.diloco(100), wire=bf16),
         "diloco, 500 steps": replace(strategies.diloco(500), wire=bf16),
@@ -73,46 +73,49 @@ class Case:
     def strategies(self) -> Mapping[str, Strategy]:
         """Those that are compared; hosts of several replicas send once a host."""
         several = self.fleet.node_size > 1
-        return chosen(wire.relayed if several else lambda bare: bare)
+        return chosen(self.job.steps, wire.relayed if several else lambda bare: bare)
 
 
-HOSTS = Fleet(
-    8,
-    Link(100e9, 1e-5),
-    exponential_tail(1.0, 0.01),
-    Failures(GPU_APART / 8, away=HOUR, restart=300.0, saving=20.0),
-    node_size=8,
-    node_link=Link(3.2e12),
-)
-HOMES = Fleet(
-    1,
-    [(0.1, Link(10e6, 0.03)), (0.6, Link(100e6, 0.03)), (0.3, Link(1e9, 0.03))],
-    exponential_tail(1.0, 0.1),
-    Failures(3 * DAY, away=2 * HOUR, restart=300.0, saving=20.0),
-)
-JOB = Job(PARAMETERS, normal(1.0, 0.02), STEPS)
-SLOW_JOB = replace(JOB, step=normal(10.0, 0.5))
+def hosts(uplink: Link) -> Fleet:
+    """Hosts of 8 replicas."""
+    failures = Failures(GPU_APART / 8, away=HOUR, restart=300.0, saving=20.0)
+    speeds = exponential_tail(1.0, 0.01)
+    return Fleet(8, uplink, speeds, failures, node_size=8, node_link=Link(3.2e12))
+
+
+def homes(*links: tuple[float, Link]) -> Fleet:
+    """Machines on their own, that come and go."""
+    failures = Failures(3 * DAY, away=2 * HOUR, restart=300.0, saving=20.0)
+    return Fleet(1, links, exponential_tail(1.0, 0.1), failures)
+
+
+QUICK = Job(10**9, normal(1.0, 0.02), steps=20_000)
+SLOW = Job(10**9, normal(10.0, 0.5), steps=2000)
 BY_EIGHT = (8, 64, 512, 4096, 10_000)
 BY_TEN = (1, 10, 100, 1000, 10_000)
+HOMES_LINKS = ((0.1, Link(10e6, 0.03)), (0.6, Link(100e6, 0.03)), (0.3, Link(1e9, 0.03)))
 
 CASES: Mapping[str, Case] = {
     "cluster": Case(
-        "hosts of 8, 100 Gbit/s and 10 us between them; 1 s a step", HOSTS, JOB, BY_EIGHT
+        "hosts of 8, with 100 Gbit/s and 10 us between them; 1 s a step",
+        hosts(Link(100e9, 1e-5)),
+        QUICK,
+        BY_EIGHT,
     ),
     "regions": Case(
-        "the same hosts, 1 Gbit/s and 30 ms between them",
-        replace(HOSTS, links=Link(1e9, 0.03)),
-        JOB,
+        "the same hosts, with 1 Gbit/s and 30 ms between them",
+        hosts(Link(1e9, 0.03)),
+        QUICK,
         BY_EIGHT,
     ),
     "homes": Case(
-        "10 Mbit/s for a tenth, 100 Mbit/s for six, 1 Gbit/s for three, 30 ms; 10 s a step",
-        HOMES,
-        SLOW_JOB,
+        "a tenth has 10 Mbit/s, six 100 Mbit/s, three 1 Gbit/s, all 30 ms; 10 s a step",
+        homes(*HOMES_LINKS),
+        SLOW,
         BY_TEN,
     ),
     "homes of 1 Gbit/s": Case(
-        "those of the fastest class only", replace(HOMES, links=Link(1e9, 0.03)), SLOW_JOB, BY_TEN
+        "those of the fastest class alone", homes((1.0, Link(1e9, 0.03))), SLOW, BY_TEN
     ),
 }
 

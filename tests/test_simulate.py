@@ -89,9 +89,7 @@ def test_in_rounds_normal_steps_even_out_with_the_root_of_the_period() -> None:
     assert done.seconds / 50_000 == pytest.approx(1 + excess / 5, rel=2e-3)
 
 
-@pytest.mark.parametrize(
-    "strategy", [strategies.ddp(), strategies.diloco(50)], ids=lambda s: s.name
-)
+@pytest.mark.parametrize("name", ["ddp", "diloco"])
 def test_who_is_slow_for_good_is_not_evened_out(name: str) -> None:
     speeds = exponential_tail(1.0, 0.3)
     fleet = Fleet(16, FAST, speeds)
@@ -174,8 +172,9 @@ def test_a_job_that_never_comes_to_its_end_is_left() -> None:
     fleet = Fleet(1000, FAST, failures=Failures(apart=5000.0))
     done = simulate(strategies.ddp(), Job(1, step=1.0, steps=1000), fleet)
     assert not done.finished
-    assert done.seconds == pytest.approx(10 * 1000)
+    assert done.seconds <= 10 * 1000
     assert done.efficiency < 0.05
+    assert done.shares.total == pytest.approx(1)
 
 
 @given(

@@ -1,5 +1,6 @@
 """One job with more and more replicas: how well each strategy scales, and a drawing of it."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, groupby
@@ -55,19 +56,24 @@ def draw_sweep(panels: Mapping[str, Sequence[tuple[str, Simulated]]], to: Path) 
     """Draw efficiency over the number of replicas, a line for each label.
 
     Args:
-        panels: title -> what `sweep` gives, drawn side by side.
+        panels: title -> what `sweep` gives, two in a row.
         to: the PNG file.
     """
     mpl.use("Agg", force=False)
-    figure = Figure(figsize=(3.5 + 4.5 * len(panels), 4.5), layout="constrained")
-    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, results) in zip(row, panels.items(), strict=True):
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(2.5 + 4 * columns, 1 + 3 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes, (title, results) in zip(grid.flat, panels.items(), strict=False):
         _draw(axes, results)
         axes.set(title=title, xscale="log", xlabel="replicas", ylim=(0, 101))
         axes.grid(alpha=0.3)
-    row[0].set_ylabel("efficiency: useful steps a second,\nof those of as many replicas alone (%)")
-    row[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(to, dpi=100)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("efficiency (%)")
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), fontsize="small", loc="outside right center"
+    )
+    figure.savefig(to, dpi=80)
 
 
 def _draw(axes: Axes, results: Sequence[tuple[str, Simulated]]) -> None:

@@ -25,7 +25,8 @@ from postlocal.planning.plan import Plan, plan
 from postlocal.schedule import RANK, WORLD
 from postlocal.strategies import Strategy
 
-_PATIENCE = 10  # times as long as without failures, after which a run is left
+_PATIENCE = 10  # times as long as planned, after which a run is left
+_TRIES = 1000  # to come from one checkpoint to the next, after which it is left too
 _TICK = 1e-6  # seconds that the environment's clock may be behind
 
 
@@ -130,10 +131,12 @@ class _Run:
         self._head_start = job.parameter_overlap * job.step_time.mean
         self._course = Course(strategy, strategy.fragments.count)
         self._costs: dict[tuple[int, Link], Costs] = {}
-        self._air: deque[tuple[float, float]] = deque()  # when sent, and when the result is there
+        self._air: deque[float] = deque()  # when the results of what is under way are there
         self._free = 0.0  # when the world's link is
         self._behind = 0.0  # seconds that were done again, or stood still
         self._safe = 0.0  # the job's time when all was last safe
+        self._tries = 0
+        self._hopeless = self._environment.event()
         self._stands_since: float | None = None
         self._together = True
         self._process = self._environment.process(self._train())
@@ -143,9 +146,9 @@ class _Run:
         if math.isfinite(self._fleet.failures.apart):
             self._environment.process(self.hosts.fail(self._process.interrupt))
         late = self._environment.timeout(limit)
-        self._environment.run(until=self._process | late)
+        self._environment.run(until=self._process | late | self._hopeless)
         finished = self._process.triggered
-        seconds = self._behind + self._safe if finished else limit
+        seconds = self._behind + self._safe if finished else self._environment.now
         if not finished:
             self._leave()
         self.ledger.book("away", self.hosts.away(seconds) * self._fleet.node_size)
@@ -223,14 +226,14 @@ class _Run:
         sent = self._latest()
         seconds = self._exchanges().fragment(number).seconds
         self._free = max(self._free, sent - self._head_start) + seconds
-        self._air.append((sent, max(sent, self._free)))
+        self._air.append(max(sent, self._free))
 
     def _land(self) -> Waiting:
-        sent, arrives = self._air.popleft()
+        arrives = self._air.popleft()
         if not self._strategy.fragments.delay:
             yield from self._reach(lambda: arrives)
-        self.ledger.wait(sent, "stragglers")
-        self.ledger.wait(arrives, "links")
+        self.ledger.wait(min(arrives, self._latest()), "stragglers")
+        self.ledger.wait(arrives, "links")  # the slowest has to wait for it too
 
     def _synchronized(self) -> Waiting:
         if not self._together:
@@ -250,6 +253,7 @@ class _Run:
 
     def _secure(self) -> None:
         """All that was done so far stays, and those who have come back take part from here on."""
+        self._tries = 0
         self._safe = self._latest()
         self.ledger.secure(self.hosts.members, self._safe)
         self._admit()
@@ -273,6 +277,7 @@ class _Run:
         """Come back to what was last safe, with those who are there; the rest is done again."""
         self._stands_since = self._environment.now
         while True:
+            self._try_again()
             try:
                 yield self._environment.timeout(self._fleet.failures.restart)
                 while not (self.hosts.members.any() or self.hosts.returned):
@@ -285,6 +290,11 @@ class _Run:
         self._stands_since = None
         self._behind = self._environment.now - self._safe
         self._admit()
+
+    def _try_again(self) -> None:
+        self._tries += 1
+        if self._tries > _TRIES and not self._hopeless.triggered:
+            self._hopeless.succeed()
 
     def _stood_still(self, hosts: int) -> None:
         assert self._stands_since is not None
