@@ -73,7 +73,7 @@ def draw_sweep(panels: Mapping[str, Sequence[tuple[str, Simulated]]], to: Path) 
     figure.legend(
         *grid[0, 0].get_legend_handles_labels(), fontsize="small", loc="outside right center"
     )
-    figure.savefig(to, dpi=80)
+    figure.savefig(to, dpi=72)
 
 
 def _draw(axes: Axes, results: Sequence[tuple[str, Simulated]]) -> None:

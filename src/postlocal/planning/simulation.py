@@ -171,7 +171,7 @@ class _Run:
                 self._together = planned.gradients == WORLD or not self._strategy.anchored
                 for event in self._course.round(planned, steps):
                     yield from self._take(event)
-                if planned.parameters == WORLD:
+                if planned.parameters == WORLD and steps == planned.steps:
                     yield from self._synchronized()
         for event in self._course.end():
             yield from self._take(event)
