@@ -52,6 +52,11 @@ class Hosts:
         self._absent: set[int] = set()
         self._taking_part: tuple[int, Link] | None = None
 
+    @property
+    def anybody(self) -> bool:
+        """Whether there is somebody to go on with."""
+        return bool(self.members.any() or self.returned)
+
     def fail(self, tell: Callable[[int], None]) -> Waiting:
         """Lose hosts at random times, and tell of those who took part."""
         failures = self._fleet.failures
