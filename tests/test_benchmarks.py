@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import network, sync_cost
+from benchmarks import network, scale, sync_cost
 from benchmarks.campaign import Cache, Campaign, Result, train_control, train_replicas
 from benchmarks.convergence import summarize
 from benchmarks.measure import loopback_traffic
@@ -88,6 +88,16 @@ def test_penalties_are_against_the_control_of_the_same_seed() -> None:
     rows = summarize(of, dict(zip(of.runs, results(of), strict=True)))
     assert rows["averaging"]["penalties"] == pytest.approx([100 * 0.1 / 2, 100 * 0.1 / 3])
     assert rows["averaging"]["ddp_over_payload"] == 4
+
+
+def test_a_fleet_stops_scaling_where_half_of_it_is_idle() -> None:
+    case = replace(scale.CASES["homes"], job=replace(scale.SLOW, steps=100), replicas=(1, 10, 100))
+    results = scale.run(case, seed=0)
+    for label, row in scale.by_label(results).items():
+        half = [done.replicas for done in row if done.efficiency >= 0.5]
+        line = next(line for line in scale.scaling(case, results).splitlines() if label in line)
+        assert line.endswith(f"| {max(half)} |")
+        assert label in scale.causes(results)
 
 
 COUNTERPARTS = {

@@ -414,7 +414,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no link": (
         lambda: plan(KINDS["hierarchical"], job(), Cluster(4, {}, topology.nodes(size=2))),
-        "links must have every level that is communicated at, got none for 'world'",
+        "links must have every level that is communicated at, got none for 'node'",
     ),
     "no level": (
         lambda: plan(KINDS["hierarchical"], job(), Cluster(4, {"world": Link(1)})),

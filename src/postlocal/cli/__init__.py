@@ -10,6 +10,7 @@ import typer
 
 from postlocal.cli.plan import plan
 from postlocal.cli.sample import sample
+from postlocal.cli.simulate import simulate
 from postlocal.cli.train import train
 from postlocal.errors import CheckpointError, DisagreementError, PostlocalError
 from postlocal.train import Interrupted
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(sample)
 app.command()(plan)
+app.command()(simulate)
 
 
 def _show_version(wanted: bool) -> None:

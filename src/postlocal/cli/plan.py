@@ -9,16 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from postlocal.cli.options import ALL, DTYPES, configure, option, parse_dtype
 from postlocal.cli.units import by_level, parse_bandwidth, parse_count, parse_latency
 from postlocal.planning import Cluster, Job, Link, Plan, best, draw, normal, quantiles
 from postlocal.planning import plan as plan_strategy
 from postlocal.schedule import periodic
-from postlocal.strategies import NAMED, Strategy, parameters_of
+from postlocal.strategies import NAMED, Strategy
 from postlocal.topology import nodes
 from postlocal.train.config import TrainConfig, make_config
 from postlocal.train.measure import Measured, measure
@@ -26,19 +26,10 @@ from postlocal.train.view import human_bytes
 from postlocal.train.world import launched
 from postlocal.wire import NAMED as WIRES
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_ALL = "all"
-_PERIOD = 16  # of strategies that have no default of their own
-
-
-def _option(panel: str, text: str, *names: str, **settings: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
-
-
-_where = partial(_option, "The cluster")
-_what = partial(_option, "The job")
-_how = partial(_option, "The strategy")
-_shown = partial(_option, "Output")
+_where = partial(option, "The cluster")
+_what = partial(option, "The job")
+_how = partial(option, "The strategy")
+_shown = partial(option, "Output")
 
 
 def plan(
@@ -66,12 +57,12 @@ def plan(
     tokens_a_step: Annotated[str | None, _what("Tokens of all workers in a step.")] = None,
     token_budget: Annotated[str | None, _what("Tokens to train on, such as 20B.")] = None,
     lr: Annotated[float, _what("Peak learning rate, for strategies that follow it.")] = 3e-3,
-    dtype: Annotated[str, _what(f"Of parameters: {', '.join(_DTYPES)}.")] = "fp32",
+    dtype: Annotated[str, _what(f"Of parameters: {', '.join(DTYPES)}.")] = "fp32",
     optimizer_bytes: Annotated[float, _what("Of optimizer state for each parameter.")] = 8.0,
     overlap: Annotated[float, _what("Share of a step that can hide a reduction of gradients.")] = 2
     / 3,
     model: Annotated[str, _what("Size of the trainer's model that --measure times.")] = "tiny",
-    strategy: Annotated[str, _how(f"{_ALL}, or one of {', '.join(NAMED)}.")] = _ALL,
+    strategy: Annotated[str, _how(f"{ALL}, or one of {', '.join(NAMED)}.")] = ALL,
     period: Annotated[
         int | None, _how("Steps a round.", show_default="the strategy's own, or 16")
     ] = None,
@@ -117,16 +108,16 @@ def plan(
     seen = _measure(make_config(**base)) if measured else None
     if seen is not None:
         base["workers"] = seen.workers
-    names = list(NAMED) if strategy == _ALL else [strategy]
-    configs = [_config(base | {"strategy": name}, given, strict=strategy != _ALL) for name in names]
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    names = list(NAMED) if strategy == ALL else [strategy]
+    configs = [
+        configure(base | {"strategy": name}, given, strict=strategy != ALL) for name in names
+    ]
     job = Job(
         _parameters(parameters, seen),
         normal(step_seconds, step_deviation) if seen is None else quantiles(seen.step_seconds),
         steps,
         configs[0].lr_at,
-        _DTYPES[dtype],
+        parse_dtype(dtype),
         optimizer_bytes,
         overlap,
     )
@@ -224,30 +215,6 @@ def _table(plans: Sequence[Plan]) -> Table:
             str(each.syncs),
         )
     return table
-
-
-def _config(base: Mapping[str, Any], given: Mapping[str, Any], strict: bool) -> TrainConfig:
-    """Settings of the trainer for one strategy, with what it takes of the options given.
-
-    Args:
-        base: settings of all.
-        given: parameters of strategies; None: not given.
-        strict: whether a parameter that the strategy does not take is an error.
-    """
-    taken = parameters_of(base["strategy"])
-    period = given["period"] or _PERIOD
-    wanted = {name: value for name, value in given.items() if value is not None}
-    if "periods" in taken:
-        inner = max(1, period // 4)
-        wanted["periods"] = {"node": inner, "world": 4 * inner}
-        wanted.pop("period", None)
-    if "alpha" in taken:
-        # The ratio of the paper, whose first rounds are the shortest: QSR has no other default.
-        wanted["alpha"] = 0.0175 / 0.008 * base["lr"]
-        if "period" in wanted:
-            wanted["base"] = wanted.pop("period")
-    parameters = {name: value for name, value in wanted.items() if strict or name in taken}
-    return make_config(**base, parameters=parameters)
 
 
 def _steps(steps: int | None, tokens_a_step: str | None, token_budget: str | None) -> int:

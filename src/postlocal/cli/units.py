@@ -6,6 +6,7 @@ from collections.abc import Callable
 _THOUSANDS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _BITS = {"bit": 1.0, "b": 1.0, "B": 8.0}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+_DURATIONS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?)\s*"
 
 
@@ -58,6 +59,40 @@ def parse_latency(text: str) -> float:
     if not found or (found[2] is None and float(found[1])):
         raise ValueError(f"latency must have a unit, such as 20ms, 50us or 0.1s, got {text!r}")
     return float(found[1]) * _SECONDS[found[2] or "s"]
+
+
+def parse_duration(text: str, name: str) -> float:
+    """Seconds, of a time that people wait.
+
+    Raises:
+        ValueError: naming the option, what it got and what it takes.
+
+    Example:
+        >>> parse_duration("90s", "away"), parse_duration("1.5h", "away")
+        (90.0, 5400.0)
+    """
+    found = re.fullmatch(_NUMBER + "([smhd])", text.strip())
+    if not found:
+        raise ValueError(f"{name} must have a unit, such as 90s, 30m, 2h or 7d, got {text!r}")
+    return float(found[1]) * _DURATIONS[found[2]]
+
+
+def parse_shares(text: str, parse: Callable[[str], float]) -> list[tuple[float, float]]:
+    """``value:share`` pairs, or one value that all have.
+
+    Raises:
+        ValueError: if a part is neither, or of no value that ``parse`` takes.
+
+    Example:
+        >>> parse_shares("10Mbit:0.25,1Gbit:0.75", parse_bandwidth)
+        [(10000000.0, 0.25), (1000000000.0, 0.75)]
+    """
+    if ":" not in text:
+        return [(parse(text), 1.0)]
+    pairs = [part.partition(":") for part in text.split(",")]
+    if not all(re.fullmatch(_NUMBER, share) for _, _, share in pairs):
+        raise ValueError(f"shares must be value:share pairs such as 10Mbit:0.1, got {text!r}")
+    return [(parse(value), float(share)) for value, _, share in pairs]
 
 
 def by_level(text: str, parse: Callable[[str], float]) -> dict[str, float]:

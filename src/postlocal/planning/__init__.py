@@ -19,25 +19,37 @@ Example:
 
 from postlocal.planning.cluster import Cluster, Link
 from postlocal.planning.figure import draw
+from postlocal.planning.fleet import Failures, Fleet
 from postlocal.planning.job import Job
+from postlocal.planning.ledger import Spent
 from postlocal.planning.measure import measure_links
 from postlocal.planning.plan import Memory, Plan, plan
+from postlocal.planning.scaling import draw_sweep, sweep
 from postlocal.planning.search import bandwidth_for, best
-from postlocal.planning.step_time import StepTime, normal, quantiles, steady
+from postlocal.planning.simulation import Simulated, simulate
+from postlocal.planning.step_time import StepTime, exponential_tail, normal, quantiles, steady
 
 __all__ = [
     "Cluster",
+    "Failures",
+    "Fleet",
     "Job",
     "Link",
     "Memory",
     "Plan",
+    "Simulated",
+    "Spent",
     "StepTime",
     "bandwidth_for",
     "best",
     "draw",
+    "draw_sweep",
+    "exponential_tail",
     "measure_links",
     "normal",
     "plan",
     "quantiles",
+    "simulate",
     "steady",
+    "sweep",
 ]

@@ -1,12 +1,17 @@
 """What one exchange of tensors costs: the wire's own bytes, and seconds on a cluster's links."""
 
 import math
+from collections import Counter
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from postlocal.planning.cluster import Cluster
-from postlocal.planning.job import Tensors
+from postlocal.planning.job import Job, Tensors
+from postlocal.strategies import Strategy
 from postlocal.topology import WORLD
 from postlocal.wire import ChunkWire, Gathered, Wire, fp32, powersgd, relayed, travels_as
+from postlocal.wire.chunks import Parcel, chunks
+from postlocal.wire.staging import Staging
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def of_tensors(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> Ex
     if cluster.size(level) == 1 or not tensors:
         return Exchange()
     level = cluster.narrowest(level)
-    payload = wire.open(cluster.layout, level).payload_bytes(tensors)
+    payload = _payload(wire, tensors, cluster, level)
     if isinstance(wire, relayed):
         return Exchange(payload, _relayed_seconds(wire, tensors, cluster, level))
     return Exchange(payload, _seconds(wire, payload, cluster, level))
@@ -70,6 +75,62 @@ def of_gradients(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> 
     return Exchange(payload, cluster.link(level).seconds(payload, 2 * (size - 1)))
 
 
+class Costs:
+    """What each exchange of a strategy costs on a cluster, looked up once.
+
+    Args:
+        strategy: how.
+        job: what travels.
+        cluster: over which links.
+    """
+
+    def __init__(self, strategy: Strategy, job: Job, cluster: Cluster) -> None:
+        self._strategy = strategy
+        self._job = job
+        self._cluster = cluster
+        self._parts = job.split(strategy.fragments)
+        self._known: dict[Hashable, Exchange] = {}
+
+    def gradients(self, level: str) -> Exchange:
+        """Of the gradients of a step: its bytes, and the seconds that nothing hides."""
+        return self._once(("gradients", level), self._gradients, level)
+
+    def fragment(self, number: int) -> Exchange:
+        """Of a fragment, and of the optimizer's state where it goes with it."""
+        key = tuple(tensor.shape for tensor in self._parts[number].values())
+        sent = self._once(("fragment", key), self._fragment, number)
+        if number == len(self._parts) - 1:
+            sent += self._once(("optimizer", WORLD), self._optimizer_state, WORLD)
+        return sent
+
+    def narrow(self, level: str) -> Exchange:
+        """Of the plain averages at levels below the world's."""
+        return self._once(("narrow", level), self._narrow, level)
+
+    def _once(self, key: Hashable, look: Callable[..., Exchange], what: object) -> Exchange:
+        if key not in self._known:
+            self._known[key] = look(what)
+        return self._known[key]
+
+    def _gradients(self, level: str) -> Exchange:
+        job, wire = self._job, self._strategy.gradient_wire
+        sent = of_gradients(wire, job.tensors, self._cluster, level)
+        hidden = job.gradient_overlap * job.step_time.mean if hides(wire) else 0.0
+        return Exchange(sent.payload_bytes, max(0.0, sent.seconds - hidden))
+
+    def _fragment(self, number: int) -> Exchange:
+        return of_tensors(self._strategy.wire, self._parts[number], self._cluster, WORLD)
+
+    def _narrow(self, level: str) -> Exchange:
+        plain = of_tensors(fp32(), self._job.tensors, self._cluster, level)
+        return plain + self._optimizer_state(level)
+
+    def _optimizer_state(self, level: str) -> Exchange:
+        if self._strategy.optimizer_state != "average":
+            return Exchange()
+        return of_tensors(fp32(), self._job.optimizer_tensors, self._cluster, level)
+
+
 def hides(gradient_wire: Wire) -> bool:
     """Whether gradients travel beside the backward pass; else they wait for its end."""
     return isinstance(gradient_wire, ChunkWire)
@@ -85,6 +146,19 @@ def remembers(wire: Wire) -> bool:
     """
     between = getattr(wire, "between", None)
     return remembers(between) if between is not None else not isinstance(wire, ChunkWire)
+
+
+def _payload(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> int:
+    group = cluster.layout[level]
+    if not isinstance(wire, ChunkWire):
+        return wire.open(cluster.layout, level).payload_bytes(tensors)
+    # Most chunks have one size: with thousands of ranks each has as many parts to look at.
+    cut = chunks(map(Parcel, tensors.values()), wire.limit(group.size), Staging())
+    alike = Counter((chunk.numel, chunk.dtype) for chunk in cut)
+    return sum(
+        times * wire.sent_bytes(numel, group.rank, group.size, dtype)
+        for (numel, dtype), times in alike.items()
+    )
 
 
 def _seconds(wire: Wire, payload: int, cluster: Cluster, level: str) -> float:

@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from postlocal.planning.cluster import Cluster
+from postlocal.planning.course import timetable
 from postlocal.planning.job import Job
 from postlocal.planning.plan import plan_rounds
-from postlocal.planning.replay import timetable
 from postlocal.schedule import WORLD
 from postlocal.strategies import Strategy
 

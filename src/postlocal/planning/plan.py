@@ -8,9 +8,10 @@ import torch
 
 from postlocal.outer import Outer
 from postlocal.planning.cluster import Cluster
+from postlocal.planning.course import Timetable, timetable
 from postlocal.planning.exchange import remembers
 from postlocal.planning.job import Job, count
-from postlocal.planning.replay import Timetable, Totals, replay, timetable
+from postlocal.planning.replay import Totals, replay
 from postlocal.schedule import RANK
 from postlocal.schedule import levels as levels_of
 from postlocal.strategies import Strategy

@@ -1,23 +1,16 @@
-"""A whole run by the clock, with nothing computed and nothing sent.
-
-It takes the rounds that `postlocal.schedule.rollout` gives, and launches and lands fragments where
-`postlocal.sync.Sync` does.
-"""
+"""A whole run by the clock, with nothing computed and nothing sent."""
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
-from postlocal.fragments import launch_steps
 from postlocal.planning import exchange
 from postlocal.planning.cluster import Cluster
+from postlocal.planning.course import Course, Event, Land, Launch, Meet, Steps, Timetable
 from postlocal.planning.exchange import Exchange
 from postlocal.planning.job import Job, count
-from postlocal.schedule import WORLD, Round, Schedule, rollout
+from postlocal.schedule import WORLD, Round
 from postlocal.strategies import Strategy
-from postlocal.wire import fp32
 
 
 @dataclass
@@ -37,24 +30,6 @@ class Totals:
     under_way: int = 0
 
 
-Timetable = Sequence[tuple[Round, int, int]]
-"""Rounds as planned, how many steps of each are taken, and how many times over."""
-
-
-def timetable(strategy: Strategy, job: Job) -> Timetable:
-    """The rounds of a run, on whatever cluster.
-
-    Example:
-        >>> from postlocal import strategies
-        >>> for each in timetable(strategies.local_sgd(period=8), Job(1, step=1.0, steps=20)):
-        ...     print(each)
-        (Round(steps=8, gradients='rank', parameters='world'), 8, 2)
-        (Round(steps=8, gradients='rank', parameters='world'), 4, 1)
-    """
-    rounds = groupby(_rounds(strategy.schedule, job))
-    return [(planned, steps, sum(1 for _ in same)) for (planned, steps), same in rounds]
-
-
 def replay(rounds: Timetable, strategy: Strategy, job: Job, cluster: Cluster) -> Totals:
     """Take the rounds of a run, and its end, where all replicas become equal.
 
@@ -64,6 +39,7 @@ def replay(rounds: Timetable, strategy: Strategy, job: Job, cluster: Cluster) ->
     Example:
         >>> from postlocal import strategies
         >>> from postlocal.planning.cluster import Link
+        >>> from postlocal.planning.course import timetable
         >>> two = Cluster(2, {"world": Link(bandwidth=8e6)})
         >>> strategy, job = strategies.local_sgd(period=10), Job(250_000, step=1.0, steps=20)
         >>> replay(timetable(strategy, job), strategy, job, two)
@@ -76,28 +52,10 @@ def replay(rounds: Timetable, strategy: Strategy, job: Job, cluster: Cluster) ->
     return run.totals
 
 
-def _rounds(schedule: Schedule, job: Job) -> Iterator[tuple[Round, int]]:
-    """Rounds as planned, and how many steps of each are taken: not all where the run ends."""
-    for start, taken in rollout(schedule, job.steps, job.lr):
-        planned = taken
-        if start + taken.steps == job.steps:
-            planned = schedule(start, job.lr(start) if callable(job.lr) else job.lr)
-        yield planned, taken.steps
-
-
 @dataclass
-class _Airborne:
-    """A fragment under way.
+class _Flight:
+    """At what second the result of a fragment's exchange is there, and of how many values."""
 
-    Attributes:
-        fragment: its number.
-        steps: until it is landed.
-        arrives: at what second its result is there.
-        numel: of its values.
-    """
-
-    fragment: int
-    steps: int
     arrives: float
     numel: int
 
@@ -107,35 +65,25 @@ class _Run:
 
     def __init__(self, strategy: Strategy, job: Job, cluster: Cluster) -> None:
         self.totals = Totals()
-        self._strategy = strategy
+        self._costs = exchange.Costs(strategy, job, cluster)
         self._cluster = cluster
-        self._job = job
-        self._mean = job.step_time.mean
-        self._delay = strategy.fragments.delay
-        self._head_start = job.parameter_overlap * self._mean
-        parts = job.split(strategy.fragments)
-        self._numels = [count(part) for part in parts]
-        self._exchanges = [
-            exchange.of_tensors(strategy.wire, part, cluster, WORLD) for part in parts
-        ]
-        if strategy.optimizer_state == "average":
-            self._exchanges[-1] += self._optimizer_state(WORLD)
-        self._narrow: dict[str, Exchange] = {}
-        self._steps: dict[str, tuple[int, float]] = {}
-        self._air: deque[_Airborne] = deque()
+        self._step_time = job.step_time
+        self._delayed = strategy.fragments.delay > 0
+        self._head_start = job.parameter_overlap * job.step_time.mean
+        self._numels = [count(part) for part in job.split(strategy.fragments)]
+        self._course = Course(strategy, len(self._numels))
+        self._air: deque[_Flight] = deque()
         self._free = 0.0  # at what second the world's link is
-        self._since = [0] * len(parts)  # steps since each fragment was launched
         # Steps since the ranks of each level last met, from the narrowest level on.
         self._alone = dict.fromkeys(cluster.layout.levels[1:], 0)
-        self._lockstep = True
-        self._agreed = True
 
     def repeat(self, planned: Round, steps: int, times: int) -> None:
         """A round so many times over: one by one, until each is like the one before."""
         like: tuple[float, ...] = ()
         for done in range(times):
             before = replace(self.totals)
-            self._take(planned, steps)
+            for event in self._course.round(planned, steps):
+                self._take(event)
             last, like = like, self._signature(before.seconds)
             if _close(last, like):
                 self._skip(before, times - done - 1)
@@ -143,103 +91,46 @@ class _Run:
 
     def end(self) -> None:
         """Land what is under way, and make all replicas equal."""
-        while self._air:
-            self._land()
-        if not self._lockstep and not self._agreed:
-            for number, steps in enumerate(self._since):
-                if steps or not self._strategy.streams:  # else it was launched at this very step
-                    self._synchronize(number)
+        for event in self._course.end():
+            self._take(event)
 
-    def _take(self, planned: Round, steps: int) -> None:
-        """The first ``steps`` steps of a round."""
-        launches = launch_steps(planned.steps, len(self._numels))
-        position = 0
-        for stop in self._stops(launches if planned.parameters == WORLD else (), steps):
-            self._advance(planned.gradients, stop - position)
-            position = stop
-            while self._air and self._air[0].steps <= 0:
-                self._land()
-            if planned.parameters == WORLD:
-                for number, launch in enumerate(launches):
-                    if launch == stop:
-                        self._launch(number)
-        self._lockstep = self._lockstep and planned.gradients == WORLD
-        self._agreed = False
-        if steps == planned.steps:
-            self._agreed = planned.parameters == WORLD and not self._strategy.streams
-            if planned.parameters not in (None, WORLD):
-                self._meet(planned.parameters)
+    def _take(self, event: Event) -> None:
+        match event:
+            case Steps(steps, gradients):
+                self._advance(steps, gradients)
+            case Launch(number):
+                self._launch(number)
+            case Land():
+                self.totals.seconds = max(self.totals.seconds, self._air.popleft().arrives)
+            case Meet(level):
+                self._meet(level)
 
-    def _stops(self, launches: tuple[int, ...], steps: int) -> list[int]:
-        """Steps of the round after which something lands or is launched, and its last."""
-        landings = {flight.steps for flight in self._air}
-        landings |= {launch + self._delay for launch in launches}
-        return sorted({stop for stop in landings | {*launches, steps} if 0 < stop <= steps})
-
-    def _advance(self, gradients: str, steps: int) -> None:
-        payload, seconds = self._step(gradients)
-        self.totals.payload_bytes += steps * payload
+    def _advance(self, steps: int, gradients: str) -> None:
+        reduction = self._costs.gradients(gradients)
+        seconds = self._step_time.slowest(self._cluster.size(gradients)) + reduction.seconds
+        self.totals.payload_bytes += steps * reduction.payload_bytes
         self.totals.seconds += steps * seconds
-        self._since = [before + steps for before in self._since]
         for level in self._alone:
             self._alone[level] += steps
         self._have_met(gradients)
-        for flight in self._air:
-            flight.steps -= steps
-
-    def _step(self, level: str) -> tuple[int, float]:
-        """Bytes and seconds of a step whose gradients are reduced at a level."""
-        if level not in self._steps:
-            job, wire = self._job, self._strategy.gradient_wire
-            reduction = exchange.of_gradients(wire, job.tensors, self._cluster, level)
-            hidden = job.gradient_overlap * self._mean if exchange.hides(wire) else 0.0
-            seconds = job.step_time.slowest(self._cluster.size(level))
-            seconds += max(0.0, reduction.seconds - hidden)
-            self._steps[level] = (reduction.payload_bytes, seconds)
-        return self._steps[level]
 
     def _launch(self, number: int) -> None:
-        while any(flight.fragment == number for flight in self._air):
-            self._land()  # after a round that was cut short
-        if not self._delay:
-            self._synchronize(number)
-            return
-        arrives = self._occupy(number)
-        self._air.append(_Airborne(number, self._delay, arrives, self._numels[number]))
-        under_way = sum(flight.numel for flight in self._air)
-        self.totals.under_way = max(self.totals.under_way, under_way)
-
-    def _land(self) -> None:
-        flight = self._air.popleft()
-        self.totals.seconds = max(self.totals.seconds, flight.arrives)
-
-    def _synchronize(self, number: int) -> None:
-        arrives = self._occupy(number)
-        self.totals.seconds = max(self.totals.seconds, arrives)
-
-    def _occupy(self, number: int) -> float:
-        """Put a fragment on the link, behind what is there; tells when its result arrives."""
+        """Put a fragment on the link, behind what is there."""
         self._wait_for_the_slowest(WORLD)
-        sent = self._exchanges[number]
-        self._since[number] = 0
+        sent = self._costs.fragment(number)
         self._free = max(self._free, self.totals.seconds - self._head_start) + sent.seconds
         self._count(sent)
-        return self._free
+        self._air.append(_Flight(self._free, self._numels[number]))
+        if self._delayed:
+            under_way = sum(flight.numel for flight in self._air)
+            self.totals.under_way = max(self.totals.under_way, under_way)
 
     def _meet(self, level: str) -> None:
         """Average parameters at a narrower level."""
-        if level not in self._narrow:
-            self._narrow[level] = exchange.of_tensors(
-                fp32(), self._job.tensors, self._cluster, level
-            )
-            if self._strategy.optimizer_state == "average":
-                self._narrow[level] += self._optimizer_state(level)
+        sent = self._costs.narrow(level)
         self._wait_for_the_slowest(level)
-        self.totals.seconds += self._narrow[level].seconds
-        self._count(self._narrow[level])
-
-    def _optimizer_state(self, level: str) -> Exchange:
-        return exchange.of_tensors(fp32(), self._job.optimizer_tensors, self._cluster, level)
+        self.totals.seconds += sent.seconds
+        self._count(sent)
 
     def _count(self, sent: Exchange) -> None:
         self.totals.payload_bytes += sent.payload_bytes
@@ -250,7 +141,7 @@ class _Run:
         alone = self._alone[level]
         met = [self._cluster.size(each) for each, steps in self._alone.items() if steps < alone]
         groups = max(1, self._cluster.size(level) // max(met, default=1))
-        excess = self._job.step_time.slowest(groups) - self._mean
+        excess = self._step_time.slowest(groups) - self._step_time.mean
         self.totals.seconds += math.sqrt(alone) * excess
         self._have_met(level)
 

@@ -7,9 +7,9 @@ from itertools import product
 
 from postlocal import strategies, wire
 from postlocal.planning.cluster import Cluster
+from postlocal.planning.course import timetable
 from postlocal.planning.job import Job
 from postlocal.planning.plan import Plan, plan, plan_rounds
-from postlocal.planning.replay import timetable
 from postlocal.schedule import WORLD
 from postlocal.strategies import Strategy
 

@@ -7,11 +7,17 @@ that is exact, for others the limit of many steps. Time lost to stragglers is th
 thing that falls with the period: it is divided by its square root.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist, fmean
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Seconds = NDArray[np.float64]
 
 _POINTS = 4096  # of the integral over a normal distribution's quantiles
 
@@ -26,6 +32,10 @@ class StepTime(Protocol):
 
     def slowest(self, workers: int) -> float:
         """Expected seconds of the slowest of so many ranks, in one step."""
+        ...
+
+    def draw(self, steps: int, shape: tuple[int, ...], source: np.random.Generator) -> Seconds:
+        """Seconds that each of many ranks takes for so many steps, of the shape given."""
         ...
 
 
@@ -51,6 +61,9 @@ class steady:
 
     def slowest(self, workers: int) -> float:
         return self.mean
+
+    def draw(self, steps: int, shape: tuple[int, ...], source: np.random.Generator) -> Seconds:
+        return np.full(shape, steps * self.mean)
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,42 @@ class normal:
 
     def slowest(self, workers: int) -> float:
         return self.mean + self.deviation * _highest_of_normal(workers)
+
+    def draw(self, steps: int, shape: tuple[int, ...], source: np.random.Generator) -> Seconds:
+        return source.normal(steps * self.mean, math.sqrt(steps) * self.deviation, shape)
+
+
+@dataclass(frozen=True)
+class exponential_tail:
+    """The same least time for all, and an exponential rest: few are slow, but some very.
+
+    The usual model of stragglers (Lee et al., arXiv 1512.02673, Section III).
+
+    Args:
+        mean: seconds, above 0.
+        tail: mean of the rest, which is its standard deviation too; from 0 to ``mean``.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+        >>> exponential_tail(mean=1.0, tail=0.2).slowest(workers=2)
+        1.1
+    """
+
+    mean: float
+    tail: float
+
+    def __post_init__(self) -> None:
+        _check_mean(self.mean)
+        if not 0 <= self.tail <= self.mean:
+            raise ValueError(f"tail must be from 0 to the mean of {self.mean}, got {self.tail}")
+
+    def slowest(self, workers: int) -> float:
+        return self.mean + self.tail * (sum(1 / place for place in range(1, workers + 1)) - 1)
+
+    def draw(self, steps: int, shape: tuple[int, ...], source: np.random.Generator) -> Seconds:
+        return steps * (self.mean - self.tail) + self.tail * source.gamma(steps, size=shape)
 
 
 @dataclass(frozen=True, init=False)
@@ -115,6 +164,12 @@ class quantiles:
             value * (((place + 1) / count) ** workers - (place / count) ** workers)
             for place, value in enumerate(self.seconds)
         )
+
+    def draw(self, steps: int, shape: tuple[int, ...], source: np.random.Generator) -> Seconds:
+        total = np.zeros(shape)
+        for _ in range(steps):
+            total += source.choice(self.seconds, shape)
+        return total
 
 
 @cache

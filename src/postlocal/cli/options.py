@@ -1,0 +1,54 @@
+"""What the commands that look ahead have in common: options, and strategies made from them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import typer
+
+from postlocal.strategies import parameters_of
+from postlocal.train.config import TrainConfig, make_config
+
+ALL = "all"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PERIOD = 16  # of strategies that have no default of their own
+
+
+def option(panel: str, text: str, *names: str, **settings: Any) -> Any:
+    """An option that help shows in a panel."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    """A dtype of parameters by name.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if text not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {text!r}")
+    return DTYPES[text]
+
+
+def configure(base: Mapping[str, Any], given: Mapping[str, Any], strict: bool) -> TrainConfig:
+    """Settings of the trainer for one strategy, with what it takes of the options given.
+
+    Args:
+        base: settings of all.
+        given: parameters of strategies; None: not given.
+        strict: whether a parameter that the strategy does not take is an error.
+    """
+    taken = parameters_of(base["strategy"])
+    period = given["period"] or _PERIOD
+    wanted = {name: value for name, value in given.items() if value is not None}
+    if "periods" in taken:
+        inner = max(1, period // 4)
+        wanted["periods"] = {"node": inner, "world": 4 * inner}
+        wanted.pop("period", None)
+    if "alpha" in taken:
+        # The ratio of the paper, whose first rounds are the shortest: QSR has no other default.
+        wanted["alpha"] = 0.0175 / 0.008 * base["lr"]
+        if "period" in wanted:
+            wanted["base"] = wanted.pop("period")
+    parameters = {name: value for name, value in wanted.items() if strict or name in taken}
+    return make_config(**base, parameters=parameters)

@@ -1,0 +1,201 @@
+"""``postlocal simulate``."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from postlocal.cli.options import ALL, DTYPES, configure, option, parse_dtype
+from postlocal.cli.units import (
+    parse_bandwidth,
+    parse_count,
+    parse_duration,
+    parse_latency,
+    parse_shares,
+)
+from postlocal.planning import (
+    Failures,
+    Fleet,
+    Job,
+    Link,
+    Simulated,
+    Spent,
+    draw_sweep,
+    exponential_tail,
+    normal,
+    sweep,
+)
+from postlocal.strategies import NAMED
+from postlocal.wire import NAMED as WIRES
+
+_who = partial(option, "The fleet")
+_what = partial(option, "The job")
+_how = partial(option, "The strategy")
+_shown = partial(option, "Output")
+
+
+def simulate(
+    replicas: Annotated[
+        str, _who("Numbers of replicas, such as 8,64,512; all multiples of the node size.")
+    ] = "1,10,100,1000,10000",
+    node_size: Annotated[int, _who("Replicas in a host, who share its uplink and its fate.")] = 1,
+    uplinks: Annotated[
+        str, _who("Bandwidth of hosts, or shares of them: 10Mbit:0.1,100Mbit:0.9.")
+    ] = "1Gbit",
+    latency: Annotated[str, _who("One way, between hosts.")] = "0",
+    node_bandwidth: Annotated[str, _who("Between replicas of a host.")] = "400Gbit",
+    speed_deviation: Annotated[
+        float, _who("Standard deviation of replicas' own, lasting factors on the time of a step.")
+    ] = 0.0,
+    mtbf: Annotated[
+        str | None, _who("Mean time between failures of a host: 30d.", show_default="no failures")
+    ] = None,
+    away: Annotated[str, _who("Until a lost host is back.")] = "30m",
+    restart: Annotated[str, _who("To come back to a checkpoint, where all have to.")] = "2m",
+    saving: Annotated[str, _who("That they stop for a checkpoint.")] = "10s",
+    parameters: Annotated[str, _what("Of the model, such as 350M or 1e9.")] = "1e9",
+    step_seconds: Annotated[float, _what("Seconds that a replica computes for a step.")] = 1.0,
+    step_deviation: Annotated[
+        float, _what("Standard deviation of these seconds, from step to step.")
+    ] = 0.0,
+    steps: Annotated[int, _what("Optimizer steps.")] = 2000,
+    tokens_a_step: Annotated[str, _what("Tokens of one replica in a step.")] = "8192",
+    lr: Annotated[float, _what("Peak learning rate, for strategies that follow it.")] = 3e-3,
+    dtype: Annotated[str, _what(f"Of parameters: {', '.join(DTYPES)}.")] = "fp32",
+    strategy: Annotated[str, _how(f"{ALL}, or some of {', '.join(NAMED)}: ddp,diloco.")] = ALL,
+    period: Annotated[
+        int | None, _how("Steps a round.", show_default="the strategy's own, or 16")
+    ] = None,
+    warmup: Annotated[
+        int | None, _how("Synchronous steps of post_local_sgd.", show_default="three tenths")
+    ] = None,
+    wire: Annotated[
+        str | None,
+        _how(f"How parameters travel: {', '.join(WIRES)}.", show_default="its own, or bf16"),
+    ] = None,
+    gradient_wire: Annotated[
+        str | None, _how("How gradients travel, as above.", show_default="bf16")
+    ] = None,
+    fragments: Annotated[int | None, _how("Parts that streaming_diloco sends.")] = None,
+    delay: Annotated[
+        int | None, _how("Steps that streaming_diloco goes on before a result is applied.")
+    ] = None,
+    seed: Annotated[int, _shown("Of speeds, steps and failures.")] = 0,
+    plot: Annotated[Path | None, _shown("PNG file to draw efficiency over replicas in.")] = None,
+    as_json: Annotated[bool, _shown("Print JSON instead of tables.", "--json")] = False,
+) -> None:
+    """Tell how each strategy scales to thousands of uneven replicas that fail.
+
+    Rounds and bytes are those of `postlocal plan`; docs/scale.md tells what is drawn, what a
+    failure costs, and what is left out.
+    """
+    given = {
+        "period": period, "warmup": warmup, "fragments": fragments, "delay": delay,
+    }  # fmt: skip
+    base = {
+        "steps": steps, "lr": lr, "wire": wire, "gradient_wire": gradient_wire, "seed": seed,
+    }  # fmt: skip
+    names = list(NAMED) if strategy == ALL else strategy.split(",")
+    strict = len(names) == 1
+    configs = [configure(base | {"strategy": name.strip()}, given, strict) for name in names]
+    job = Job(
+        parse_count(parameters, "parameters"),
+        normal(step_seconds, step_deviation),
+        steps,
+        configs[0].lr_at,
+        parse_dtype(dtype),
+    )
+    counts = [parse_count(each, "replicas") for each in replicas.split(",")]
+    delayed = parse_latency(latency)
+    fleet = Fleet(
+        node_size,
+        [(share, Link(bits, delayed)) for bits, share in parse_shares(uplinks, parse_bandwidth)],
+        exponential_tail(1.0, speed_deviation),
+        Failures(
+            float("inf") if mtbf is None else parse_duration(mtbf, "mtbf"),
+            parse_duration(away, "away"),
+            parse_duration(restart, "restart"),
+            parse_duration(saving, "saving"),
+        ),
+        node_size,
+        Link(parse_bandwidth(node_bandwidth)),
+    )
+    chosen = {config.strategy: config.make_strategy() for config in configs}
+    results = track(
+        sweep(chosen, job, fleet, counts, seed),
+        "Simulating",
+        total=len(chosen) * len(counts),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not Console(stderr=True).is_terminal,
+    )
+    _Answer(list(results), parse_count(tokens_a_step, "tokens-a-step")).give(as_json, plot)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the command has to say.
+
+    Attributes:
+        results: strategy by strategy.
+        tokens: of a replica in a step.
+    """
+
+    results: Sequence[tuple[str, Simulated]]
+    tokens: int
+
+    def give(self, as_json: bool, plot: Path | None) -> None:
+        if plot is not None:
+            draw_sweep({"": self.results}, plot)
+        if as_json:
+            typer.echo(json.dumps([self._values(each) for _, each in self.results], indent=1))
+            return
+        console = Console()
+        console.print("Efficiency, by replicas", style="bold")
+        console.print(self._efficiencies())
+        console.print(f"What time goes into, of {self._most:,} replicas", style="bold")
+        console.print(self._causes())
+        if plot is not None:
+            console.print(f"Drawn in {plot}.", highlight=False, soft_wrap=True)
+
+    @property
+    def _most(self) -> int:
+        return max(done.replicas for _, done in self.results)
+
+    def _values(self, done: Simulated) -> Mapping[str, Any]:
+        return done.to_dict() | {"tokens_a_second": self._speed(done)}
+
+    def _speed(self, done: Simulated) -> float:
+        return self.tokens * done.steps_a_second
+
+    def _efficiencies(self) -> Table:
+        counts = list(dict.fromkeys(done.replicas for _, done in self.results))
+        table = _table(*(f"{count:,}" for count in counts), "most tokens/s")
+        for name, group in groupby(self.results, key=lambda pair: pair[0]):
+            row = [done for _, done in group]
+            shares = [f"{done.efficiency:.1%}" for done in row]
+            table.add_row(name, *shares, f"{max(map(self._speed, row)):,.0f}")
+        return table
+
+    def _causes(self) -> Table:
+        table = _table(*(field.name for field in fields(Spent)))
+        for name, done in self.results:
+            if done.replicas == self._most:
+                table.add_row(name, *(f"{share:.1%}" for share in done.shares.values()))
+        return table
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("strategy", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
