@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.contenders import ALONE, DDP
+from benchmarks.contenders import ALONE, CONTENDERS, DDP
 from benchmarks.contest import Report
 from benchmarks.hosts import bits
 from benchmarks.standings import Arrival, Pace, arrival
@@ -40,12 +41,18 @@ class Scores:
         return [
             arrival(
                 self.curves[name, seed],
-                self.paces[rate][name],
+                partial(self.seconds, name, rate),
                 self.wholes.get((name, seed, rate)),
                 target=self.curves[DDP, seed].losses[-1][2],
             )
             for seed in self.seeds
         ]
+
+    def seconds(self, name: str, rate: str, steps: float) -> float:
+        """For so many steps from the start, at the paces of stretches."""
+        dense = min(steps, CONTENDERS[name].dense)
+        paces = self.paces[rate]
+        return dense * paces[DDP].median + (steps - dense) * paces[name].median
 
     def row(self, name: str, rate: str) -> dict[str, Any]:
         """All figures of a contender at a rate; those about arrivals are None if there is none."""

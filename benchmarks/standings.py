@@ -2,7 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.contenders import ALONE
@@ -103,12 +103,14 @@ def crossing(points: Sequence[Point], target: float) -> tuple[float, float] | No
     return None
 
 
-def arrival(curve: Report, pace: Pace, whole: Report | None, target: float) -> Arrival | None:
+def arrival(
+    curve: Report, pace: Callable[[float], float], whole: Report | None, target: float
+) -> Arrival | None:
     """When a contender comes to a loss over a network.
 
     Args:
         curve: its run with no limit on the network.
-        pace: its pace over the network.
+        pace: seconds over the network for so many steps from the start.
         whole: its whole run over the network, if there was one; the curve is used otherwise.
         target: the loss.
     """
@@ -116,4 +118,4 @@ def arrival(curve: Report, pace: Pace, whole: Report | None, target: float) -> A
     if crossed is None:
         return None
     steps, seconds = crossed
-    return Arrival(steps, seconds if whole else steps * pace.median, composed=whole is None)
+    return Arrival(steps, seconds if whole else pace(steps), composed=whole is None)

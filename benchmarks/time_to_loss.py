@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from fnmatch import fnmatch
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ from benchmarks.launches import Launch, Results, together
 from benchmarks.measure import write_record
 from benchmarks.network import missing
 from benchmarks.scoreboard import Scores, plot, table
-from benchmarks.standings import paces
+from benchmarks.standings import Pace, paces
 from postlocal.train import TrainConfig, make_config
 
 HOSTS = 4
@@ -63,18 +64,17 @@ def measure(
 ) -> Scores:
     """Run what is not known yet."""
     scores = Scores(seeds)
+    seeded = {seed: config.model_copy(update={"seed": seed}) for seed in seeds}
+    for seed, name in product(seeds, names[1:]):  # the first one trains nothing in common
+        (scores.curves[name, seed],) = results.of(Launch((name,), seeded[seed]))
     for rate in rates:
-        found = [paces(results.of(Launch(p, config, rate, rounds))) for p in together(names)]
-        scores.paces[rate] = {k: pace for part in reversed(found) for k, pace in part.items()}
-        scores.paces[rate] = {name: scores.paces[rate][name] for name in names}
-    for seed in seeds:
-        seeded = config.model_copy(update={"seed": seed})
-        for name in (name for name in names if name != ALONE):
-            (scores.curves[name, seed],) = results.of(Launch((name,), seeded))
-            for rate in rates:
-                if any(fnmatch(f"{name} @ {rate}", pattern) for pattern in whole):
-                    (report,) = results.of(Launch((name,), seeded, rate))
-                    scores.wholes[name, seed, rate] = report
+        found: dict[str, Pace] = {}
+        for part in together(names):
+            found = paces(results.of(Launch(part, config, rate, rounds))) | found
+        scores.paces[rate] = {name: found[name] for name in names}
+    for seed, name, rate in product(seeds, names, rates):
+        if any(fnmatch(f"{name} @ {rate}", pattern) for pattern in whole):
+            (scores.wholes[name, seed, rate],) = results.of(Launch((name,), seeded[seed], rate))
     return scores
 
 
@@ -114,8 +114,8 @@ def as_json(scores: Scores) -> dict[str, Any]:
 def main(
     contenders: Annotated[str, typer.Option(help="Names or patterns, with | between.")] = "*",
     rates: Annotated[str, typer.Option(help="Of each host's link, with commas.")] = RATES,
-    steps: Annotated[int, typer.Option(help="Steps of DDP's run.")] = 400,
-    batch_size: Annotated[int, typer.Option(help="Sequences a step for each rank.")] = 8,
+    steps: Annotated[int, typer.Option(help="Steps of DDP's run.")] = 500,
+    batch_size: Annotated[int, typer.Option(help="Sequences a step for each rank.")] = 4,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
     rounds: Annotated[int, typer.Option(min=1, help="Timed stretches of each.")] = 3,
     seeds: Annotated[int, typer.Option(min=1, help="Whole runs of each.")] = 1,

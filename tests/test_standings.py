@@ -58,7 +58,9 @@ def test_the_first_time_that_a_loss_comes_down_to_the_target_counts(
 
 
 def test_an_arrival_is_composed_unless_the_run_was_made() -> None:
-    pace = Pace(seconds=(0.5, 0.5), alone=(0.4, 0.4), bytes_up=1)
+    def pace(steps: float) -> float:
+        return steps / 2
+
     composed = arrival(curve(OURS, *POINTS), pace, None, target=2.0)
     assert composed is not None
     assert (composed.steps, composed.seconds, composed.composed) == (20, 10.0, True)

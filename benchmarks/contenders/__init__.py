@@ -1,6 +1,6 @@
 """Contenders of `benchmarks.time_to_loss`: ours, and each peer as its documentation sets it up."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from benchmarks.contenders import (
@@ -14,6 +14,7 @@ from benchmarks.contenders import (
 from benchmarks.contenders.ours import ours
 from benchmarks.contenders.training import Contender, Training
 from postlocal import Strategy, strategies, wire
+from postlocal.train import TrainConfig
 
 __all__ = ["ALONE", "CONTENDERS", "DDP", "PERIOD", "PLANNED", "Contender", "Training", "named"]
 
@@ -23,44 +24,51 @@ PERIOD = 8
 ALONE, DDP = "no communication", "DDP, torch"
 
 
-def _of(strategy: Strategy, period: int, rounds: int = 1, length: float = 1.0) -> Contender:
+LOCAL_LENGTH = 1.5
+"""Of runs that are local for `PERIOD` steps at a time, of ours and of peers."""
+
+
+def _of(strategy: Strategy, period: int, rounds: int = 2, length: float = 1.0) -> Contender:
     return Contender(
         ours(strategy), period, settling=rounds * period, package="postlocal", length=length
     )
 
 
+def _streaming(period: int, length: float) -> Contender:
+    strategy = strategies.streaming_diloco(period, outer_lr=1.0, outer_momentum=0.5)
+    return _of(strategy, period, length=length)
+
+
+def _peer(
+    make: Callable[[TrainConfig, int], Training], package: str, rounds: int = 1, apart: bool = False
+) -> Contender:
+    return Contender(make, PERIOD, rounds * PERIOD, package, apart, LOCAL_LENGTH)
+
+
 CONTENDERS: Mapping[str, Contender] = {
     ALONE: Contender(plain.alone, period=4),
     DDP: Contender(plain.ddp, settling=3),
-    "ddp, postlocal": _of(strategies.ddp(), 1, rounds=3),
-    "local_sgd 8, postlocal": _of(strategies.local_sgd(PERIOD), PERIOD),
-    "streaming 8 fp4, postlocal": _of(
-        strategies.streaming_diloco(PERIOD, outer_lr=1.0, outer_momentum=0.5), PERIOD, rounds=2
-    ),
-    "streaming 4 fp4, postlocal": _of(
-        strategies.streaming_diloco(4, outer_lr=1.0, outer_momentum=0.5), 4, rounds=2
-    ),
-    "post-local SGD 8, torch": Contender(torch_post_local_sgd.post_local_sgd(PERIOD), PERIOD),
-    "DDP fp16, torch": Contender(torch_hooks.fp16, settling=3),
+    "DDP fp16, torch": Contender(torch_hooks.fp16, settling=3, length=1.05),
     "DDP PowerSGD, torch": Contender(
-        torch_hooks.power_sgd(matrix_rank=1), settling=torch_hooks.POWER_SGD_START + 2
+        torch_hooks.power_sgd(matrix_rank=2),
+        settling=torch_hooks.POWER_SGD_START + 2,
+        dense=torch_hooks.POWER_SGD_START,
+        length=1.25,
     ),
-    "LocalSGD 8, accelerate": Contender(
-        accelerate_local_sgd.local_sgd(PERIOD), PERIOD, package="accelerate"
+    "post-local SGD 8, torch": _peer(torch_post_local_sgd.post_local_sgd(PERIOD), "torch"),
+    "LocalSGD 8, accelerate": _peer(accelerate_local_sgd.local_sgd(PERIOD), "accelerate"),
+    "LocalSGD 8, torchft": _peer(torchft_local_sgd.local_sgd(PERIOD), "torchft", apart=True),
+    "DiLoCo 8, torchft": _peer(torchft_diloco.diloco(PERIOD), "torchft", apart=True),
+    "streaming DiLoCo 8, torchft": _peer(
+        torchft_diloco.diloco(PERIOD, fragments=2, delay=1), "torchft", rounds=2, apart=True
     ),
-    "LocalSGD 8, torchft": Contender(
-        torchft_local_sgd.local_sgd(PERIOD), PERIOD, settling=PERIOD, package="torchft", apart=True
+    "ddp, postlocal": _of(strategies.ddp(), 1, rounds=3),
+    "ddp PowerSGD, postlocal": _of(
+        replace(strategies.ddp(), gradient_wire=wire.powersgd(rank=2)), 1, rounds=3, length=1.25
     ),
-    "DiLoCo 8, torchft": Contender(
-        torchft_diloco.diloco(PERIOD), PERIOD, settling=PERIOD, package="torchft", apart=True
-    ),
-    "streaming DiLoCo 8, torchft": Contender(
-        torchft_diloco.diloco(PERIOD, fragments=2, delay=1),
-        PERIOD,
-        settling=2 * PERIOD,
-        package="torchft",
-        apart=True,
-    ),
+    "local_sgd 8, postlocal": _of(strategies.local_sgd(PERIOD), PERIOD, 1, LOCAL_LENGTH),
+    "streaming 8 fp4, postlocal": _streaming(PERIOD, LOCAL_LENGTH),
+    "streaming 4 fp4, postlocal": _streaming(4, length=1.4),
 }
 """Of the contest, by name."""
 

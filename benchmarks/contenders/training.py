@@ -46,6 +46,7 @@ class Contender:
         package: what has to be installed.
         apart: whether every host is a world of its own, and they meet through a lighthouse.
         length: of its run, as a multiple of DDP's.
+        dense: steps at the start of a run that it takes as plain DDP does.
     """
 
     make: Callable[[TrainConfig, int], Training]
@@ -54,6 +55,7 @@ class Contender:
     package: str = "torch"
     apart: bool = False
     length: float = 1.0
+    dense: int = 0
 
     @property
     def installed(self) -> bool:
