@@ -17,6 +17,7 @@ ROWS = (
     {"inner", "strategies", "gradients"},
     {"flight"},
     {"sync"},
+    {"attachment"},
     {"checkpoint", "planning", "report"},
     {"train", "ddp_comm_hooks", "model_averaging"},
     {"cli", "optim"},

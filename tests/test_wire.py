@@ -96,6 +96,36 @@ def test_payload_is_what_the_wire_predicts(name: str, workers: int) -> None:
     assert sum(sent) == pytest.approx(2 * (workers - 1) * width * sum(chunks), rel=1e-4)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_codes_are_made_of_values_where_they_lie_if_that_is_end_to_end(apart: bool) -> None:
+    taken: list[torch.dtype] = []
+
+    class Watched(wire.Staging):
+        def take(self, numel: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+            taken.append(dtype or like.dtype)
+            return super().take(numel, like, dtype)
+
+    def values(rank: int) -> Tensor:
+        return torch.randn(8_001, generator=torch.Generator().manual_seed(rank))
+
+    def work(group: Group) -> Tensor:
+        tensors = torch.split(values(group.rank), [3_000, 1, 5_000])
+        if apart:
+            tensors = tuple(tensor.clone() for tensor in tensors)
+        mean_(tensors, group, wire.bf16(), staging=Watched())
+        return torch.cat(tensors)
+
+    expected = [values(0), values(1)]
+
+    def whole(group: Group) -> None:
+        mean_([expected[group.rank]], group, wire.bf16())
+
+    virtual.run(2, whole)
+    for mean in virtual.run(2, work):
+        assert torch.equal(mean, expected[0])
+    assert (torch.float32 in taken) == apart
+
+
 @pytest.mark.parametrize("name", WIRES)
 def test_weights_are_divided_out(name: str) -> None:
     def work(group: Group) -> Tensor:

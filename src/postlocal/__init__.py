@@ -20,6 +20,7 @@ from postlocal import (
     virtual,
     wire,
 )
+from postlocal.attachment import attach
 from postlocal.errors import (
     CheckpointError,
     DisagreementError,
@@ -29,7 +30,7 @@ from postlocal.errors import (
 )
 from postlocal.planning import plan
 from postlocal.strategies import Strategy
-from postlocal.sync import Sync, attach
+from postlocal.sync import Sync
 
 __version__ = version("postlocal")
 

@@ -1,140 +1,24 @@
-"""The one clock of a training loop: `attach` a strategy, then call `Sync.step` each iteration."""
+"""The one clock of a training loop: counts steps, and synchronizes when the schedule says so."""
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
-from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
-from postlocal import agreement, fragments, group, schedule
-from postlocal.codec import kernels
+from postlocal import fragments, schedule
 from postlocal.courier import Courier
-from postlocal.errors import DisagreementError
 from postlocal.flight import Buffers, Flight, Fragment
 from postlocal.gradients import Local, Reduced
-from postlocal.group import Group, Processes
 from postlocal.inner import Inner
 from postlocal.meter import Meter, SyncRecord
-from postlocal.replica import Replica, find_ddp, unwrap
+from postlocal.replica import Replica
 from postlocal.schedule import RANK, WORLD, Round
 from postlocal.strategies import Strategy
-from postlocal.topology import Layout, Partition, Topology, unknown_level, world
-from postlocal.wire import Staging, codecs, fp32, travels_as
-
-_LARGE = 2**23  # parameters for which compiled codecs are worth their half a minute
-
-
-def attach(
-    model: nn.Module,
-    optimizer: Optimizer,
-    strategy: Strategy,
-    *,
-    topology: Topology | None = None,
-    process_group: dist.ProcessGroup | Group | None = None,
-    initial: Literal["broadcast", "refuse"] = "broadcast",
-    timeout: float | None = None,
-) -> "Sync":
-    """Put a training loop under a strategy; collective, to be called by all ranks.
-
-    All process groups are made here, all levels resolved, and all ranks compared: whatever only
-    some of them were given raises on every one.
-
-    Args:
-        model: the module that is trained. A strategy that averages gradients at any level but
-            ``"rank"`` needs it wrapped in DistributedDataParallel, with no communication hook.
-        optimizer: the inner optimizer; it must hold parameters of ``model``.
-        strategy: what to do; see `postlocal.strategies`.
-        topology: the levels between ``"rank"`` and ``"world"``; None: there are none.
-        process_group: the replicas; None: torch's default group, or one rank alone where torch
-            has none. A group of `postlocal.virtual` works too.
-        initial: what to do with parameters and buffers that differ between ranks: take rank 0's,
-            or raise.
-        timeout: seconds that a synchronization waits for a missing rank; None: as long as
-            torch's default group does.
-
-    Returns:
-        The clock to call ``step()`` on, once for each optimizer step.
-
-    Raises:
-        ValueError: if an argument is bad, or the schedule names a level the topology lacks.
-        TypeError: if a parameter is of a kind that cannot be averaged.
-        DisagreementError: if ranks were given different versions, strategies, topologies or
-            models.
-        PeerError: if a rank does not come within the timeout.
-
-    Example:
-        >>> import torch
-        >>> import postlocal
-        >>> from postlocal import strategies
-        >>> model = torch.nn.Linear(4, 1)
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> sync = postlocal.attach(model, optimizer, strategies.local_sgd(period=2))
-        >>> for _ in range(3):
-        ...     model(torch.ones(4)).sum().backward()
-        ...     optimizer.step()
-        ...     optimizer.zero_grad()
-        ...     sync.step()
-        >>> sync.finish()
-        >>> sync.steps, sync.agreed
-        (3, True)
-    """
-    everyone = group.resolve(process_group, timedelta(seconds=timeout) if timeout else None)
-    everyone.arrive(0)
-    topology = topology or world()
-    with agreement.together(everyone):
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
-        if initial not in ("broadcast", "refuse"):
-            raise ValueError(f"initial must be 'broadcast' or 'refuse', got {initial!r}")
-        replica = Replica(model)
-        ddp = find_ddp(model)
-        _check_ddp(ddp, everyone)
-        inner = Inner(optimizer, replica)
-        parts = strategy.fragments.split(unwrap(model), _sizes(replica))
-        partitions = topology.partition(everyone.size)
-        check_levels(strategy, partitions)
-        first = strategy.schedule(0, inner.lr)
-        _warm_up(strategy, replica)
-    agreement.check(
-        everyone,
-        {
-            "version of postlocal": [version("postlocal")],
-            "strategy": [strategy.fingerprint],
-            "first round": [repr(first)],
-            "topology": [repr(partitions)],
-            "parameters and buffers": replica.describe(),
-            "fragments": [", ".join(names) for names in parts],
-            "initial": [initial],
-        },
-    )
-    layout = Layout(everyone, topology)
-    meter = Meter()
-    with agreement.together(everyone):
-        where = _gradients(ddp, strategy, topology, everyone, layout, meter)
-        where.use(first.gradients)
-    _agree_on_start(layout[WORLD], replica, initial)
-    staging = Staging()
-    pieces = [
-        Fragment(
-            {name: replica.parameters[name] for name in names},
-            WORLD,
-            strategy.wire.open(layout, WORLD, staging),
-            strategy,
-            fragments.modules(unwrap(model), names, strategy.fragments.layers),
-            number=index if len(parts) > 1 else None,
-        )
-        for index, names in enumerate(parts)
-    ]
-    return Sync(strategy, replica, inner, layout, where, meter, pieces)
+from postlocal.topology import Layout
+from postlocal.wire import Staging, fp32
 
 
 class Sync:
@@ -532,75 +416,3 @@ class Sync:
             for fragment in chosen:
                 if fragment.anchor is not None:
                     fragment.anchor.give()
-
-
-def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> None:
-    """Check that a strategy's levels are there, and warn of one that is the whole world.
-
-    Args:
-        strategy: its schedule names levels.
-        partitions: what `Topology.partition` gives for the world.
-
-    Raises:
-        ValueError: naming the level that is missing.
-    """
-    for level in sorted(schedule.levels(strategy.schedule)):
-        if level not in partitions:
-            raise ValueError(unknown_level(level, partitions))
-        if level != WORLD and len(partitions[level]) == 1 and len(partitions[level][0]) > 1:
-            warnings.warn(
-                f"level {level!r} holds all {len(partitions[level][0])} ranks, so that every step "
-                "communicates with everybody; pass a topology with more than one group, such as "
-                "topology.nodes(size=1)",
-                stacklevel=4,
-            )
-
-
-def _sizes(replica: Replica) -> dict[str, int]:
-    return {name: parameter.nbytes for name, parameter in replica.parameters.items()}
-
-
-def _warm_up(strategy: Strategy, replica: Replica) -> None:
-    """Compile codecs where it pays, while nobody waits at a synchronization."""
-    parameters = list(replica.parameters.values())
-    if sum(parameter.numel() for parameter in parameters) < _LARGE:
-        return
-    for wire in (strategy.wire, strategy.gradient_wire):
-        for codec in codecs(wire):
-            for dtype in {travels_as(parameter.dtype) for parameter in parameters}:
-                kernels.warm_up(codec, dtype, parameters[0].device)
-
-
-def _gradients(
-    ddp: DistributedDataParallel | None,
-    strategy: Strategy,
-    topology: Topology,
-    everyone: Group,
-    layout: Layout,
-    meter: Meter,
-) -> Local | Reduced:
-    if ddp is None:
-        return Local(layout)
-    # What travels in several legs runs beside the backward pass, where DDP may communicate too.
-    given = {} if strategy.gradient_wire.lossy else {WORLD: Processes(ddp.process_group)}
-    return Reduced(ddp, Layout(everyone, topology, given), strategy.gradient_wire, meter)
-
-
-def _check_ddp(ddp: DistributedDataParallel | None, everyone: Group) -> None:
-    if ddp is not None and dist.get_world_size(ddp.process_group) != everyone.size:
-        raise ValueError(
-            f"process_group must be the one of the DistributedDataParallel model, which has "
-            f"{dist.get_world_size(ddp.process_group)} ranks; got one of {everyone.size}"
-        )
-
-
-def _agree_on_start(group: Group, replica: Replica, initial: str) -> None:
-    differing = agreement.same_values_(group, replica.tensors)
-    if initial == "broadcast":
-        return
-    for rank, names in enumerate(group.all_gather_object(differing)):
-        if names:
-            raise DisagreementError(
-                f"ranks differ in initial values: {names[0]!r} on rank {rank} is not rank 0's; "
-                "start from equal values, or pass initial='broadcast'"
-            )

@@ -1,6 +1,6 @@
 """Tensors as they lie in memory: flat views of them, and sums over all of their elements."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,25 @@ def flat_view(tensor: Tensor) -> Tensor | None:
             return None
         size *= length
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def end_to_end(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Contiguous tensors that lie one after another in memory as one flat view; None if they don't.
+
+    Example:
+        >>> halves = torch.arange(4).split(2)
+        >>> end_to_end(halves), end_to_end([halves[1], halves[0]])
+        (tensor([0, 1, 2, 3]), None)
+    """
+    first = tensors[0]
+    place = first.data_ptr()
+    for tensor in tensors:
+        known = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        alike = tensor.dtype == first.dtype and tensor.is_contiguous()
+        if not (known and alike and tensor.data_ptr() == place):
+            return None
+        place += tensor.nbytes
+    return first.as_strided((sum(map(torch.numel, tensors)),), (1,))
 
 
 def whole_storage(tensor: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from postlocal import agreement, checkpoint, group
+from postlocal.attachment import attach, check_levels
 from postlocal.group import Group
 from postlocal.packing import key_of
 from postlocal.replica import unwrap
 from postlocal.report import METRICS, PLOT, SUMMARY, Metrics, Summary, plot
-from postlocal.sync import attach, check_levels
 from postlocal.train import view
 from postlocal.train.config import TrainConfig
 from postlocal.train.data import Corpus, Share, Windows, find_files

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from postlocal.tensors import flat_view, weigh_
+from postlocal.tensors import end_to_end, flat_view, weigh_
 from postlocal.wire.cargo import PLAIN, Cargo, Terms
 from postlocal.wire.staging import Staging
 
@@ -62,10 +62,8 @@ class Chunk:
 
     def pack(self) -> Cargo:
         """All values in one flat tensor, and all residuals."""
-        (values,) = self._values.pack(self.numel)
-        residual = None
-        if self._residual is not None:
-            (residual,) = self._residual.pack(self.numel)
+        values = self._values.whole()
+        residual = None if self._residual is None else self._residual.whole()
         terms = [(parcel.tensor.numel(), parcel.terms) for parcel in self._parcels]
         return Cargo(values, residual, terms)
 
@@ -102,6 +100,15 @@ class _Packed:
             self._place(self._flat, in_place)
             flats.append(self._flat)
         return flats
+
+    def whole(self) -> Tensor:
+        """All in one flat tensor: where they lie, if that is end to end in the chunk's dtype."""
+        if self._tensors[0].dtype == self._dtype:
+            flat = end_to_end(self._tensors)
+            if flat is not None:
+                return flat
+        (flat,) = self.pack(sum(map(torch.numel, self._tensors)) + 1)
+        return flat
 
     def unpack(self) -> None:
         if self._flat is not None:
