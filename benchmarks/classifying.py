@@ -169,38 +169,50 @@ def train(task: Classifying, tick: Tick) -> tuple[ResNet, int]:
     # All are made in one thread: threads share torch's generator.
     workers = [Worker(task, rank) for rank in range(task.workers)]
     synchronous, strategy = apart(task)
+    local = range(synchronous, task.steps)
 
     # One at a time: threads that take turns at every operation lose most of a core to waiting.
     turn = Lock()
 
     def work(group: Group) -> int:
         worker = workers[group.rank]
-        for step in range(synchronous):
-            with turn:
-                worker.backward(step)
-            average_gradients(worker.model, group)
-            with turn:
-                worker.update(step)
-            if group.rank == 0:
-                tick()
+        ticks = tick if group.rank == 0 else lambda: None
+        train_synchronously(worker, range(synchronous), group, turn, ticks)
         sent = ddp_bytes(worker.model, task.workers, synchronous)
-        if synchronous == task.steps:
-            return sent
-        # Replicas hold equal parameters, and `attach` gives them rank 0's buffers.
-        sync = postlocal.attach(worker.model, worker.optimizer, strategy, process_group=group)
-        for step in range(synchronous, task.steps):
-            with turn:
-                worker.backward(step)
-                worker.update(step)
-            sync.step()
-            if group.rank == 0:
-                tick()
-        sync.finish()
-        sync.close()
-        return sent + sync.meter.total_bytes
+        return sent + (train_apart(worker, local, strategy, group, turn, ticks) if local else 0)
 
     sent = virtual.run(task.workers, work, timeout=600.0)
     return workers[0].model, sent[0]
+
+
+def train_synchronously(worker: Worker, steps: range, group: Group, turn: Lock, tick: Tick) -> None:
+    """Steps in each of which gradients are averaged."""
+    for step in steps:
+        with turn:
+            worker.backward(step)
+        average_gradients(worker.model, group)
+        with turn:
+            worker.update(step)
+        tick()
+
+
+def train_apart(
+    worker: Worker, steps: range, strategy: Strategy, group: Group, turn: Lock, tick: Tick
+) -> int:
+    """Steps under a strategy that leaves gradients alone; returns the bytes a worker sent.
+
+    Replicas start from rank 0's parameters and buffers, which `attach` broadcasts.
+    """
+    sync = postlocal.attach(worker.model, worker.optimizer, strategy, process_group=group)
+    for step in steps:
+        with turn:
+            worker.backward(step)
+            worker.update(step)
+        sync.step()
+        tick()
+    sync.finish()
+    sync.close()
+    return sync.meter.total_bytes
 
 
 def apart(task: Classifying) -> tuple[int, Strategy]:
