@@ -70,7 +70,7 @@ class Classifying:
     strategy: Strategy
     workers: int
     lr: float
-    epochs: int = 20
+    epochs: int = 24
     batch_size: int = 64
     train_images: int = 12_000
     channels: int = 16
