@@ -73,11 +73,11 @@ def table(
         f"images. ResNet-8 with BatchNorm, {control.channels} channels in its first stage. "
         f"{control.epochs} epochs, {control.workers} workers with {control.batch_size} images a "
         f"step each; `small-batch` is one such worker alone. SGD with Nesterov momentum 0.9, "
-        f"learning rate {control.lr:g} ({small_lr:g} for `small-batch`) after one epoch of "
-        f"warm-up, a tenth of it from 1/2 and again from 3/4 of the run, {seeds}. Post-local SGD "
-        f"is synchronous until 1/2; the number is its period. Accuracy is top-1 in percent on the "
-        "test images with its standard deviation over seeds; the difference is from `ddp` of the "
-        "same seed in points, mean (least..greatest).",
+        f"learning rate {control.lr:g} after one epoch of warm-up ({small_lr:g} and none for "
+        f"`small-batch`), a tenth of it from 1/2 and again from 3/4 of the run, {seeds}. "
+        "Post-local SGD is synchronous until 1/2; the number is its period. Accuracy is top-1 in "
+        "percent on the test images with its standard deviation over seeds; the difference is "
+        "from `ddp` of the same seed in points, mean (least..greatest).",
         "",
         "| setting | accuracy, % | difference | test loss | on training images, % | MB a worker |",
         "|---|---|---|---|---|---|",
