@@ -181,7 +181,7 @@ def train(task: Classifying, tick: Tick) -> tuple[ResNet, int]:
         sent = ddp_bytes(worker.model, task.workers, synchronous)
         return sent + (train_apart(worker, local, strategy, group, turn, ticks) if local else 0)
 
-    sent = virtual.run(task.workers, work, timeout=600.0)
+    sent = virtual.run(task.workers, work, timeout=3600.0)  # on a machine that is busy, too
     return workers[0].model, sent[0]
 
 
