@@ -1,33 +1,22 @@
-"""Many training runs on a few cores, each kept on disk once it is done."""
+"""Runs that train a language model under one strategy or another, and differ in nothing else."""
 
 import hashlib
-import json
-import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
-from multiprocessing.sharedctypes import Synchronized
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 import postlocal
+from benchmarks.pool import Cache, Run, Tick, train_all
 from benchmarks.training import Worker, held_out_loss
 from postlocal import Strategy, strategies, virtual
 from postlocal.group import Group
 from postlocal.train import TrainConfig
 from postlocal.train.run import open_data
 from postlocal.wire import fp32
-
-Tick = Callable[[], None]
-"""Called once a step."""
-
-Run = tuple[str, int]
-"""Name of a setting, and seed."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +61,10 @@ def train(config: TrainConfig, strategy: Strategy, tick: Tick) -> Result:
     windows, _ = open_data(config, 0, config.workers)
     return Result(
         key=key_of(config, strategy),
-        source=_source(),
+        source=source(),
         loss=held_out_loss(model, windows, config.eval_sequences),
         payload_bytes=payload_bytes,
-        ddp_bytes=_ddp_bytes(config, model),
+        ddp_bytes=ddp_bytes(model, config.workers, config.steps),
         tokens=config.steps * config.workers * config.batch_size * config.sequence_length,
         seconds=seconds,
     )
@@ -87,7 +76,7 @@ def train_control(config: TrainConfig, strategy: Strategy, tick: Tick) -> tuple[
     for step in range(config.steps):
         worker.step(step)
         tick()
-    return worker.model, _ddp_bytes(config, worker.model)
+    return worker.model, ddp_bytes(worker.model, config.workers, config.steps)
 
 
 def train_replicas(config: TrainConfig, strategy: Strategy, tick: Tick) -> tuple[nn.Module, int]:
@@ -115,12 +104,14 @@ def train_replicas(config: TrainConfig, strategy: Strategy, tick: Tick) -> tuple
     return workers[0].model, sent[0]
 
 
-def _ddp_bytes(config: TrainConfig, model: nn.Module) -> int:
+def ddp_bytes(model: nn.Module, workers: int, steps: int) -> int:
+    """What a worker sends in so many steps of plain fp32 DDP."""
     numel = sum(parameter.numel() for parameter in model.parameters())
-    return config.steps * fp32().payload_bytes(numel, config.workers)
+    return steps * fp32().payload_bytes(numel, workers)
 
 
-def _source() -> str:
+def source() -> str:
+    """Digest of the package's source."""
     digest = hashlib.blake2b(digest_size=8)
     folder = Path(postlocal.__file__).parent
     for file in sorted(folder.rglob("*.py")):
@@ -129,27 +120,27 @@ def _source() -> str:
 
 
 @dataclass(frozen=True)
-class Cache:
-    """Results on disk, one JSON object a line; of several with one key the last one counts.
+class Training:
+    """A run that is still to be done.
 
     Args:
-        path: the file.
+        config: of the run.
+        strategy: DDP is what the control computes; others are trained as replicas.
     """
 
-    path: Path
+    config: TrainConfig
+    strategy: Strategy
 
-    def read(self) -> dict[str, Result]:
-        """Results by key."""
-        if not self.path.exists():
-            return {}
-        rows = [Result(**json.loads(line)) for line in self.path.read_text().splitlines()]
-        return {row.key: row for row in rows}
+    @property
+    def key(self) -> str:
+        return key_of(self.config, self.strategy)
 
-    def add(self, result: Result) -> None:
-        """Append a result."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(asdict(result)) + "\n")
+    @property
+    def steps(self) -> int:
+        return self.config.steps
+
+    def train(self, tick: Tick) -> Result:
+        return train(self.config, self.strategy, tick)
 
 
 @dataclass(frozen=True)
@@ -167,63 +158,14 @@ class Campaign:
     seeds: Sequence[int]
 
     @property
-    def runs(self) -> list[Run]:
+    def tasks(self) -> dict[Run, Training]:
         """Every setting with the first seed, then with the next."""
-        return [(name, seed) for seed in self.seeds for name in self.settings]
+        return {
+            (name, seed): Training(self.config.model_copy(update={"seed": seed}), strategy)
+            for seed in self.seeds
+            for name, strategy in self.settings.items()
+        }
 
-    def config_of(self, run: Run) -> TrainConfig:
-        """The configuration with the run's seed."""
-        return self.config.model_copy(update={"seed": run[1]})
-
-    def key(self, run: Run) -> str:
-        """The run's key in the cache."""
-        return key_of(self.config_of(run), self.settings[run[0]])
-
-    def train(self, cache: Cache, jobs: int, resume: bool) -> dict[Run, Result]:
+    def train(self, cache: Cache[Result], jobs: int, resume: bool) -> dict[Run, Result]:
         """Train all, or with ``resume`` what the cache does not hold, ``jobs`` runs at a time."""
-        known = cache.read() if resume else {}
-        missing = [run for run in self.runs if self.key(run) not in known]
-        for result in self._in_processes(missing, jobs):
-            cache.add(result)
-            known[result.key] = result
-        return {run: known[self.key(run)] for run in self.runs}
-
-    def _in_processes(self, runs: Sequence[Run], jobs: int) -> Iterator[Result]:
-        context = multiprocessing.get_context("spawn")
-        counter = context.Value("q", 0)
-        pool = ProcessPoolExecutor(jobs, context, _prepare_process, (counter,))
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("steps"), TimeRemainingColumn(),
-        )  # fmt: skip
-        try:
-            with Progress(*columns, speed_estimate_period=300) as progress:
-                task = progress.add_task(f"{len(runs)} runs", total=len(runs) * self.config.steps)
-                pending: set[Future[Result]] = {
-                    pool.submit(_run, self.config_of(run), self.settings[run[0]]) for run in runs
-                }
-                while pending:
-                    done, pending = wait(pending, timeout=0.5, return_when="FIRST_COMPLETED")
-                    progress.update(task, completed=counter.value)
-                    yield from (future.result() for future in done)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-_steps_taken: "Synchronized[int]"
-"""Of all processes of a pool; each is given it when it starts."""
-
-
-def _prepare_process(counter: "Synchronized[int]") -> None:
-    global _steps_taken
-    _steps_taken = counter
-    torch.set_num_threads(1)
-
-
-def _count_step() -> None:
-    with _steps_taken.get_lock():
-        _steps_taken.value += 1
-
-
-def _run(config: TrainConfig, strategy: Strategy) -> Result:
-    return train(config, strategy, _count_step)
+        return train_all(self.tasks, cache, jobs, resume)

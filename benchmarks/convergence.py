@@ -8,20 +8,19 @@ which is what DDP computes. Results are kept, run by run, under ``runs/convergen
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib as mpl
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.campaign import Cache, Campaign, Result, Run
+from benchmarks.campaign import Campaign, Result
+from benchmarks.comparison import choose, plot, said
 from benchmarks.measure import write_record
+from benchmarks.pool import Cache, Run
 from postlocal import Strategy, strategies, wire
 from postlocal.train import make_config
 
@@ -97,7 +96,7 @@ def table(campaign: Campaign, rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         f"Model `{config.model}`, {config.workers} workers, {config.steps} steps of "
         f"{config.batch_size} x {config.sequence_length} bytes each ({tokens / 1e6:.2f} M tokens "
-        f"in all), AdamW, peak learning rate {config.lr:g}, {_said(campaign.seeds)}. Loss is held "
+        f"in all), AdamW, peak learning rate {config.lr:g}, {said(campaign.seeds)}. Loss is held "
         "out, in nats a byte, with its standard deviation over seeds; the penalty is against DDP "
         "of the same seed, mean (least..greatest).",
         "",
@@ -116,45 +115,6 @@ def table(campaign: Campaign, rows: Mapping[str, Mapping[str, Any]]) -> str:
     if len(sources) > 1:
         lines += ["", f"The runs are of {len(sources)} states of the source."]
     return "\n".join(lines) + "\n"
-
-
-def _said(seeds: Sequence[int]) -> str:
-    return f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
-
-
-def plot(campaign: Campaign, rows: Mapping[str, Mapping[str, Any]], to: Path) -> None:
-    """Draw penalties and their spread, a line a setting."""
-    mpl.use("Agg", force=False)
-    figure = Figure(figsize=(8, 1.2 + 0.35 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for place, row in enumerate(rows.values()):
-        penalties = row["penalties"]
-        axes.plot([min(penalties), max(penalties)], [place, place], color="C0", alpha=0.5)
-        axes.plot([statistics.mean(penalties)], [place], "o", color="C0")
-    axes.axvline(0, color="grey", linewidth=1)
-    axes.set_yticks(range(len(rows)), list(rows))
-    axes.invert_yaxis()
-    axes.set_xlabel(f"held-out loss above DDP's, % ({campaign.config.model}, equal tokens)")
-    axes.grid(axis="x", alpha=0.3)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(to, dpi=120)
-
-
-def choose(patterns: str) -> dict[str, Strategy]:
-    """The settings whose names match, in the order of the table, and the control.
-
-    Raises:
-        typer.BadParameter: if a pattern matches nothing.
-    """
-    wanted = [pattern.strip() for pattern in patterns.split(",")]
-    for pattern in wanted:
-        if not any(fnmatch(name, pattern) for name in SETTINGS):
-            raise typer.BadParameter(f"{pattern!r} is none of {', '.join(SETTINGS)}")
-    return {
-        name: strategy
-        for name, strategy in SETTINGS.items()
-        if name == CONTROL or any(fnmatch(name, pattern) for pattern in wanted)
-    }
 
 
 def main(
@@ -176,12 +136,18 @@ def main(
     config = make_config(
         model=model, steps=steps, lr=lr, workers=WORKERS, batch_size=batch_size, eval_sequences=512
     )
-    campaign = Campaign(config, choose(settings), range(first_seed, first_seed + seeds))
-    results = campaign.train(Cache(FOLDER / "results.jsonl"), jobs, resume)
+    campaign = Campaign(
+        config, choose(SETTINGS, settings, CONTROL), range(first_seed, first_seed + seeds)
+    )
+    results = campaign.train(Cache(FOLDER / "results.jsonl", Result), jobs, resume)
     rows = summarize(campaign, results)
     text = table(campaign, rows)
     console.print(text, markup=False, soft_wrap=True)
-    draw = partial(plot, campaign, rows)
+    draw = partial(
+        plot,
+        {name: row["penalties"] for name, row in rows.items()},
+        f"held-out loss above DDP's, % ({model}, equal tokens)",
+    )
     draw(FOLDER / f"{model}.png")
     console.print(f"Plot: {FOLDER / f'{model}.png'}")
     if record:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import network, scale, sync_cost
-from benchmarks.campaign import Cache, Campaign, Result, train_control, train_replicas
+from benchmarks.campaign import Campaign, Result, train_control, train_replicas
 from benchmarks.convergence import summarize
 from benchmarks.measure import loopback_traffic
 from benchmarks.peers import PEERS, installed
+from benchmarks.pool import Cache
 from benchmarks.shapes import small
 from benchmarks.training import Worker
 from torch import Tensor
@@ -63,13 +64,13 @@ def campaign(seeds: int = 2) -> Campaign:
 
 def results(of: Campaign) -> list[Result]:
     return [
-        Result(of.key((name, seed)), "source", 2.0 + seed + 0.1 * (name != "ddp"), 10, 40, 1, 1.0)
-        for name, seed in of.runs
+        Result(task.key, "source", 2.0 + seed + 0.1 * (name != "ddp"), 10, 40, 1, 1.0)
+        for (name, seed), task in of.tasks.items()
     ]
 
 
 def test_a_campaign_takes_from_its_cache_what_is_there(tmp_path: Path) -> None:
-    cache = Cache(tmp_path / "new" / "results.jsonl")
+    cache = Cache(tmp_path / "new" / "results.jsonl", Result)
     for result in results(campaign()):
         cache.add(replace(result, loss=9.0))
         cache.add(result)
@@ -79,13 +80,13 @@ def test_a_campaign_takes_from_its_cache_what_is_there(tmp_path: Path) -> None:
 
 def test_runs_that_differ_have_different_keys() -> None:
     slower = Campaign(CONFIG.model_copy(update={"lr": 1e-3}), SETTINGS, range(2))
-    keys = [of.key(run) for of in (campaign(), slower) for run in of.runs]
+    keys = [task.key for of in (campaign(), slower) for task in of.tasks.values()]
     assert len(set(keys)) == 8
 
 
 def test_penalties_are_against_the_control_of_the_same_seed() -> None:
     of = campaign()
-    rows = summarize(of, dict(zip(of.runs, results(of), strict=True)))
+    rows = summarize(of, dict(zip(of.tasks, results(of), strict=True)))
     assert rows["averaging"]["penalties"] == pytest.approx([100 * 0.1 / 2, 100 * 0.1 / 3])
     assert rows["averaging"]["ddp_over_payload"] == 4
 
