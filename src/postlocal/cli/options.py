@@ -1,13 +1,15 @@
 """What the commands that look ahead have in common: options, and strategies made from them."""
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from postlocal.strategies import parameters_of
 from postlocal.train.config import TrainConfig, make_config
+from postlocal.wire import NAMED as WIRES
 
 ALL = "all"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -17,6 +19,25 @@ _PERIOD = 16  # of strategies that have no default of their own
 def option(panel: str, text: str, *names: str, **settings: Any) -> Any:
     """An option that help shows in a panel."""
     return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
+
+
+_what, _how = partial(option, "The job"), partial(option, "The strategy")
+
+PeakLr = Annotated[float, _what("Peak learning rate, for strategies that follow it.")]
+Dtype = Annotated[str, _what(f"Of parameters: {', '.join(DTYPES)}.")]
+Period = Annotated[int | None, _how("Steps a round.", show_default="the strategy's own, or 16")]
+Warmup = Annotated[
+    int | None, _how("Synchronous steps of post_local_sgd.", show_default="three tenths")
+]
+WireName = Annotated[
+    str | None,
+    _how(f"How parameters travel: {', '.join(WIRES)}.", show_default="its own, or bf16"),
+]
+GradientWire = Annotated[str | None, _how("How gradients travel, as above.", show_default="bf16")]
+FragmentCount = Annotated[int | None, _how("Parts that streaming_diloco sends.")]
+Delay = Annotated[
+    int | None, _how("Steps that streaming_diloco goes on before a result is applied.")
+]
 
 
 def parse_dtype(text: str) -> torch.dtype:

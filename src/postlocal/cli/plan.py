@@ -13,7 +13,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from postlocal.cli.options import ALL, DTYPES, configure, option, parse_dtype
+from postlocal.cli.options import (
+    ALL,
+    Delay,
+    Dtype,
+    FragmentCount,
+    GradientWire,
+    PeakLr,
+    Period,
+    Warmup,
+    WireName,
+    configure,
+    option,
+    parse_dtype,
+)
 from postlocal.cli.units import by_level, parse_bandwidth, parse_count, parse_latency
 from postlocal.planning import Cluster, Job, Link, Plan, best, draw, normal, quantiles
 from postlocal.planning import plan as plan_strategy
@@ -56,30 +69,19 @@ def plan(
     ] = None,
     tokens_a_step: Annotated[str | None, _what("Tokens of all workers in a step.")] = None,
     token_budget: Annotated[str | None, _what("Tokens to train on, such as 20B.")] = None,
-    lr: Annotated[float, _what("Peak learning rate, for strategies that follow it.")] = 3e-3,
-    dtype: Annotated[str, _what(f"Of parameters: {', '.join(DTYPES)}.")] = "fp32",
+    lr: PeakLr = 3e-3,
+    dtype: Dtype = "fp32",
     optimizer_bytes: Annotated[float, _what("Of optimizer state for each parameter.")] = 8.0,
     overlap: Annotated[float, _what("Share of a step that can hide a reduction of gradients.")] = 2
     / 3,
     model: Annotated[str, _what("Size of the trainer's model that --measure times.")] = "tiny",
     strategy: Annotated[str, _how(f"{ALL}, or one of {', '.join(NAMED)}.")] = ALL,
-    period: Annotated[
-        int | None, _how("Steps a round.", show_default="the strategy's own, or 16")
-    ] = None,
-    warmup: Annotated[
-        int | None, _how("Synchronous steps of post_local_sgd.", show_default="three tenths")
-    ] = None,
-    wire: Annotated[
-        str | None,
-        _how(f"How parameters travel: {', '.join(WIRES)}.", show_default="its own, or bf16"),
-    ] = None,
-    gradient_wire: Annotated[
-        str | None, _how("How gradients travel, as above.", show_default="bf16")
-    ] = None,
-    fragments: Annotated[int | None, _how("Parts that streaming_diloco sends.")] = None,
-    delay: Annotated[
-        int | None, _how("Steps that streaming_diloco goes on before a result is applied.")
-    ] = None,
+    period: Period = None,
+    warmup: Warmup = None,
+    wire: WireName = None,
+    gradient_wire: GradientWire = None,
+    fragments: FragmentCount = None,
+    delay: Delay = None,
     share: Annotated[
         float, _shown("Share of time computing to look for the mildest strategy of.")
     ] = 0.95,

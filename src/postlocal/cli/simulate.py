@@ -13,7 +13,20 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from postlocal.cli.options import ALL, DTYPES, configure, option, parse_dtype
+from postlocal.cli.options import (
+    ALL,
+    Delay,
+    Dtype,
+    FragmentCount,
+    GradientWire,
+    PeakLr,
+    Period,
+    Warmup,
+    WireName,
+    configure,
+    option,
+    parse_dtype,
+)
 from postlocal.cli.units import (
     parse_bandwidth,
     parse_count,
@@ -34,7 +47,6 @@ from postlocal.planning import (
     sweep,
 )
 from postlocal.strategies import NAMED
-from postlocal.wire import NAMED as WIRES
 
 _who = partial(option, "The fleet")
 _what = partial(option, "The job")
@@ -68,26 +80,15 @@ def simulate(
     ] = 0.0,
     steps: Annotated[int, _what("Optimizer steps.")] = 2000,
     tokens_a_step: Annotated[str, _what("Tokens of one replica in a step.")] = "8192",
-    lr: Annotated[float, _what("Peak learning rate, for strategies that follow it.")] = 3e-3,
-    dtype: Annotated[str, _what(f"Of parameters: {', '.join(DTYPES)}.")] = "fp32",
+    lr: PeakLr = 3e-3,
+    dtype: Dtype = "fp32",
     strategy: Annotated[str, _how(f"{ALL}, or some of {', '.join(NAMED)}: ddp,diloco.")] = ALL,
-    period: Annotated[
-        int | None, _how("Steps a round.", show_default="the strategy's own, or 16")
-    ] = None,
-    warmup: Annotated[
-        int | None, _how("Synchronous steps of post_local_sgd.", show_default="three tenths")
-    ] = None,
-    wire: Annotated[
-        str | None,
-        _how(f"How parameters travel: {', '.join(WIRES)}.", show_default="its own, or bf16"),
-    ] = None,
-    gradient_wire: Annotated[
-        str | None, _how("How gradients travel, as above.", show_default="bf16")
-    ] = None,
-    fragments: Annotated[int | None, _how("Parts that streaming_diloco sends.")] = None,
-    delay: Annotated[
-        int | None, _how("Steps that streaming_diloco goes on before a result is applied.")
-    ] = None,
+    period: Period = None,
+    warmup: Warmup = None,
+    wire: WireName = None,
+    gradient_wire: GradientWire = None,
+    fragments: FragmentCount = None,
+    delay: Delay = None,
     seed: Annotated[int, _shown("Of speeds, steps and failures.")] = 0,
     plot: Annotated[Path | None, _shown("PNG file to draw efficiency over replicas in.")] = None,
     as_json: Annotated[bool, _shown("Print JSON instead of tables.", "--json")] = False,
