@@ -24,6 +24,9 @@ PERIOD = 8
 ALONE, DDP = "no communication", "DDP, torch"
 
 
+OUTER = 1.0, 0.5
+"""Outer learning rate and momentum, of ours and of peers."""
+
 LOCAL_LENGTH = 1.5
 """Of runs that are local for `PERIOD` steps at a time, of ours and of peers."""
 
@@ -35,7 +38,7 @@ def _of(strategy: Strategy, period: int, rounds: int = 2, length: float = 1.0) -
 
 
 def _streaming(period: int, length: float) -> Contender:
-    strategy = strategies.streaming_diloco(period, outer_lr=1.0, outer_momentum=0.5)
+    strategy = strategies.streaming_diloco(period, outer_lr=OUTER[0], outer_momentum=OUTER[1])
     return _of(strategy, period, length=length)
 
 
@@ -58,9 +61,9 @@ CONTENDERS: Mapping[str, Contender] = {
     "post-local SGD 8, torch": _peer(torch_post_local_sgd.post_local_sgd(PERIOD), "torch"),
     "LocalSGD 8, accelerate": _peer(accelerate_local_sgd.local_sgd(PERIOD), "accelerate"),
     "LocalSGD 8, torchft": _peer(torchft_local_sgd.local_sgd(PERIOD), "torchft", apart=True),
-    "DiLoCo 8, torchft": _peer(torchft_diloco.diloco(PERIOD), "torchft", apart=True),
+    "DiLoCo 8, torchft": _peer(torchft_diloco.diloco(PERIOD, *OUTER), "torchft", apart=True),
     "streaming DiLoCo 8, torchft": _peer(
-        torchft_diloco.diloco(PERIOD, fragments=2, delay=1), "torchft", rounds=2, apart=True
+        torchft_diloco.diloco(PERIOD, *OUTER, fragments=2, delay=1), "torchft", rounds=2, apart=True
     ),
     "ddp, postlocal": _of(strategies.ddp(), 1, rounds=3),
     "ddp PowerSGD, postlocal": _of(

@@ -1,7 +1,8 @@
 """torchft's ``DiLoCo``, in one piece or streaming, set up as `torchft_manager` says.
 
-The outer optimizer is that of ``examples/diloco``: SGD with a learning rate of 0.7 and Nesterov
-momentum of 0.9. The example hands over the module itself; 0.2.0 takes a list of fragments. As in
+The outer optimizer is SGD with Nesterov momentum, as in ``examples/diloco``, but with the learning
+rate and momentum that ours are given: with 0.7 and 0.9, which are there, the loss falls more slowly
+at short periods. The example hands over the module itself; 0.2.0 takes a list of fragments. As in
 ``local_sgd_integ_test``, each fragment has an outer optimizer of its own. Nothing is quantized:
 that needs Triton, and is left out without a word where it is missing.
 """
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
 
 
 def diloco(
-    period: int, fragments: int = 1, delay: int = 0
+    period: int, outer_lr: float, outer_momentum: float, fragments: int = 1, delay: int = 0
 ) -> Callable[[TrainConfig, int], Training]:
     """A maker of training with an outer optimizer.
 
     Args:
         period: steps between two synchronizations of a parameter.
+        outer_lr: learning rate of the outer optimizer.
+        outer_momentum: its momentum.
         fragments: number of parts that are synchronized on their own, one after the other.
         delay: steps from sending a fragment to waiting for it.
     """
@@ -47,7 +50,10 @@ def diloco(
             manager,
             parts,
             worker.optimizer,
-            [SGD(part.parameters(), lr=0.7, momentum=0.9, nesterov=True) for part in parts],
+            [
+                SGD(part.parameters(), lr=outer_lr, momentum=outer_momentum, nesterov=True)
+                for part in parts
+            ],
             sync_every=period,
             fragment_sync_delay=delay,
         )
