@@ -95,4 +95,4 @@ def named(name: str) -> Contender:
         return CONTENDERS[name]
     strategy = PLANNED[name]
     period = 1 if strategy == strategies.ddp() else strategy.schedule(0, 1.0).steps
-    return _of(strategy, period, rounds=max(2, 3 // period))
+    return _of(strategy, period, rounds=3 if period == 1 else 1 + strategy.streams)
