@@ -38,7 +38,10 @@ def _of(strategy: Strategy, period: int, rounds: int = 2, length: float = 1.0) -
 
 
 def _streaming(period: int, length: float) -> Contender:
-    strategy = strategies.streaming_diloco(period, outer_lr=OUTER[0], outer_momentum=OUTER[1])
+    # With rounds as short as these, a replica that keeps a half of its own drifts too far.
+    strategy = strategies.streaming_diloco(
+        period, mix=0.0, outer_lr=OUTER[0], outer_momentum=OUTER[1]
+    )
     return _of(strategy, period, length=length)
 
 
