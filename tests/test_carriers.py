@@ -447,8 +447,8 @@ def test_a_buffer_that_is_too_small_is_dropped() -> None:
 
 @pytest.mark.parametrize("name", ["fp32", "int8 with feedback", "top_k", "powersgd"])
 def test_tensors_with_gaps_are_cut_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire.Exact, "limit", lambda self, size: 50)
-    monkeypatch.setattr(wire.Coded, "limit", lambda self, size: 50)
+    monkeypatch.setattr(wire.Exact, "limit", lambda self, size, numel: 50)
+    monkeypatch.setattr(wire.Coded, "limit", lambda self, size, numel: 50)
 
     def work(group: Group) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(0)

@@ -83,13 +83,14 @@ def test_identical_replicas_are_a_fixed_point_of_the_exact_wire(
 @pytest.mark.parametrize("workers", [2, 3])
 def test_payload_is_what_the_wire_predicts(name: str, workers: int) -> None:
     carrier = WIRES[name]
-    whole = wire.CHUNK // 2 if carrier.lossy else wire.CHUNK
-    sizes = [whole + 5, 11, 300_000]
+    sizes = [wire.CHUNK // 2 + 5, 11, 300_000]
 
     def work(group: Group) -> int:
         return mean_([torch.zeros(size) for size in sizes], group, carrier)
 
-    chunks = [whole, 5 + 11 + 300_000]
+    limit = carrier.limit(workers, sum(sizes))
+    full, rest = divmod(sum(sizes), limit)
+    chunks = [limit] * full + [rest]
     sent = virtual.run(workers, work)
     assert max(sent) == sent[0] == sum(carrier.payload_bytes(numel, workers) for numel in chunks)
     width = {"fp32": 4, "bf16": 2, "fp16": 2}[name]

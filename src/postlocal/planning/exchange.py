@@ -10,8 +10,7 @@ from postlocal.planning.job import Job, Tensors
 from postlocal.strategies import Strategy
 from postlocal.topology import WORLD
 from postlocal.wire import ChunkWire, Gathered, Wire, fp32, powersgd, relayed, travels_as
-from postlocal.wire.chunks import Parcel, chunks
-from postlocal.wire.staging import Staging
+from postlocal.wire.mean import unsent_chunks
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _payload(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> int:
     if not isinstance(wire, ChunkWire):
         return wire.open(cluster.layout, level).payload_bytes(tensors)
     # Most chunks have one size: with thousands of ranks each has as many parts to look at.
-    cut = chunks(map(Parcel, tensors.values()), wire.limit(group.size), Staging())
+    cut = unsent_chunks(tensors.values(), group, wire)
     alike = Counter((chunk.numel, chunk.dtype) for chunk in cut)
     return sum(
         times * wire.sent_bytes(numel, group.rank, group.size, dtype)

@@ -74,8 +74,8 @@ class ChunkWire(Protocol):
         """Bytes that rank ``rank`` of ``size`` sends for a chunk of ``numel`` elements."""
         ...
 
-    def limit(self, size: int) -> int:
-        """Greatest number of fp32 elements of a chunk, where ``size`` ranks take part."""
+    def limit(self, size: int, numel: int) -> int:
+        """Greatest number of fp32 elements of a chunk, where ``size`` ranks exchange ``numel``."""
         ...
 
     def staged(self, chunk: Chunk, size: int) -> Staged:

@@ -1,13 +1,13 @@
 """Means and maxima of many tensors over a group, in place."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from postlocal.group import Group
 from postlocal.tensors import weigh_
-from postlocal.wire.chunks import Parcel, chunks
+from postlocal.wire.chunks import Chunk, Parcel, chunks
 from postlocal.wire.convoy import Convoy
 from postlocal.wire.exchange import ChunkWire, Divisor, ring_bytes
 from postlocal.wire.staging import Staging
@@ -64,7 +64,8 @@ def carry_(
     sent = 0
     staging = staging or Staging()
     convoy = Convoy(wire, group.size)
-    for chunk in chunks(parcels, wire.limit(group.size), staging):
+    numel = sum(parcel.tensor.numel() for parcel in parcels)
+    for chunk in chunks(parcels, wire.limit(group.size, numel), staging):
         convoy.make_room(chunk)
         convoy.add(chunk, wire.launch(chunk, group, divisor, staging))
         sent += wire.sent_bytes(chunk.numel, group.rank, group.size, chunk.dtype)
@@ -85,8 +86,15 @@ def payload_bytes(tensors: Iterable[Tensor], group: Group, wire: ChunkWire) -> i
         return 0
     return sum(
         wire.sent_bytes(chunk.numel, group.rank, group.size, chunk.dtype)
-        for chunk in chunks(map(Parcel, tensors), wire.limit(group.size), Staging())
+        for chunk in unsent_chunks(tensors, group, wire)
     )
+
+
+def unsent_chunks(tensors: Iterable[Tensor], group: Group, wire: ChunkWire) -> Iterator[Chunk]:
+    """The chunks in which tensors would travel."""
+    parcels = list(map(Parcel, tensors))
+    numel = sum(parcel.tensor.numel() for parcel in parcels)
+    return chunks(parcels, wire.limit(group.size, numel), Staging())
 
 
 def maximum_(tensors: Sequence[Tensor], group: Group, device: torch.device | None = None) -> int:

@@ -8,7 +8,7 @@ from postlocal.codec import Codec, cast, exact
 from postlocal.group import Group
 from postlocal.topology import Layout
 from postlocal.wire.carrier import Carrier, Forgetful
-from postlocal.wire.chunks import CHUNK, Chunk
+from postlocal.wire.chunks import CHUNK, Chunk, share_of
 from postlocal.wire.direct import Direct
 from postlocal.wire.encoded import Encoded, exchanged_bytes
 from postlocal.wire.exchange import ChunkWire, Divisor, Exchange, Repair, Staged
@@ -42,8 +42,8 @@ class Exact(_Forgetting):
     ) -> int:
         return exchanged_bytes(exact(), numel, size, dtype, rank)
 
-    def limit(self, size: int) -> int:
-        return CHUNK
+    def limit(self, size: int, numel: int) -> int:
+        return share_of(numel, CHUNK)
 
     def staged(self, chunk: Chunk, size: int) -> Staged:
         copied = chunk.copied * chunk.dtype.itemsize
@@ -69,8 +69,8 @@ class Coded(_Forgetting):
     ) -> int:
         return exchanged_bytes(self.codec, numel, size, dtype, rank)
 
-    def limit(self, size: int) -> int:
-        return CHUNK // 2
+    def limit(self, size: int, numel: int) -> int:
+        return share_of(numel, CHUNK // 2)
 
     def staged(self, chunk: Chunk, size: int) -> Staged:
         packed = chunk.packed * chunk.dtype.itemsize
@@ -97,7 +97,7 @@ class Gathered(_Forgetting):
     ) -> int:
         return (size - 1) * self.codec.nbytes(numel, dtype)
 
-    def limit(self, size: int) -> int:
+    def limit(self, size: int, numel: int) -> int:
         # As much memory for everybody's payloads as a chunk of fp32 takes.
         whole = CHUNK // 2
         fitting = whole * 4 * CHUNK // (size * self.codec.nbytes(whole))
