@@ -18,6 +18,7 @@ import postlocal
 from postlocal import strategies, virtual
 from postlocal.group import Group
 from postlocal.meter import Meter, Purpose, SyncRecord
+from postlocal.wire import fp32
 from tests.models import batches, mlp, sgd, train_step
 
 Ranks = Callable[..., list[Any]]
@@ -116,11 +117,15 @@ def parameter_bytes(rank: int) -> list[dict[str, int]]:
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_parameters_cost_what_a_ring_sends_for_each_chunk(ranks: Ranks, world: int) -> None:
-    numel = WIDE + 7 + 15  # they share a chunk
-    share = math.ceil(numel / world)
+    numel = WIDE + 7 + 15  # they share chunks
+    limit = fp32().limit(world, numel)
+    chunks = [min(limit, numel - start) for start in range(0, numel, limit)]
     for rank, records in enumerate(ranks(world, parameter_bytes)):
-        own = min(share, numel - rank * share)
-        expected = (numel - own + (world - 1) * own) * 4
+        expected = 0
+        for chunk in chunks:
+            share = math.ceil(chunk / world)
+            own = max(0, min(share, chunk - rank * share))
+            expected += (chunk - own + (world - 1) * own) * 4
         assert [record["parameters"] for record in records] == [expected, expected]
 
 
