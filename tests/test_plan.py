@@ -36,9 +36,11 @@ from postlocal.planning import (
     quantiles,
     steady,
 )
+from postlocal.planning.exchange import Costs
 from postlocal.topology import Layout
 from postlocal.train import make_config
 from postlocal.train.measure import measure_in
+from tests.calling import calling
 from tests.models import adamw, batches, sgd, train_step
 from tests.test_command import TORCHRUN, run
 
@@ -197,6 +199,13 @@ def test_fragments_that_share_a_link_go_one_after_the_other() -> None:
     assert streamed(50, 5, 49, 50_000, exchange) == pytest.approx(
         0.1 * exchange / between, rel=2e-3
     )
+
+
+def test_fragments_of_one_shape_and_of_two_dtypes_have_each_their_own_bytes() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.float64))
+    strategy = replace(strategies.diloco(), fragments=streaming(count=2))
+    costs = Costs(strategy, job(parameters=model), cluster(workers=2))
+    assert costs.fragment(1).payload_bytes == 2 * costs.fragment(0).payload_bytes > 0
 
 
 def test_a_round_that_is_repeated_costs_what_it_costs_one_by_one() -> None:
@@ -472,15 +481,7 @@ def test_levels_without_a_name_or_value_are_refused(text: str) -> None:
         by_level(text, parse_latency)
 
 
-def command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["postlocal", "plan", "--steps", "200", *words])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert isinstance(exit_.value.code, int)
-    printed = capsys.readouterr()
-    return exit_.value.code, printed.out, printed.err
+command = calling("plan", "--steps", "200")
 
 
 def test_the_command_lists_every_strategy_and_the_mildest(

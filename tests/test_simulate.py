@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -16,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from postlocal import Strategy, strategies, wire
-from postlocal.cli import main
 from postlocal.cli.units import parse_bandwidth, parse_duration, parse_shares
 from postlocal.planning import (
     Failures,
@@ -32,6 +30,7 @@ from postlocal.planning import (
     steady,
     sweep,
 )
+from tests.calling import calling
 from tests.test_plan import KINDS, job, kinds
 
 FAST = Link(math.inf)
@@ -278,15 +277,7 @@ def test_bad_input_is_named(name: str) -> None:
         make()
 
 
-def command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["postlocal", "simulate", "--steps", "60", *words])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert isinstance(exit_.value.code, int)
-    printed = capsys.readouterr()
-    return exit_.value.code, printed.out, printed.err
+command = calling("simulate", "--steps", "60")
 
 
 def test_the_command_shows_every_strategy_and_draws(

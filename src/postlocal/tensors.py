@@ -36,9 +36,9 @@ def end_to_end(tensors: Sequence[Tensor]) -> Tensor | None:
     first = tensors[0]
     place = first.data_ptr()
     for tensor in tensors:
-        known = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        shared = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         alike = tensor.dtype == first.dtype and tensor.is_contiguous()
-        if not (known and alike and tensor.data_ptr() == place):
+        if not (shared and alike and tensor.data_ptr() == place):
             return None
         place += tensor.nbytes
     return first.as_strided((sum(map(torch.numel, tensors)),), (1,))

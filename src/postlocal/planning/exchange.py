@@ -1,7 +1,6 @@
 """What one exchange of tensors costs: the wire's own bytes, and seconds on a cluster's links."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -10,7 +9,6 @@ from postlocal.planning.job import Job, Tensors
 from postlocal.strategies import Strategy
 from postlocal.topology import WORLD
 from postlocal.wire import ChunkWire, Gathered, Wire, fp32, powersgd, relayed, travels_as
-from postlocal.wire.mean import unsent_chunks
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def of_tensors(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> Ex
     if cluster.size(level) == 1 or not tensors:
         return Exchange()
     level = cluster.narrowest(level)
-    payload = _payload(wire, tensors, cluster, level)
+    payload = wire.open(cluster.layout, level).payload_bytes(tensors)
     if isinstance(wire, relayed):
         return Exchange(payload, _relayed_seconds(wire, tensors, cluster, level))
     return Exchange(payload, _seconds(wire, payload, cluster, level))
@@ -96,7 +94,7 @@ class Costs:
 
     def fragment(self, number: int) -> Exchange:
         """Of a fragment, and of the optimizer's state where it goes with it."""
-        key = tuple(tensor.shape for tensor in self._parts[number].values())
+        key = tuple((tensor.shape, tensor.dtype) for tensor in self._parts[number].values())
         sent = self._once(("fragment", key), self._fragment, number)
         if number == len(self._parts) - 1:
             sent += self._once(("optimizer", WORLD), self._optimizer_state, WORLD)
@@ -145,19 +143,6 @@ def remembers(wire: Wire) -> bool:
     """
     between = getattr(wire, "between", None)
     return remembers(between) if between is not None else not isinstance(wire, ChunkWire)
-
-
-def _payload(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> int:
-    group = cluster.layout[level]
-    if not isinstance(wire, ChunkWire):
-        return wire.open(cluster.layout, level).payload_bytes(tensors)
-    # Most chunks have one size: with thousands of ranks each has as many parts to look at.
-    cut = unsent_chunks(tensors.values(), group, wire)
-    alike = Counter((chunk.numel, chunk.dtype) for chunk in cut)
-    return sum(
-        times * wire.sent_bytes(numel, group.rank, group.size, dtype)
-        for (numel, dtype), times in alike.items()
-    )
 
 
 def _seconds(wire: Wire, payload: int, cluster: Cluster, level: str) -> float:

@@ -1,5 +1,6 @@
 """Means and maxima of many tensors over a group, in place."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -64,8 +65,7 @@ def carry_(
     sent = 0
     staging = staging or Staging()
     convoy = Convoy(wire, group.size)
-    numel = sum(parcel.tensor.numel() for parcel in parcels)
-    for chunk in chunks(parcels, wire.limit(group.size, numel), staging):
+    for chunk in _cut(parcels, wire, group.size, staging):
         convoy.make_room(chunk)
         convoy.add(chunk, wire.launch(chunk, group, divisor, staging))
         sent += wire.sent_bytes(chunk.numel, group.rank, group.size, chunk.dtype)
@@ -84,17 +84,20 @@ def payload_bytes(tensors: Iterable[Tensor], group: Group, wire: ChunkWire) -> i
     """
     if group.size == 1:
         return 0
+    cut = _cut(list(map(Parcel, tensors)), wire, group.size, Staging())
+    # Most chunks have one size: of thousands of ranks each has as many parts to look at.
+    alike = Counter((chunk.numel, chunk.dtype) for chunk in cut)
     return sum(
-        wire.sent_bytes(chunk.numel, group.rank, group.size, chunk.dtype)
-        for chunk in unsent_chunks(tensors, group, wire)
+        times * wire.sent_bytes(numel, group.rank, group.size, dtype)
+        for (numel, dtype), times in alike.items()
     )
 
 
-def unsent_chunks(tensors: Iterable[Tensor], group: Group, wire: ChunkWire) -> Iterator[Chunk]:
-    """The chunks in which tensors would travel."""
-    parcels = list(map(Parcel, tensors))
+def _cut(
+    parcels: Sequence[Parcel], wire: ChunkWire, size: int, staging: Staging
+) -> Iterator[Chunk]:
     numel = sum(parcel.tensor.numel() for parcel in parcels)
-    return chunks(parcels, wire.limit(group.size, numel), Staging())
+    return chunks(parcels, wire.limit(size, numel), staging)
 
 
 def maximum_(tensors: Sequence[Tensor], group: Group, device: torch.device | None = None) -> int:
