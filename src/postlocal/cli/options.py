@@ -21,22 +21,28 @@ def option(panel: str, text: str, *names: str, **settings: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
 
 
-_what, _how = partial(option, "The job"), partial(option, "The strategy")
+of_job = partial(option, "The job")
+of_strategy = partial(option, "The strategy")
+of_output = partial(option, "Output")
 
-PeakLr = Annotated[float, _what("Peak learning rate, for strategies that follow it.")]
-Dtype = Annotated[str, _what(f"Of parameters: {', '.join(DTYPES)}.")]
-Period = Annotated[int | None, _how("Steps a round.", show_default="the strategy's own, or 16")]
+PeakLr = Annotated[float, of_job("Peak learning rate, for strategies that follow it.")]
+Dtype = Annotated[str, of_job(f"Of parameters: {', '.join(DTYPES)}.")]
+Period = Annotated[
+    int | None, of_strategy("Steps a round.", show_default="the strategy's own, or 16")
+]
 Warmup = Annotated[
-    int | None, _how("Synchronous steps of post_local_sgd.", show_default="three tenths")
+    int | None, of_strategy("Synchronous steps of post_local_sgd.", show_default="three tenths")
 ]
 WireName = Annotated[
     str | None,
-    _how(f"How parameters travel: {', '.join(WIRES)}.", show_default="its own, or bf16"),
+    of_strategy(f"How parameters travel: {', '.join(WIRES)}.", show_default="its own, or bf16"),
 ]
-GradientWire = Annotated[str | None, _how("How gradients travel, as above.", show_default="bf16")]
-FragmentCount = Annotated[int | None, _how("Parts that streaming_diloco sends.")]
+GradientWire = Annotated[
+    str | None, of_strategy("How gradients travel, as above.", show_default="bf16")
+]
+FragmentCount = Annotated[int | None, of_strategy("Parts that streaming_diloco sends.")]
 Delay = Annotated[
-    int | None, _how("Steps that streaming_diloco goes on before a result is applied.")
+    int | None, of_strategy("Steps that streaming_diloco goes on before a result is applied.")
 ]
 
 

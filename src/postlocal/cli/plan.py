@@ -24,6 +24,9 @@ from postlocal.cli.options import (
     Warmup,
     WireName,
     configure,
+    of_job,
+    of_output,
+    of_strategy,
     option,
     parse_dtype,
 )
@@ -40,9 +43,6 @@ from postlocal.train.world import launched
 from postlocal.wire import NAMED as WIRES
 
 _where = partial(option, "The cluster")
-_what = partial(option, "The job")
-_how = partial(option, "The strategy")
-_shown = partial(option, "Output")
 
 
 def plan(
@@ -58,24 +58,24 @@ def plan(
         bool, _where("Under torchrun: measure links and steps instead.", "--measure")
     ] = False,
     parameters: Annotated[
-        str | None, _what("Of the model, such as 350M or 1e9.", show_default="1e9")
+        str | None, of_job("Of the model, such as 350M or 1e9.", show_default="1e9")
     ] = None,
-    step_seconds: Annotated[float, _what("Seconds that a worker computes for a step.")] = 1.0,
+    step_seconds: Annotated[float, of_job("Seconds that a worker computes for a step.")] = 1.0,
     step_deviation: Annotated[
-        float, _what("Standard deviation of these seconds, over workers and steps.")
+        float, of_job("Standard deviation of these seconds, over workers and steps.")
     ] = 0.0,
     steps: Annotated[
-        int | None, _what("Optimizer steps.", show_default="10,000, or the token budget's")
+        int | None, of_job("Optimizer steps.", show_default="10,000, or the token budget's")
     ] = None,
-    tokens_a_step: Annotated[str | None, _what("Tokens of all workers in a step.")] = None,
-    token_budget: Annotated[str | None, _what("Tokens to train on, such as 20B.")] = None,
+    tokens_a_step: Annotated[str | None, of_job("Tokens of all workers in a step.")] = None,
+    token_budget: Annotated[str | None, of_job("Tokens to train on, such as 20B.")] = None,
     lr: PeakLr = 3e-3,
     dtype: Dtype = "fp32",
-    optimizer_bytes: Annotated[float, _what("Of optimizer state for each parameter.")] = 8.0,
-    overlap: Annotated[float, _what("Share of a step that can hide a reduction of gradients.")] = 2
+    optimizer_bytes: Annotated[float, of_job("Of optimizer state for each parameter.")] = 8.0,
+    overlap: Annotated[float, of_job("Share of a step that can hide a reduction of gradients.")] = 2
     / 3,
-    model: Annotated[str, _what("Size of the trainer's model that --measure times.")] = "tiny",
-    strategy: Annotated[str, _how(f"{ALL}, or one of {', '.join(NAMED)}.")] = ALL,
+    model: Annotated[str, of_job("Size of the trainer's model that --measure times.")] = "tiny",
+    strategy: Annotated[str, of_strategy(f"{ALL}, or one of {', '.join(NAMED)}.")] = ALL,
     period: Period = None,
     warmup: Warmup = None,
     wire: WireName = None,
@@ -83,12 +83,12 @@ def plan(
     fragments: FragmentCount = None,
     delay: Delay = None,
     share: Annotated[
-        float, _shown("Share of time computing to look for the mildest strategy of.")
+        float, of_output("Share of time computing to look for the mildest strategy of.")
     ] = 0.95,
     plot: Annotated[
-        Path | None, _shown("PNG file to draw share computing over bandwidth in.")
+        Path | None, of_output("PNG file to draw share computing over bandwidth in.")
     ] = None,
-    as_json: Annotated[bool, _shown("Print JSON instead of a table.", "--json")] = False,
+    as_json: Annotated[bool, of_output("Print JSON instead of a table.", "--json")] = False,
 ) -> None:
     """Tell how long training takes on a network that is not at hand.
 

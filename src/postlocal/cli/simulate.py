@@ -24,6 +24,9 @@ from postlocal.cli.options import (
     Warmup,
     WireName,
     configure,
+    of_job,
+    of_output,
+    of_strategy,
     option,
     parse_dtype,
 )
@@ -49,9 +52,6 @@ from postlocal.planning import (
 from postlocal.strategies import NAMED
 
 _who = partial(option, "The fleet")
-_what = partial(option, "The job")
-_how = partial(option, "The strategy")
-_shown = partial(option, "Output")
 
 
 def simulate(
@@ -73,25 +73,27 @@ def simulate(
     away: Annotated[str, _who("Until a lost host is back.")] = "30m",
     restart: Annotated[str, _who("To come back to a checkpoint, where all have to.")] = "2m",
     saving: Annotated[str, _who("That they stop for a checkpoint.")] = "10s",
-    parameters: Annotated[str, _what("Of the model, such as 350M or 1e9.")] = "1e9",
-    step_seconds: Annotated[float, _what("Seconds that a replica computes for a step.")] = 1.0,
+    parameters: Annotated[str, of_job("Of the model, such as 350M or 1e9.")] = "1e9",
+    step_seconds: Annotated[float, of_job("Seconds that a replica computes for a step.")] = 1.0,
     step_deviation: Annotated[
-        float, _what("Standard deviation of these seconds, from step to step.")
+        float, of_job("Standard deviation of these seconds, from step to step.")
     ] = 0.0,
-    steps: Annotated[int, _what("Optimizer steps.")] = 2000,
-    tokens_a_step: Annotated[str, _what("Tokens of one replica in a step.")] = "8192",
+    steps: Annotated[int, of_job("Optimizer steps.")] = 2000,
+    tokens_a_step: Annotated[str, of_job("Tokens of one replica in a step.")] = "8192",
     lr: PeakLr = 3e-3,
     dtype: Dtype = "fp32",
-    strategy: Annotated[str, _how(f"{ALL}, or some of {', '.join(NAMED)}: ddp,diloco.")] = ALL,
+    strategy: Annotated[
+        str, of_strategy(f"{ALL}, or some of {', '.join(NAMED)}: ddp,diloco.")
+    ] = ALL,
     period: Period = None,
     warmup: Warmup = None,
     wire: WireName = None,
     gradient_wire: GradientWire = None,
     fragments: FragmentCount = None,
     delay: Delay = None,
-    seed: Annotated[int, _shown("Of speeds, steps and failures.")] = 0,
-    plot: Annotated[Path | None, _shown("PNG file to draw efficiency over replicas in.")] = None,
-    as_json: Annotated[bool, _shown("Print JSON instead of tables.", "--json")] = False,
+    seed: Annotated[int, of_output("Of speeds, steps and failures.")] = 0,
+    plot: Annotated[Path | None, of_output("PNG file to draw efficiency over replicas in.")] = None,
+    as_json: Annotated[bool, of_output("Print JSON instead of tables.", "--json")] = False,
 ) -> None:
     """Tell how each strategy scales to thousands of uneven replicas that fail.
 
