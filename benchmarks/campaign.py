@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Protocol
 
+import torch
 from torch import nn
 
 import postlocal
@@ -88,20 +90,45 @@ def train_replicas(config: TrainConfig, strategy: Strategy, tick: Tick) -> tuple
     turn = Lock()
 
     def work(group: Group) -> int:
-        worker = workers[group.rank]
-        sync = postlocal.attach(worker.model, worker.optimizer, strategy, process_group=group)
-        for step in range(config.steps):
-            with turn:
-                worker.step(step)
-            sync.step()
-            if group.rank == 0:
-                tick()
-        sync.finish()
-        sync.close()
-        return sync.meter.total_bytes
+        ticks = tick if group.rank == 0 else lambda: None
+        return train_apart(workers[group.rank], range(config.steps), strategy, group, turn, ticks)
 
     sent = virtual.run(config.workers, work, timeout=600.0)
     return workers[0].model, sent[0]
+
+
+class Stepping(Protocol):
+    """A worker that takes steps by itself.
+
+    Attributes:
+        model: what it trains.
+        optimizer: with what.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def step(self, step: int) -> None:
+        """A step of training, with its own gradients."""
+        ...
+
+
+def train_apart(
+    worker: Stepping, steps: range, strategy: Strategy, group: Group, turn: Lock, tick: Tick
+) -> int:
+    """Steps under a strategy that leaves gradients alone; returns the bytes a worker sent.
+
+    Replicas start from rank 0's parameters and buffers, which `attach` broadcasts.
+    """
+    sync = postlocal.attach(worker.model, worker.optimizer, strategy, process_group=group)
+    for step in steps:
+        with turn:
+            worker.step(step)
+        sync.step()
+        tick()
+    sync.finish()
+    sync.close()
+    return sync.meter.total_bytes
 
 
 def ddp_bytes(model: nn.Module, workers: int, steps: int) -> int:

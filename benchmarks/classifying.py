@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import postlocal
-from benchmarks.campaign import ddp_bytes, source
+from benchmarks.campaign import ddp_bytes, source, train_apart
 from benchmarks.images import FOLDER, Images, Share, load
 from benchmarks.pool import Tick
 from benchmarks.resnet import ResNet
@@ -151,6 +150,11 @@ class Worker:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def step(self, step: int) -> None:
+        """Both, with gradients of its own."""
+        self.backward(step)
+        self.update(step)
+
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum 0.9, and weight decay of what is not a bias or a norm."""
@@ -194,25 +198,6 @@ def train_synchronously(worker: Worker, steps: range, group: Group, turn: Lock, 
         with turn:
             worker.update(step)
         tick()
-
-
-def train_apart(
-    worker: Worker, steps: range, strategy: Strategy, group: Group, turn: Lock, tick: Tick
-) -> int:
-    """Steps under a strategy that leaves gradients alone; returns the bytes a worker sent.
-
-    Replicas start from rank 0's parameters and buffers, which `attach` broadcasts.
-    """
-    sync = postlocal.attach(worker.model, worker.optimizer, strategy, process_group=group)
-    for step in steps:
-        with turn:
-            worker.backward(step)
-            worker.update(step)
-        sync.step()
-        tick()
-    sync.finish()
-    sync.close()
-    return sync.meter.total_bytes
 
 
 def apart(task: Classifying) -> tuple[int, Strategy]:

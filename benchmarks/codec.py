@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.measure import ratios, write_record
+from benchmarks.options import Record
 from postlocal.codec import (
     Codec,
     affine,
@@ -216,7 +217,7 @@ def main(
     threads: Annotated[list[int] | None, typer.Option(help="Threads; repeatable.")] = None,
     numel: Annotated[int, typer.Option(min=2**17, help="Values.")] = 10_000_000,
     rounds: Annotated[int, typer.Option(min=4, help="Rounds.")] = 40,
-    record: Annotated[bool, typer.Option(help="Write a record under benchmarks/records.")] = True,
+    record: Record = True,
 ) -> None:
     """Measure codecs against a copy, beside torch's quantisers and hivemind's."""
     console = Console()

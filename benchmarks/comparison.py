@@ -13,20 +13,28 @@ from matplotlib.figure import Figure
 Setting = TypeVar("Setting")
 
 
-def choose(settings: Mapping[str, Setting], patterns: str, control: str) -> dict[str, Setting]:
-    """The settings whose names match, in the order of the table, and the control.
+def choose(
+    settings: Mapping[str, Setting], patterns: str, *always: str, between: str = ", "
+) -> dict[str, Setting]:
+    """The settings whose names match, in the order of the table, and those that always take part.
+
+    Args:
+        settings: by name.
+        patterns: what names have to match, one or the other.
+        always: names of those that take part whatever the patterns are, such as the control.
+        between: what stands between patterns; spaces around it do not count.
 
     Raises:
         typer.BadParameter: if a pattern matches nothing.
     """
-    wanted = [pattern.strip() for pattern in patterns.split(",")]
+    wanted = [pattern.strip() for pattern in patterns.split(between.strip())]
     for pattern in wanted:
         if not any(fnmatch(name, pattern) for name in settings):
-            raise typer.BadParameter(f"{pattern!r} is none of {', '.join(settings)}")
+            raise typer.BadParameter(f"{pattern!r} is none of {between.join(settings)}")
     return {
         name: setting
         for name, setting in settings.items()
-        if name == control or any(fnmatch(name, pattern) for pattern in wanted)
+        if name in always or any(fnmatch(name, pattern) for pattern in wanted)
     }
 
 

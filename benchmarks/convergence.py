@@ -20,6 +20,7 @@ from rich.console import Console
 from benchmarks.campaign import Campaign, Result
 from benchmarks.comparison import choose, plot, said
 from benchmarks.measure import write_record
+from benchmarks.options import FirstSeed, Jobs, Record, Resume, Seeds
 from benchmarks.pool import Cache, Run
 from postlocal import Strategy, strategies, wire
 from postlocal.train import make_config
@@ -123,13 +124,11 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Sequences a step for each worker.")] = 1,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the inner optimizer.")] = 3e-3,
     settings: Annotated[str, typer.Option(help="Names, or patterns such as 'diloco-*'.")] = "*",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting.")] = 3,
-    first_seed: Annotated[
-        int, typer.Option(min=0, help="The first seed; tune on others than those reported.")
-    ] = 0,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, a core each.")] = 2,
-    resume: Annotated[bool, typer.Option(help="Take results that are there already.")] = False,
-    record: Annotated[bool, typer.Option(help="Write a record under benchmarks/records.")] = True,
+    seeds: Seeds = 3,
+    first_seed: FirstSeed = 0,
+    jobs: Jobs = 2,
+    resume: Resume = False,
+    record: Record = True,
 ) -> None:
     """Train each setting with several seeds, and compare held-out losses with DDP's."""
     console = Console()
@@ -152,8 +151,7 @@ def main(
     console.print(f"Plot: {FOLDER / f'{model}.png'}")
     if record:
         title = "Convergence at equal tokens"
-        path = write_record(f"convergence-{model}", title, {"settings": rows}, text)
-        draw(path.with_suffix(".png"))
+        path = write_record(f"convergence-{model}", title, {"settings": rows}, text, draw)
         console.print(f"Record: {path}")
 
 

@@ -32,6 +32,7 @@ from benchmarks.measure import (
     run_ranks,
     write_record,
 )
+from benchmarks.options import Record
 from benchmarks.shapes import fifty_million
 from postlocal.ddp_comm_hooks import default, powerSGD, quantization
 from postlocal.model_averaging import utils
@@ -186,7 +187,7 @@ def main(
     rounds: Annotated[
         int, typer.Option(min=4, help="Rounds of hooks; half as many of averaging.")
     ] = 80,
-    record: Annotated[bool, typer.Option(help="Write a record under benchmarks/records.")] = True,
+    record: Record = True,
 ) -> None:
     """Measure torch's hooks and averagers beside ours."""
     console = Console()

@@ -2,9 +2,10 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -13,6 +14,7 @@ from benchmarks.apart import run_apart
 from benchmarks.contenders import ALONE, named
 from benchmarks.contest import Report
 from benchmarks.hosts import Host
+from benchmarks.pool import Cache
 from benchmarks.standings import merged
 from postlocal.train import TrainConfig
 
@@ -75,8 +77,21 @@ def together(names: Sequence[str]) -> list[tuple[str, ...]]:
     return [(ALONE, *part) for part in parts if part]
 
 
+@dataclass(frozen=True)
+class Ran:
+    """What came out of a launch.
+
+    Attributes:
+        key: the launch's.
+        reports: of all ranks together.
+    """
+
+    key: str
+    reports: list[Report]
+
+
 class Results:
-    """Reports on disk, a launch a line.
+    """What came out of launches, on disk.
 
     Args:
         path: the file.
@@ -85,12 +100,9 @@ class Results:
     """
 
     def __init__(self, path: Path, resume: bool, console: Console) -> None:
-        self._path = path
+        self._cache = Cache(path, _read_ran)
         self._console = console
-        self._known: dict[str, list[Report]] = {}
-        if resume and path.exists():
-            for row in map(json.loads, path.read_text().splitlines()):
-                self._known[row["key"]] = [Report(**report) for report in row["reports"]]
+        self._known = self._cache.read() if resume else {}
 
     def of(self, launch: Launch) -> list[Report]:
         """What came out of a launch, which is run unless that is known."""
@@ -99,15 +111,17 @@ class Results:
             where = launch.rate or "no limit"
             with self._console.status(f"{where}, {what}: {' | '.join(launch.names)}"):
                 self.keep(launch, launch.run())
-        return self._known[launch.key]
+        return self._known[launch.key].reports
 
     def keep(self, launch: Launch, reports: list[Report]) -> None:
         """Know what came out of a launch from here on."""
-        self._known[launch.key] = reports
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        row = {"key": launch.key, "reports": [asdict(report) for report in reports]}
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        ran = Ran(launch.key, reports)
+        self._known[ran.key] = ran
+        self._cache.add(ran)
+
+
+def _read_ran(key: str, reports: Sequence[Mapping[str, Any]]) -> Ran:
+    return Ran(key, [Report(**report) for report in reports])
 
 
 def _read(path: Path) -> list[Report]:

@@ -155,12 +155,24 @@ def _module() -> str:
     return "benchmarks." + Path(sys.argv[0]).stem
 
 
-def write_record(name: str, title: str, content: dict[str, Any], text: str) -> Path:
-    """Write ``records/DATE-name.json`` and ``.md``; returns the path of the latter."""
+def write_record(
+    name: str,
+    title: str,
+    content: dict[str, Any],
+    text: str,
+    draw: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write ``records/DATE-name.json`` and ``.md``, and ``.png`` where there is a drawing.
+
+    Returns:
+        The path of the ``.md``.
+    """
     about = machine()
     RECORDS.mkdir(exist_ok=True)
     path = RECORDS / f"{about['date']}-{name}"
     path.with_suffix(".json").write_text(json.dumps({"machine": about, **content}, indent=1) + "\n")
     facts = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in about.items())
     path.with_suffix(".md").write_text(f"# {title}\n\n{facts}\n\n{text}")
+    if draw is not None:
+        draw(path.with_suffix(".png"))
     return path.with_suffix(".md")

@@ -21,6 +21,7 @@ from rich.console import Console
 import postlocal
 from benchmarks.measure import loopback_traffic, run_ranks, slowest, write_record
 from benchmarks.network import missing, own_loopback
+from benchmarks.options import Record
 from benchmarks.training import Worker
 from postlocal import Strategy, strategies, wire
 from postlocal.train import TrainConfig, make_config
@@ -186,7 +187,7 @@ def _run(config: TrainConfig, cases: Mapping[str, Case], console: Console) -> di
 
 def main(
     world: Annotated[list[int] | None, typer.Option(help="Numbers of ranks; repeatable.")] = None,
-    record: Annotated[bool, typer.Option(help="Write a record under benchmarks/records.")] = True,
+    record: Record = True,
 ) -> None:
     """Measure waiting over a slow wire, and compare bytes counted with bytes sent."""
     console = Console()

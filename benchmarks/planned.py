@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import matplotlib as mpl
 import typer
@@ -24,6 +23,7 @@ from benchmarks.hosts import bits
 from benchmarks.launches import Launch, Results
 from benchmarks.measure import write_record
 from benchmarks.network import missing
+from benchmarks.options import Record, Resume, Rounds
 from benchmarks.standings import Pace, paces
 from postlocal.planning import Cluster, Job, Link, plan
 from postlocal.train import make_config
@@ -132,9 +132,9 @@ def plot(predictions: Sequence[Prediction], to: Path) -> None:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Timed stretches of each.")] = 2,
-    resume: Annotated[bool, typer.Option(help="Take results that are there already.")] = False,
-    record: Annotated[bool, typer.Option(help="Write a record under benchmarks/records.")] = True,
+    rounds: Rounds = 2,
+    resume: Resume = False,
+    record: Record = True,
 ) -> None:
     """Compare planned with measured times of a step."""
     console = Console()
@@ -154,8 +154,9 @@ def main(
     draw(FOLDER / "planned.png")
     if record:
         rows = [asdict(each) | {"error": each.error} for each in predictions]
-        path = write_record("planned", "Planned and measured steps", {"predictions": rows}, text)
-        draw(path.with_suffix(".png"))
+        path = write_record(
+            "planned", "Planned and measured steps", {"predictions": rows}, text, draw
+        )
         console.print(f"Record: {path}")
 
 

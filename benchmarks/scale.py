@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.measure import write_record
+from benchmarks.options import Record
 from postlocal import Strategy, strategies, wire
 from postlocal.planning import (
     Failures,
@@ -190,7 +191,7 @@ def main(
     cases: Annotated[list[str] | None, typer.Option(help="Kinds of fleet; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="Of speeds, steps and failures.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="PNG file, where no record is written.")] = None,
-    record: Annotated[bool, typer.Option(help="Write a record under benchmarks/records.")] = True,
+    record: Record = True,
 ) -> None:
     """Simulate fleets, and tell where each strategy stops scaling."""
     wanted = {name: CASES[name] for name in cases or CASES}
@@ -202,8 +203,9 @@ def main(
     if plot is not None:
         draw(plot)
     if record:
-        path = write_record("scale", "Where each strategy stops scaling", content(results), text)
-        draw(path.with_suffix(".png"))
+        path = write_record(
+            "scale", "Where each strategy stops scaling", content(results), text, draw
+        )
         console.print(f"Record: {path}")
 
 

@@ -27,6 +27,7 @@ from benchmarks.measure import (
     slowest,
     write_record,
 )
+from benchmarks.options import Record
 from benchmarks.peers import PEERS, Case, installed
 from benchmarks.shapes import fifty_million, small, ten_million
 from postlocal import Strategy, strategies, wire
@@ -158,7 +159,7 @@ def main(
     world: Annotated[list[int] | None, typer.Option(help="Numbers of ranks; repeatable.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="10 M, 50 M; repeatable.")] = None,
     rounds: Annotated[int, typer.Option(min=4, help="Rounds a case.")] = 40,
-    record: Annotated[bool, typer.Option(help="Write a record under benchmarks/records.")] = True,
+    record: Record = True,
 ) -> None:
     """Measure synchronizations of ours and of other packages against a raw all-reduce."""
     console = Console()

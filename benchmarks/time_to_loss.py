@@ -21,11 +21,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from benchmarks.comparison import choose
 from benchmarks.contenders import ALONE, CONTENDERS, DDP
 from benchmarks.hosts import bits
 from benchmarks.launches import Launch, Results, together
 from benchmarks.measure import write_record
 from benchmarks.network import missing
+from benchmarks.options import Record, Resume, Rounds
 from benchmarks.scoreboard import Scores, plot, table
 from benchmarks.standings import Pace, paces
 from postlocal.train import TrainConfig, make_config
@@ -35,22 +37,14 @@ FOLDER = Path("runs/time_to_loss")
 RATES = "1gbit,100mbit,25mbit,10mbit"
 
 
-def choose(patterns: str) -> list[str]:
+def contenders_of(patterns: str) -> list[str]:
     """The contenders that match and are installed; DDP and no communication always.
 
     Raises:
         typer.BadParameter: if a pattern matches nothing.
     """
-    wanted = [pattern.strip() for pattern in patterns.split("|")]
-    for pattern in wanted:
-        if not any(fnmatch(name, pattern) for name in CONTENDERS):
-            raise typer.BadParameter(f"{pattern!r} is none of {' | '.join(CONTENDERS)}")
-    return [
-        name
-        for name, contender in CONTENDERS.items()
-        if contender.installed
-        and (name in (ALONE, DDP) or any(fnmatch(name, pattern) for pattern in wanted))
-    ]
+    chosen = choose(CONTENDERS, patterns, ALONE, DDP, between=" | ")
+    return [name for name, contender in chosen.items() if contender.installed]
 
 
 def measure(
@@ -117,13 +111,13 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps of DDP's run.")] = 500,
     batch_size: Annotated[int, typer.Option(help="Sequences a step for each rank.")] = 4,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed stretches of each.")] = 3,
+    rounds: Rounds = 3,
     seeds: Annotated[int, typer.Option(min=1, help="Whole runs of each.")] = 1,
     whole: Annotated[
         str, typer.Option(help="Also to be run to the end at a rate: 'NAME @ RATE', | between.")
     ] = "streaming* @ 25mbit|streaming* @ 10mbit",
-    resume: Annotated[bool, typer.Option(help="Take results that are there already.")] = False,
-    record: Annotated[bool, typer.Option(help="Write a record under benchmarks/records.")] = True,
+    resume: Resume = False,
+    record: Record = True,
 ) -> None:
     """Find how long each contender takes to the loss that plain DDP comes to."""
     console = Console()
@@ -139,15 +133,14 @@ def main(
     config = make_config(model="tiny", steps=steps, batch_size=batch_size, lr=lr, workers=HOSTS)
     results = Results(FOLDER / "results.jsonl", resume, console)
     scores = measure(
-        choose(contenders), config, asked, rounds, range(seeds), whole.split("|"), results
+        contenders_of(contenders), config, asked, rounds, range(seeds), whole.split("|"), results
     )
     text = about(config, rounds, range(seeds)) + table(scores)
     console.print(text, markup=False, soft_wrap=True)
     draw = partial(plot, scores)
     draw(FOLDER / "time_to_loss.png")
     if record:
-        path = write_record("time_to_loss", "Time to a loss", as_json(scores), text)
-        draw(path.with_suffix(".png"))
+        path = write_record("time_to_loss", "Time to a loss", as_json(scores), text, draw)
         console.print(f"Record: {path}")
 
 

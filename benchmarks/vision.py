@@ -21,6 +21,7 @@ from benchmarks import images
 from benchmarks.classifying import Classifying, Score
 from benchmarks.comparison import choose, plot, said
 from benchmarks.measure import write_record
+from benchmarks.options import FirstSeed, Jobs, Record, Resume, Seeds
 from benchmarks.pool import Cache, Run, train_all
 from postlocal import strategies
 
@@ -111,14 +112,12 @@ def main(
     lr: Annotated[float, typer.Option(help="Learning rate of all workers.")] = LARGE_LR,
     small_lr: Annotated[float, typer.Option(help="Learning rate of one alone.")] = SMALL_LR,
     chosen: Annotated[str, typer.Option("--settings", help="Names, or patterns.")] = "*",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting.")] = 3,
-    first_seed: Annotated[
-        int, typer.Option(min=0, help="The first seed; tune on others than those reported.")
-    ] = 0,
+    seeds: Seeds = 3,
+    first_seed: FirstSeed = 0,
     data: Annotated[Path, typer.Option(help="Folder of the images.")] = images.FOLDER,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, a core each.")] = 2,
-    resume: Annotated[bool, typer.Option(help="Take results that are there already.")] = False,
-    record: Annotated[bool, typer.Option(help="Write a record under benchmarks/records.")] = True,
+    jobs: Jobs = 2,
+    resume: Resume = False,
+    record: Record = True,
 ) -> None:
     """Train each setting with several seeds, and compare accuracies with DDP's."""
     console = Console()
@@ -139,8 +138,7 @@ def main(
     )
     draw(RESULTS / "fashion.png")
     if record:
-        path = write_record("vision", "Accuracy at equal epochs", {"settings": rows}, text)
-        draw(path.with_suffix(".png"))
+        path = write_record("vision", "Accuracy at equal epochs", {"settings": rows}, text, draw)
         console.print(f"Record: {path}")
 
 

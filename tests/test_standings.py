@@ -9,7 +9,7 @@ from benchmarks import network, time_to_loss
 from benchmarks.contenders import ALONE, CONTENDERS, DDP, PLANNED, named
 from benchmarks.contest import Report, stretch_of
 from benchmarks.launches import Launch, Results, together
-from benchmarks.planned import Prediction, predict
+from benchmarks.planned import Prediction, compare, predict
 from benchmarks.planned import table as planned_table
 from benchmarks.scoreboard import Scores, plot, table
 from benchmarks.standings import Pace, arrival, crossing, merged, paces
@@ -119,10 +119,40 @@ def test_results_that_are_known_are_not_run_again(tmp_path: Path) -> None:
     assert [(r.contender, list(map(tuple, r.losses))) for r in again] == [(ALONE, [(1, 1.0, 2.0)])]
 
 
+def test_launches_are_known_by_what_they_are_asked_for(tmp_path: Path) -> None:
+    """Nothing is run here: a launch that is not known would need hosts."""
+    config = make_config(steps=2, seed=0)
+    results = Results(tmp_path / "results.jsonl", resume=False, console=Console(quiet=True))
+    names = [ALONE, DDP, OURS]
+    results.keep(
+        Launch((ALONE, DDP, OURS), config, "10mbit", rounds=2),
+        [stretch(name, index, 1.0 + index) for name in names for index in (0, 1)],
+    )
+    for name, rate in ((DDP, None), (OURS, None), (OURS, "10mbit")):
+        curved = curve(name, (1, 1.0, 3.0), (2, 2.0, 2.0 if rate is None else 1.5))
+        results.keep(Launch((name,), config, rate), [curved])
+    whole = [f"{OURS} @ *"]
+    of = time_to_loss.measure(names, config, ["10mbit"], 2, [0], whole, results)
+    assert list(of.paces["10mbit"]) == names
+    assert of.paces["10mbit"][OURS].seconds == (0.1, 0.2)
+    assert set(of.curves) == {(DDP, 0), (OURS, 0)}
+    assert list(of.wholes) == [(OURS, 0, "10mbit")]
+    assert of.row(OURS, "10mbit")["composed"] is False
+    assert of.row(DDP, "10mbit")["composed"] is True
+
+
+def test_plans_are_set_beside_the_strategies_that_ran() -> None:
+    measured = {ALONE: Pace((0.3,), (0.3,), 0), "ddp": Pace((4.0, 5.0), (0.3, 0.3), 1)}
+    (prediction,) = compare("tiny", "10mbit", measured)
+    assert (prediction.measured, prediction.least, prediction.most) == (4.5, 4.0, 5.0)
+    assert prediction.planned == predict("ddp", "tiny", "10mbit", alone=0.3)
+    assert prediction.error == pytest.approx(prediction.planned / 4.5 - 1)
+
+
 def test_contenders_are_chosen_by_pattern() -> None:
-    assert time_to_loss.choose("local_sgd*") == [ALONE, DDP, OURS]
+    assert time_to_loss.contenders_of("local_sgd*") == [ALONE, DDP, OURS]
     with pytest.raises(typer.BadParameter, match="'slow' is none of"):
-        time_to_loss.choose("slow")
+        time_to_loss.contenders_of("slow")
 
 
 def test_the_plan_of_ddp_is_its_bytes_over_the_rate_beside_what_hides() -> None:
