@@ -3,8 +3,9 @@
     python -m benchmarks.planned
 
 Models train on four hosts of an emulated cluster, under several strategies and at several rates.
-The planner is given the number of parameters, the rate of the links and the time that a step takes
-without communication, measured in the same rounds; nothing is fitted. Needs root and iproute2.
+The planner is given what `postlocal plan --measure` finds out: the model, seconds of a step with no
+communication, measured in the same rounds, and bandwidth and latency of the links, by all-reduces
+on a cluster of its own. No strategy's time is fitted. Needs root and iproute2.
 """
 
 import statistics
@@ -19,8 +20,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks.contenders import ALONE, PLANNED
-from benchmarks.hosts import bits
 from benchmarks.launches import Launch, Results
+from benchmarks.links import measured_link
 from benchmarks.measure import write_record
 from benchmarks.network import missing
 from benchmarks.options import Record, Resume, Rounds
@@ -68,19 +69,18 @@ class Prediction:
         return self.planned / self.measured - 1
 
 
-def predict(name: str, model: str, rate: str, alone: float) -> float:
+def predict(name: str, model: str, link: Link, alone: float) -> float:
     """Seconds a step by the planner, from seconds that it computes."""
     job = Job(Transformer(SIZES[model]), step=alone, steps=STEPS)
-    hosts = Cluster(HOSTS, {"world": Link(bandwidth=bits(rate))})
-    return plan(PLANNED[name], job, hosts).seconds_a_step
+    return plan(PLANNED[name], job, Cluster(HOSTS, {"world": link})).seconds_a_step
 
 
-def compare(model: str, rate: str, measured: Mapping[str, Pace]) -> list[Prediction]:
+def compare(model: str, rate: str, link: Link, measured: Mapping[str, Pace]) -> list[Prediction]:
     """The strategies of one launch."""
     alone = statistics.median(measured[ALONE].seconds)
     return [
         Prediction(
-            name, model, rate, predict(name, model, rate, alone),
+            name, model, rate, predict(name, model, link, alone),
             pace.median, min(pace.seconds), max(pace.seconds),
         )
         for name, pace in measured.items()
@@ -88,13 +88,18 @@ def compare(model: str, rate: str, measured: Mapping[str, Pace]) -> list[Predict
     ]  # fmt: skip
 
 
-def table(predictions: Sequence[Prediction], rounds: int) -> str:
+def table(predictions: Sequence[Prediction], links: Mapping[str, Link], rounds: int) -> str:
     """In Markdown, with the median and the worst error."""
+    seen = "; ".join(
+        f"{link.bandwidth / 1e6:.1f} Mbit/s and {1e3 * link.latency:.2f} ms for {rate}"
+        for rate, link in links.items()
+    )
     errors = [abs(each.error) for each in predictions]
     lines = [
         f"Seconds a step on {HOSTS} hosts of one rank; measured: median (least..greatest) of "
         f"{rounds} rounds. Over {len(errors)} combinations the plan is off by "
-        f"{100 * statistics.median(errors):.1f} % (median) and {100 * max(errors):.1f} % (worst).",
+        f"{100 * statistics.median(errors):.1f} % (median) and {100 * max(errors):.1f} % (worst). "
+        f"Links as measured: {seen}.",
         "",
         "| strategy | model | rate | planned | measured | off by, % |",
         "|---|---|---|---|---|---|",
@@ -142,21 +147,25 @@ def main(
         console.print(f"Skipped: {reason}")
         return
     results = Results(FOLDER / "results.jsonl", resume, console)
+    links: dict[str, Link] = {}
     predictions: list[Prediction] = []
     for model, rates in PLACES.items():
         config = make_config(model=model, steps=STEPS, batch_size=4, workers=HOSTS)
         for rate in rates:
             launch = Launch((ALONE, *PLANNED), config, rate, rounds)
-            predictions += compare(model, rate, paces(results.of(launch)))
-    text = table(predictions, rounds)
+            measured = paces(results.of(launch))
+            if rate not in links:
+                links[rate] = measured_link(HOSTS, rate)
+            predictions += compare(model, rate, links[rate], measured)
+    text = table(predictions, links, rounds)
     console.print(text, markup=False, soft_wrap=True)
     draw = partial(plot, predictions)
     draw(FOLDER / "planned.png")
     if record:
         rows = [asdict(each) | {"error": each.error} for each in predictions]
-        path = write_record(
-            "planned", "Planned and measured steps", {"predictions": rows}, text, draw
-        )
+        seen = {rate: asdict(link) for rate, link in links.items()}
+        results_of = {"predictions": rows, "links": seen}
+        path = write_record("planned", "Planned and measured steps", results_of, text, draw)
         console.print(f"Record: {path}")
 
 

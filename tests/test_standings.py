@@ -15,6 +15,7 @@ from benchmarks.scoreboard import Scores, plot, table
 from benchmarks.standings import Pace, arrival, crossing, merged, paces
 from rich.console import Console
 
+from postlocal.planning import Link
 from postlocal.train import make_config
 from postlocal.train.model import SIZES, Transformer
 
@@ -143,9 +144,10 @@ def test_launches_are_known_by_what_they_are_asked_for(tmp_path: Path) -> None:
 
 def test_plans_are_set_beside_the_strategies_that_ran() -> None:
     measured = {ALONE: Pace((0.3,), (0.3,), 0), "ddp": Pace((4.0, 5.0), (0.3, 0.3), 1)}
-    (prediction,) = compare("tiny", "10mbit", measured)
+    link = Link(10e6)
+    (prediction,) = compare("tiny", "10mbit", link, measured)
     assert (prediction.measured, prediction.least, prediction.most) == (4.5, 4.0, 5.0)
-    assert prediction.planned == predict("ddp", "tiny", "10mbit", alone=0.3)
+    assert prediction.planned == predict("ddp", "tiny", link, alone=0.3)
     assert prediction.error == pytest.approx(prediction.planned / 4.5 - 1)
 
 
@@ -157,14 +159,17 @@ def test_contenders_are_chosen_by_pattern() -> None:
 
 def test_the_plan_of_ddp_is_its_bytes_over_the_rate_beside_what_hides() -> None:
     parameters = sum(map(torch.numel, Transformer(SIZES["tiny"]).parameters()))
-    seconds = predict("ddp", "tiny", "10mbit", alone=0.3)
+    seconds = predict("ddp", "tiny", Link(10e6), alone=0.3)
     travelling = 8 * 2 * 3 / 4 * 4 * parameters / 10e6
-    assert seconds == pytest.approx(0.3 + travelling - 0.2, rel=0.01)
+    first = 2**20 / (4 * parameters)  # of the gradients, are there before anything travels
+    assert seconds == pytest.approx(0.3 + travelling - (1 - first) * 0.2, rel=0.01)
 
 
 def test_errors_of_plans_are_told_as_median_and_worst() -> None:
     predictions = [Prediction("ddp", "tiny", "10mbit", p, 1.0, 0.9, 1.1) for p in (1.1, 0.8, 1.0)]
-    assert "off by 10.0 % (median) and 20.0 % (worst)" in planned_table(predictions, rounds=3)
+    said = planned_table(predictions, {"10mbit": Link(9.3e6, 0.0005)}, rounds=3)
+    assert "off by 10.0 % (median) and 20.0 % (worst)" in said
+    assert "Links as measured: 9.3 Mbit/s and 0.50 ms for 10mbit." in said
 
 
 @pytest.mark.cluster

@@ -60,14 +60,14 @@ class Kernels:
     """Compiled functions; blocks have shape ``(n, block)``, codes ``(n, block / packed)``.
 
     Attributes:
-        encode: ``(blocks, codes)`` to parameters, ``(n, parameters)``; writes codes.
-        decode: ``(parameters, codes, sections of blocks)``; writes blocks.
+        encode: ``blocks, codes`` to ``[parameters]``, of shape ``(n, parameters)``; writes codes.
+        decode: ``parameters, codes, *sections of blocks``; writes blocks.
         accumulate: the same and a weight, fp32, shape ``()``; adds to blocks.
     """
 
-    encode: Callable[[Tensor, Tensor], Tensor]
-    decode: Callable[[Tensor, Tensor, tuple[Tensor, ...]], None]
-    accumulate: Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor], None]
+    encode: Callable[..., list[Tensor]]
+    decode: Callable[..., list[Tensor]]
+    accumulate: Callable[..., list[Tensor]]
 
 
 def sections(blocks: Tensor, packed: int) -> tuple[Tensor, ...]:
@@ -167,8 +167,15 @@ def _build(request: str, folder: Path, failure: Path) -> None:
     raise CompileError(text, f"mend that, and delete {failure}")
 
 
-def _load(package: Path) -> Any:
-    return torch._inductor.aoti_load_package(str(package))
+def _load(package: Path) -> Callable[..., list[Tensor]]:
+    # What is loaded can be called too, but takes longer to sort its arguments than to run.
+    loader = torch._inductor.aoti_load_package(str(package)).loader
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        done: list[Tensor] = loader.boxed_run(list(tensors))
+        return done
+
+    return run
 
 
 class _Encode(nn.Module):

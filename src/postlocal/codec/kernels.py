@@ -29,7 +29,7 @@ from postlocal.codec.compiling import Arithmetic, CompileError, Kernels, compile
 Mode = Literal["auto", "compiled", "eager"]
 
 _TILE = 2**17  # elements worked on at a time, that stay in a processor's cache
-_FEW = 2**16  # elements for which loading what is compiled does not pay
+_FEW = 2**13  # elements for which calling what is compiled does not pay
 _CLEAN = "delete postlocal/kernels in $XDG_CACHE_HOME or ~/.cache, or give it room"
 _PATIENCE = 2**30  # elements after which the slow way has cost seconds
 
@@ -77,7 +77,8 @@ def warm_up(
 def encode(codec: Arithmetic, blocks: Tensor, parameters: Tensor, codes: Tensor) -> None:
     """Write parameters and codes of blocks, shape ``(n, block)``."""
     if kernels := _fast(codec, blocks):
-        parameters[:] = finite_or_nan(kernels.encode(blocks, codes))
+        (measured,) = kernels.encode(blocks, codes)
+        parameters[:] = finite_or_nan(measured)
         return
     for first, part in _tiles(blocks):
         measured, codes[part] = codec.quantise(blocks[part].float(), first, codec.block)
@@ -97,7 +98,7 @@ def finite_or_nan(parameters: Tensor) -> Tensor:
 def decode(codec: Arithmetic, parameters: Tensor, codes: Tensor, blocks: Tensor) -> None:
     """Write what parameters and codes stand for to blocks, shape ``(n, block)``."""
     if kernels := _fast(codec, blocks):
-        kernels.decode(parameters, codes, sections(blocks, codec.packed))
+        kernels.decode(parameters, codes, *sections(blocks, codec.packed))
         return
     for _, part in _tiles(blocks):
         numbers, scales = codec.restore(parameters[part], codes[part])
@@ -113,7 +114,7 @@ def accumulate(
 ) -> None:
     """Add what parameters and codes stand for, times a weight, to blocks, shape ``(n, block)``."""
     if kernels := _fast(codec, blocks):
-        kernels.accumulate(parameters, codes, sections(blocks, codec.packed), weight)
+        kernels.accumulate(parameters, codes, *sections(blocks, codec.packed), weight)
         return
     for _, part in _tiles(blocks):
         numbers, scales = codec.restore(parameters[part], codes[part])

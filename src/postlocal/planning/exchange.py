@@ -1,14 +1,17 @@
 """What one exchange of tensors costs: the wire's own bytes, and seconds on a cluster's links."""
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from postlocal.planning.cluster import Cluster
 from postlocal.planning.job import Job, Tensors
 from postlocal.strategies import Strategy
 from postlocal.topology import WORLD
 from postlocal.wire import ChunkWire, Gathered, Wire, fp32, powersgd, relayed, travels_as
+
+_FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20  # bytes, of DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,12 @@ class Costs:
     def _gradients(self, level: str) -> Exchange:
         job, wire = self._job, self._strategy.gradient_wire
         sent = of_gradients(wire, job.tensors, self._cluster, level)
-        hidden = job.gradient_overlap * job.step_time.mean if hides(wire) else 0.0
-        return Exchange(sent.payload_bytes, max(0.0, sent.seconds - hidden))
+        if not hides(wire):
+            return sent
+        backward = job.gradient_overlap * job.step_time.mean
+        return Exchange(
+            sent.payload_bytes, exposed(sent.seconds, buckets(job.parameter_bytes), backward)
+        )
 
     def _fragment(self, number: int) -> Exchange:
         return of_tensors(self._strategy.wire, self._parts[number], self._cluster, WORLD)
@@ -126,6 +133,41 @@ class Costs:
         if self._strategy.optimizer_state != "average":
             return Exchange()
         return of_tensors(fp32(), self._job.optimizer_tensors, self._cluster, level)
+
+
+def buckets(nbytes: int) -> list[float]:
+    """Shares of the gradients in each bucket of DistributedDataParallel, in the order of sending.
+
+    The first one takes 1 MiB and the others 25, which are its defaults.
+
+    Example:
+        >>> buckets(2**22)
+        [0.25, 0.75]
+    """
+    ends = [*range(_FIRST_BUCKET, nbytes, _BUCKET), nbytes]
+    return [(end - start) / nbytes for start, end in pairwise([0, *ends])]
+
+
+def exposed(seconds: float, shares: Sequence[float], backward: float) -> float:
+    """Seconds of a reduction that the backward pass does not hide.
+
+    A bucket is sent once its gradients are there and the one before it is through, so that nothing
+    hides the last one.
+
+    Args:
+        seconds: of all buckets together.
+        shares: of the gradients in each bucket.
+        backward: seconds of the pass in which they become ready.
+
+    Example:
+        >>> exposed(1.0, [0.5, 0.5], backward=8.0), exposed(1.0, [1.0], backward=8.0)
+        (0.5, 1.0)
+    """
+    ready = sent = 0.0
+    for share in shares:
+        ready += share * backward
+        sent = max(sent, ready) + share * seconds
+    return sent - backward
 
 
 def hides(gradient_wire: Wire) -> bool:

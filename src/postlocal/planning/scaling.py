@@ -42,8 +42,8 @@ def sweep(
         >>> for _, done in sweep(chosen, job, Fleet(1, Link(10e9, 0.001)), replicas=(1, 10, 100)):
         ...     print(done.replicas, f"{done.efficiency:.0%}")
         1 100%
-        10 100%
-        100 86%
+        10 96%
+        100 83%
     """
     for label, strategy in chosen.items():
         for count in replicas:

@@ -15,7 +15,7 @@ from postlocal.wire.staging import Staging
 CHUNK = 2**22
 """Greatest number of fp32 elements of a chunk; a lossy wire, which copies more, takes half."""
 _SHARES = 4  # chunks of what is not large, at least: means of one return while others go out
-_LEAST = 2**17  # elements of a chunk that are worth it
+_LEAST, _LEAST_BYTES = 2**17, 2**18  # elements of a chunk, and bytes on the wire, that are worth it
 _IN_PLACE = 2**16  # tensors of at least so many elements are worth messages of their own
 
 
@@ -196,17 +196,22 @@ def _slices(tensor: Tensor, limit: int) -> Iterator[Tensor]:
         yield from _slices(rows if row <= limit else rows[0], limit)
 
 
-def share_of(numel: int, limit: int) -> int:
+def share_of(numel: int, limit: int, value_bytes: float) -> int:
     """Elements of a chunk, at most ``limit``, such that several of ``numel`` are under way.
 
     While one chunk alone is under way, its links are idle from the end of the fastest contribution
     to the end of the slowest one, and again on the way back.
 
+    Args:
+        numel: elements in all.
+        limit: of a chunk.
+        value_bytes: of each element on the wire.
+
     Example:
-        >>> share_of(10_000, 2**22), share_of(10**6, 2**22), share_of(10**8, 2**22)
-        (131072, 250000, 4194304)
+        >>> share_of(10**6, 2**22, 4), share_of(10**6, 2**22, 0.5), share_of(10**8, 2**22, 4)
+        (250000, 524288, 4194304)
     """
-    return min(limit, max(_LEAST, -(-numel // _SHARES)))
+    return min(limit, max(_LEAST, int(_LEAST_BYTES / value_bytes), -(-numel // _SHARES)))
 
 
 def travels_as(dtype: torch.dtype) -> torch.dtype:

@@ -43,7 +43,7 @@ class Exact(_Forgetting):
         return exchanged_bytes(exact(), numel, size, dtype, rank)
 
     def limit(self, size: int, numel: int) -> int:
-        return share_of(numel, CHUNK)
+        return share_of(numel, CHUNK, value_bytes=4)
 
     def staged(self, chunk: Chunk, size: int) -> Staged:
         copied = chunk.copied * chunk.dtype.itemsize
@@ -70,7 +70,8 @@ class Coded(_Forgetting):
         return exchanged_bytes(self.codec, numel, size, dtype, rank)
 
     def limit(self, size: int, numel: int) -> int:
-        return share_of(numel, CHUNK // 2)
+        most = CHUNK // 2
+        return share_of(numel, most, self.codec.nbytes(most) / most)
 
     def staged(self, chunk: Chunk, size: int) -> Staged:
         packed = chunk.packed * chunk.dtype.itemsize
