@@ -22,9 +22,6 @@ from postlocal.replica import unwrap
 from postlocal.train import TrainConfig
 from postlocal.train.run import open_data
 
-STRETCH = 16
-"""Steps that are timed, at least; of contenders that communicate in each, a quarter."""
-
 
 @dataclass
 class Report:
@@ -66,8 +63,8 @@ class Clock:
 
 
 def stretch_of(contender: Contender) -> int:
-    """Steps of a contender that are timed: whole periods."""
-    least = STRETCH // 4 if contender.period == 1 else STRETCH
+    """Steps of a contender that are timed: whole periods, a quarter if it communicates in each."""
+    least = contender.stretch // 4 if contender.period == 1 else contender.stretch
     return contender.period * -(-least // contender.period)
 
 

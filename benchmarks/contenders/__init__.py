@@ -27,6 +27,9 @@ ALONE, DDP = "no communication", "DDP, torch"
 OUTER = 1.0, 0.5
 """Outer learning rate and momentum, of ours and of peers."""
 
+STRETCH = 64
+"""Steps that are timed of those that hardly wait: these are short, and differ by little."""
+
 LOCAL_LENGTH = 1.5
 """Of runs that are local for `PERIOD` steps at a time, of ours and of peers."""
 
@@ -42,7 +45,7 @@ def _streaming(period: int, delay: int) -> Contender:
     strategy = strategies.streaming_diloco(
         period, delay=delay, mix=0.0, outer_lr=OUTER[0], outer_momentum=OUTER[1]
     )
-    return _of(strategy, period, length=LOCAL_LENGTH)
+    return replace(_of(strategy, period, length=LOCAL_LENGTH), stretch=STRETCH)
 
 
 def _peer(
@@ -52,7 +55,7 @@ def _peer(
 
 
 CONTENDERS: Mapping[str, Contender] = {
-    ALONE: Contender(plain.alone, period=4),
+    ALONE: Contender(plain.alone, period=4, stretch=STRETCH),
     DDP: Contender(plain.ddp, settling=3),
     "DDP fp16, torch": Contender(torch_hooks.fp16, settling=3, length=1.05),
     "DDP PowerSGD, torch": Contender(
@@ -97,4 +100,5 @@ def named(name: str) -> Contender:
         return CONTENDERS[name]
     strategy = PLANNED[name]
     period = 1 if strategy == strategies.ddp() else strategy.schedule(0, 1.0).steps
-    return _of(strategy, period, rounds=3 if period == 1 else 1 + strategy.streams)
+    rounds = 3 if period == 1 else 1 + strategy.streams
+    return replace(_of(strategy, period, rounds), stretch=STRETCH // 2)

@@ -47,6 +47,7 @@ class Contender:
         apart: whether every host is a world of its own, and they meet through a lighthouse.
         length: of its run, as a multiple of DDP's.
         dense: steps at the start of a run that it takes as plain DDP does.
+        stretch: steps that are timed, at least: more of those that hardly wait.
     """
 
     make: Callable[[TrainConfig, int], Training]
@@ -56,6 +57,7 @@ class Contender:
     apart: bool = False
     length: float = 1.0
     dense: int = 0
+    stretch: int = 16
 
     @property
     def installed(self) -> bool:
