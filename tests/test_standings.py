@@ -9,6 +9,7 @@ from benchmarks import network, time_to_loss
 from benchmarks.contenders import ALONE, CONTENDERS, DDP, PLANNED, named
 from benchmarks.contest import Report, stretch_of
 from benchmarks.launches import Launch, Results, together
+from benchmarks.links import measured_link
 from benchmarks.planned import Prediction, compare, predict
 from benchmarks.planned import table as planned_table
 from benchmarks.scoreboard import Scores, plot, table
@@ -184,3 +185,12 @@ def test_a_slow_link_slows_down_who_sends_much_and_changes_no_loss() -> None:
     assert [steps for steps, _, _ in slow.losses] == [2, 4]
     assert [loss for *_, loss in slow.losses] == [loss for *_, loss in fast.losses]
     assert slow.losses[0][2] > slow.losses[1][2]
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(method="signal")
+@pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
+def test_a_link_is_measured_a_little_below_its_nominal_rate() -> None:
+    link = measured_link(hosts=2, rate="50mbit")
+    assert 25e6 < link.bandwidth < 50e6
+    assert 0 <= link.latency < 0.1
