@@ -18,7 +18,7 @@ from postlocal.planning import Link, measure_links
 from postlocal.topology import WORLD, Layout, world
 
 NUMEL = 2**20
-"""fp32 values of the all-reduces that are timed: as many as the models here have."""
+"""fp32 values of the all-reduces that are timed: about as many as a model of size `tiny` has."""
 
 
 def measured_link(hosts: int, rate: str) -> Link:

@@ -147,6 +147,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "backend": "gloo over loopback, 1 thread a rank",
+        "kernels": os.environ.get("POSTLOCAL_KERNELS", "auto"),
         "command": "python -m " + " ".join([_module(), *sys.argv[1:]]),
     }
 

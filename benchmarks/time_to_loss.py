@@ -10,7 +10,6 @@ run to the end over the network as well. The target is the last loss of plain DD
 seed. Needs root and iproute2.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from fnmatch import fnmatch
@@ -83,8 +82,7 @@ def about(config: TrainConfig, rounds: int, seeds: Sequence[int]) -> str:
         f"that. Seeds {', '.join(map(str, seeds))}; figures are medians (least..greatest): of "
         f"seconds a step over {rounds} rounds, of steps, seconds and losses over seeds. Computing "
         "is the time of a step without communication, of its time. The limit of a contender is the "
-        "time that its steps take without communication. "
-        f"POSTLOCAL_KERNELS is {os.environ.get('POSTLOCAL_KERNELS', 'auto')}.",
+        "time that its steps take without communication.",
     ]
     if missing_peers:
         lines.append(f"Not installed: {', '.join(missing_peers)}.")

@@ -97,6 +97,11 @@ def test_payload_is_what_the_wire_predicts(name: str, workers: int) -> None:
     assert sum(sent) == pytest.approx(2 * (workers - 1) * width * sum(chunks), rel=1e-4)
 
 
+def test_means_of_small_models_travel_in_chunks_that_are_worth_their_calls() -> None:
+    wires = (wire.fp32(), wire.bf16(), wire.fp4())
+    assert [each.limit(4, numel=200_000) >= 200_000 for each in wires] == [False, False, True]
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_codes_are_made_of_values_where_they_lie_if_that_is_end_to_end(apart: bool) -> None:
     taken: list[torch.dtype] = []

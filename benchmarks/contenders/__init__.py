@@ -27,25 +27,17 @@ ALONE, DDP = "no communication", "DDP, torch"
 OUTER = 1.0, 0.5
 """Outer learning rate and momentum, of ours and of peers."""
 
-STRETCH = 64
-"""Steps that are timed of those that hardly wait: these are short, and differ by little."""
-
 LOCAL_LENGTH = 1.5
 """Of runs that are local for `PERIOD` steps at a time, of ours and of peers."""
 
 
-def _of(strategy: Strategy, period: int, rounds: int = 2, length: float = 1.0) -> Contender:
+def _of(
+    strategy: Strategy, period: int, rounds: int = 2, length: float = 1.0, stretch: int = 16
+) -> Contender:
     return Contender(
-        ours(strategy), period, settling=rounds * period, package="postlocal", length=length
-    )
-
-
-def _streaming(period: int, delay: int) -> Contender:
-    # With rounds as short as these, a replica that keeps a half of its own drifts too far.
-    strategy = strategies.streaming_diloco(
-        period, delay=delay, mix=0.0, outer_lr=OUTER[0], outer_momentum=OUTER[1]
-    )
-    return replace(_of(strategy, period, length=LOCAL_LENGTH), stretch=STRETCH)
+        ours(strategy), period, settling=rounds * period, package="postlocal", length=length,
+        stretch=stretch,
+    )  # fmt: skip
 
 
 def _peer(
@@ -54,8 +46,9 @@ def _peer(
     return Contender(make, PERIOD, rounds * PERIOD, package, apart, LOCAL_LENGTH)
 
 
+# Those that hardly wait are timed for 64 steps: these are short, and differ by little.
 CONTENDERS: Mapping[str, Contender] = {
-    ALONE: Contender(plain.alone, period=4, stretch=STRETCH),
+    ALONE: Contender(plain.alone, period=4, stretch=64),
     DDP: Contender(plain.ddp, settling=3),
     "DDP fp16, torch": Contender(torch_hooks.fp16, settling=3, length=1.05),
     "DDP PowerSGD, torch": Contender(
@@ -76,7 +69,15 @@ CONTENDERS: Mapping[str, Contender] = {
         replace(strategies.ddp(), gradient_wire=wire.powersgd(rank=2)), 1, rounds=3, length=1.25
     ),
     "local_sgd 8, postlocal": _of(strategies.local_sgd(PERIOD), PERIOD, 1, LOCAL_LENGTH),
-    "streaming 8 fp4, postlocal": _streaming(PERIOD, delay=3),
+    # With rounds as short as these, a replica that keeps a half of its own drifts too far.
+    "streaming 8 fp4, postlocal": _of(
+        strategies.streaming_diloco(
+            PERIOD, delay=3, mix=0.0, outer_lr=OUTER[0], outer_momentum=OUTER[1]
+        ),
+        PERIOD,
+        length=LOCAL_LENGTH,
+        stretch=64,
+    ),
 }
 """Of the contest, by name."""
 
@@ -101,4 +102,4 @@ def named(name: str) -> Contender:
     strategy = PLANNED[name]
     period = 1 if strategy == strategies.ddp() else strategy.schedule(0, 1.0).steps
     rounds = 3 if period == 1 else 1 + strategy.streams
-    return replace(_of(strategy, period, rounds), stretch=STRETCH // 2)
+    return _of(strategy, period, rounds, stretch=32)
