@@ -31,8 +31,8 @@ CONTROL = "ddp"
 
 MOMENTA = {0.0: (1.0, 1.5, 2.0), 0.5: (0.7, 1.0, 1.4), 0.9: (0.4, 0.7, 1.0)}
 """Outer momenta that are tried, each with outer learning rates; 0 and 1 is averaging."""
-LR, MOMENTUM = 1.0, 0.5
-"""The best ones, at which wires and delays are compared."""
+LR, MOMENTUM = 0.7, 0.9
+"""Those of the DiLoCo paper, at which wires and delays are compared."""
 
 
 def _diloco(period: int, lr: float = LR, momentum: float = MOMENTUM, **axes: Any) -> Strategy:

@@ -6,6 +6,7 @@ Each case has ranks of its own and the raw all-reduce beside it, round by round;
 over rounds of ratios within a round.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -81,17 +82,23 @@ def measure(rank: int, name: str, size: str, rounds: int, warmup: int = 3) -> di
     state = case.state_bytes()
     memory = extra_memory(lambda: [case.call() for _ in range(case.calls)])
     memory -= case.state_bytes() - state
-    seconds: dict[str, list[float]] = {"raw": [], "case": []}
+    seconds: dict[str, list[float]] = {"raw": [], "copy": [], "case": []}
+    other = torch.empty_like(flat)
     for index in range(warmup + rounds):
         drift()
         flat.div_(dist.get_world_size())  # else the sums of sums overflow
         raw = _time(lambda: dist.all_reduce(flat), calls=1, pause=0.0)
+        copy = _time(lambda: other.copy_(flat), calls=1, pause=0.0)
         own = _time(case.call, case.calls, pause=raw)
         if index >= warmup:
             seconds["raw"].append(raw)
+            seconds["copy"].append(copy)
             seconds["case"].append(own)
+    beyond = [own - raw for own, raw in zip(seconds["case"], seconds["raw"], strict=True)]
     return {
         "time_over_raw": ratios(seconds, "case", "raw"),
+        "copies_beyond_raw": ratios({"beyond": beyond, **seconds}, "beyond", "copy"),
+        "raw_over_copy": ratios(seconds, "raw", "copy"),
         "bytes": bytes_of(case.call, times=case.calls) * case.calls,
         "extra_memory": memory,
         "seconds": seconds,
@@ -137,22 +144,30 @@ def _table(world: int, size: str, rows: dict[str, Any]) -> str:
     lines = [
         f"## {size} parameters, {world} ranks",
         "",
-        "Median and quartiles of ratios within a round. Memory is the peak of the first "
-        f"synchronization, without outer state (goal: at most {MEMORY_GOAL} MiB).",
+        "Median and quartiles of ratios within a round. Copies are of all parameters, within "
+        f"memory; the raw all-reduce takes as long as {_all_reduce_in_copies(rows):.1f} of them. "
+        "Memory is the peak of the first synchronization, without outer state "
+        f"(goal: at most {MEMORY_GOAL} MiB).",
         "",
-        "| synchronization | time / raw all-reduce | goal | MB a rank | MiB more |",
-        "|---|---|---|---|---|",
+        "| synchronization | time / raw all-reduce | goal | copies beyond it | MB a rank "
+        "| MiB more |",
+        "|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         if row is None:
-            lines.append(f"| {name} | not installed | | | |")
+            lines.append(f"| {name} | not installed | | | | |")
             continue
         goal = f"{GOALS[name]:.2f}" if name in GOALS else ""
         lines.append(
-            f"| {name} | {as_text(row['time_over_raw'])} | {goal} | {row['bytes'] / 1e6:.0f} "
+            f"| {name} | {as_text(row['time_over_raw'])} | {goal} "
+            f"| {row['copies_beyond_raw']['median']:.1f} | {row['bytes'] / 1e6:.0f} "
             f"| {row['extra_memory'] / 2**20:.0f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _all_reduce_in_copies(rows: dict[str, Any]) -> float:
+    return float(statistics.median(row["raw_over_copy"]["median"] for row in rows.values() if row))
 
 
 def main(
@@ -172,7 +187,7 @@ def main(
             texts.append(_table(ranks, parameters, rows))
             console.print(texts[-1], markup=False, soft_wrap=True)
     if record:
-        path = write_record("sync-cost", "Cost of a synchronization", content, "\n".join(texts))
+        path = write_record("sync_cost", "Cost of a synchronization", content, "\n".join(texts))
         console.print(f"Record: {path}")
 
 
