@@ -32,7 +32,8 @@ CONTROL = "ddp"
 MOMENTA = {0.0: (1.0, 1.5, 2.0), 0.5: (0.7, 1.0, 1.4), 0.9: (0.4, 0.7, 1.0)}
 """Outer momenta that are tried, each with outer learning rates; 0 and 1 is averaging."""
 LR, MOMENTUM = 0.7, 0.9
-"""Those of the DiLoCo paper, at which wires and delays are compared."""
+"""Those of the DiLoCo paper, at which wires and delays are compared. The default of
+`streaming_diloco` is 0.4 and 0.9."""
 
 
 def _diloco(period: int, lr: float = LR, momentum: float = MOMENTUM, **axes: Any) -> Strategy:
@@ -145,13 +146,15 @@ def main(
     draw = partial(
         plot,
         {name: row["penalties"] for name, row in rows.items()},
-        f"held-out loss above DDP's, % ({model}, equal tokens)",
+        f"held-out loss above DDP's, % ({model}, {steps} steps, equal tokens)",
     )
-    draw(FOLDER / f"{model}.png")
-    console.print(f"Plot: {FOLDER / f'{model}.png'}")
+    drawn = FOLDER / f"{model}-{steps}-steps.png"
+    draw(drawn)
+    console.print(f"Plot: {drawn}")
     if record:
-        title = "Convergence at equal tokens"
-        path = write_record(f"convergence-{model}", title, {"settings": rows}, text, draw)
+        title = f"Convergence at equal tokens, {model}, {steps} steps"
+        name = f"convergence-{model}-{steps}-steps"
+        path = write_record(name, title, {"settings": rows}, text, draw)
         console.print(f"Record: {path}")
 
 

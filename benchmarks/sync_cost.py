@@ -2,8 +2,8 @@
 
     python -m benchmarks.sync_cost
 
-Each case has ranks of its own and the raw all-reduce beside it, round by round; figures are medians
-over rounds of ratios within a round.
+Each case has ranks of its own, and a copy in memory and the raw all-reduce beside it, round by
+round; figures are medians over rounds of ratios within a round.
 """
 
 import statistics
@@ -87,8 +87,8 @@ def measure(rank: int, name: str, size: str, rounds: int, warmup: int = 3) -> di
     for index in range(warmup + rounds):
         drift()
         flat.div_(dist.get_world_size())  # else the sums of sums overflow
-        raw = _time(lambda: dist.all_reduce(flat), calls=1, pause=0.0)
         copy = _time(lambda: other.copy_(flat), calls=1, pause=0.0)
+        raw = _time(lambda: dist.all_reduce(flat), calls=1, pause=0.0)
         own = _time(case.call, case.calls, pause=raw)
         if index >= warmup:
             seconds["raw"].append(raw)

@@ -1,5 +1,6 @@
 """What benchmarks rest on: their control, their cache, and their network."""
 
+import statistics
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -151,3 +152,24 @@ def test_an_own_loopback_is_empty_and_removed_after_a_failure() -> None:
 def test_a_command_that_fails_says_why() -> None:
     with network.own_loopback() as limit, pytest.raises(RuntimeError, match="tc qdisc"):
         limit(-1)
+
+
+def measured(rank: int) -> dict[str, Any]:
+    """What a synchronization of the small model costs."""
+    sync_cost.SIZES["0.3 M"] = small
+    return sync_cost.measure(rank, "local SGD, postlocal", "0.3 M", rounds=4)
+
+
+def test_the_cost_of_a_synchronization_is_given_in_copies_too(ranks: Ranks) -> None:
+    row = ranks(2, measured)[0]
+    seconds = row["seconds"]
+    assert [len(seconds[name]) for name in ("copy", "raw", "case")] == [4, 4, 4]
+    copies = [
+        (case - raw) / copy
+        for copy, raw, case in zip(seconds["copy"], seconds["raw"], seconds["case"], strict=True)
+    ]
+    assert row["copies_beyond_raw"]["median"] == pytest.approx(statistics.median(copies))
+    lines = sync_cost._table(2, "0.3 M", {"ours": row, "theirs": None}).splitlines()
+    assert f"as long as {row['raw_over_copy']['median']:.1f} of them" in lines[2]
+    assert lines[-2].split(" | ")[3] == f"{statistics.median(copies):.1f}"
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
