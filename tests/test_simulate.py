@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from postlocal import Strategy, strategies, wire
@@ -183,6 +183,9 @@ def test_a_job_that_never_comes_to_its_end_is_left() -> None:
     st.floats(0.0, 100.0),
     st.integers(0, 2**32),
 )
+@example(strategies.streaming_diloco(100, delay=5), (8, 2), 50.0, 0.0, 142)  # slowest lost
+@example(strategies.streaming_diloco(20), (8, 2), 50.0, 20.0, 245)  # all lost, and done again
+@example(strategies.local_sgd(5), (8, 2), 50.0, 20.0, 40)  # a slower one came back meanwhile
 @settings(max_examples=100, deadline=None)
 def test_every_second_of_every_replica_has_one_cause(
     strategy: Strategy, size: tuple[int, int], apart: float, away: float, seed: int

@@ -147,7 +147,7 @@ class FleetRun:
     def _launch(self, number: int) -> Waiting:
         """Put a fragment on the link, behind what is there, once the slowest has got so far."""
         yield from self._reach(self._latest)
-        sent = self._latest()
+        sent = self._present()
         seconds = self._exchanges().fragment(number).seconds
         self._free = max(self._free, sent - self._head_start) + seconds
         self._air.append(max(sent, self._free))
@@ -170,15 +170,15 @@ class FleetRun:
         return self._latest() - self._safe >= self._interval
 
     def _checkpoint(self) -> Waiting:
-        written = self._latest() + self._fleet.failures.saving
-        self.ledger.wait(written, "stopped")
-        yield from self._reach(lambda: written)
+        self.ledger.wait(self._latest() + self._fleet.failures.saving, "stopped")
+        yield from self._reach(self._latest)
+        self.ledger.wait(self._latest(), "stragglers")  # who came back after a failure in between
         self._secure()
 
     def _secure(self) -> None:
         """All that was done so far stays, and those who have come back take part from here on."""
         self._tries = 0
-        self._safe = self._latest()
+        self._safe = self._present()
         self.ledger.secure(self.hosts.members, self._safe)
         self._admit()
 
@@ -214,6 +214,7 @@ class FleetRun:
         self._stood_still(int(self.hosts.members.sum()))
         self._stands_since = None
         self._behind = self._environment.now - self._safe
+        self.ledger.begin_again(self._safe)
         self._admit()
 
     def _try_again(self) -> None:
@@ -233,6 +234,10 @@ class FleetRun:
         """When the slowest of those who take part has got so far."""
         clock = self.ledger.clock.max(axis=1)
         return float(np.max(clock, where=self.hosts.members, initial=0.0))
+
+    def _present(self) -> float:
+        """When the slowest has got so far, or was lost, if that is later, while waited for."""
+        return max(self._latest(), self._now)
 
     def _exchanges(self) -> Costs:
         """Costs of exchanges of those who take part, counted in hundredths of the fleet."""

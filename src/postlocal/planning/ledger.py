@@ -99,6 +99,11 @@ class Ledger:
         self.clock[~members] = now
         self._since = self.clock.copy()
 
+    def begin_again(self, now: float) -> None:
+        """What was done since it was last safe is done from here on, by all at once."""
+        self.clock += now - self._since
+        self._since[:] = now
+
     def unsafe(self, hosts: NDArray[np.bool_] | int, now: float) -> float:
         """Replica-seconds of hosts since all was last safe."""
         return float(np.maximum(0.0, now - self._since[hosts]).sum())
