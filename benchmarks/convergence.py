@@ -41,10 +41,15 @@ def _diloco(period: int, lr: float = LR, momentum: float = MOMENTUM, **axes: Any
 
 
 def _streaming(
-    period: int, lr: float = LR, momentum: float = MOMENTUM, delay: int = 1, **axes: Any
+    period: int,
+    lr: float = LR,
+    momentum: float = MOMENTUM,
+    delay: int = 1,
+    mix: float = 0.5,
+    **axes: Any,
 ) -> Strategy:
     strategy = strategies.streaming_diloco(
-        period, delay=delay, outer_lr=lr, outer_momentum=momentum
+        period, delay=delay, mix=mix, outer_lr=lr, outer_momentum=momentum
     )
     return replace(strategy, **{"wire": wire.fp32()} | axes)
 
@@ -57,8 +62,10 @@ def _settings() -> dict[str, Strategy]:
             settings[f"diloco-{outer}"] = _diloco(period, lr, momentum)
             settings[f"streaming-{outer}"] = _streaming(period, lr, momentum)
         settings[f"streaming-{period}-fp4"] = _streaming(period, wire=wire.fp4())
-    for delay in (0, 3, 5):
-        settings[f"streaming-30-delay{delay}"] = _streaming(30, delay=delay)
+    for mix in (0.0, 0.25, 0.5):
+        for delay in (0, 1, 3, 5):
+            settings[f"streaming-30-delay{delay}-mix{mix}"] = _streaming(30, delay=delay, mix=mix)
+    settings["streaming-30-fp4-mix0.0"] = _streaming(30, mix=0.0, wire=wire.fp4())
     for name in ("int8", "int4", "fp4", "sign"):
         bare = getattr(wire, name)()
         settings[f"diloco-30-{name}"] = _diloco(30, wire=bare)

@@ -147,6 +147,29 @@ def test_streaming_equals_the_papers_algorithm_in_one_process(
         assert distance(ours[rank][-1], reference[rank]) < 1e-6
 
 
+@pytest.mark.parametrize("mix", [0.0, 0.25, 0.5])
+@pytest.mark.parametrize("delay", [0, 2])
+def test_mix_limits_how_far_momentum_carries_the_anchor(delay: int, mix: float) -> None:
+    period, rounds, reach = 5, 120, 0.7 / (1 - 0.9)
+    strategy = replace(streaming(period, 1, delay, mix), outer=outer.nesterov(0.7, 0.9))
+    model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    (weight,) = model.parameters()
+    optimizer = torch.optim.SGD([weight], lr=1 / period)
+    sync = postlocal.attach(model, optimizer, strategy)
+    places = []
+    for _ in range(rounds):
+        for _ in range(period):
+            weight.grad = torch.ones_like(weight)  # so that replicas move by 1 a round
+            optimizer.step()
+            sync.step()
+        with sync.agreed_parameters():
+            places.append(weight.item())
+    sync.close()
+    lost = delay / period * (1 - mix)
+    speed = reach * (1 - lost) / (1 + (reach - 1) * mix)
+    assert places[-2] - places[-1] == pytest.approx(speed, rel=1e-2)
+
+
 def test_one_fragment_without_delay_or_mix_is_diloco_to_the_bit() -> None:
     plain = run(strategies.diloco(4, 0.4, 0.9), 10, finish=True)
     ours = run(streaming(4, count=1, delay=0, mix=0.0), 10, finish=True)
