@@ -62,7 +62,9 @@ def _settings() -> dict[str, Strategy]:
             settings[f"diloco-{outer}"] = _diloco(period, lr, momentum)
             settings[f"streaming-{outer}"] = _streaming(period, lr, momentum)
         settings[f"streaming-{period}-fp4"] = _streaming(period, wire=wire.fp4())
-    for mix in (0.0, 0.25, 0.5):
+    for delay in (0, 3, 5):
+        settings[f"streaming-30-delay{delay}"] = _streaming(30, delay=delay)
+    for mix in (0.0, 0.25):
         for delay in (0, 1, 3, 5):
             settings[f"streaming-30-delay{delay}-mix{mix}"] = _streaming(30, delay=delay, mix=mix)
     settings["streaming-30-fp4-mix0.0"] = _streaming(30, mix=0.0, wire=wire.fp4())

@@ -185,7 +185,8 @@ def test_a_job_that_never_comes_to_its_end_is_left() -> None:
 )
 @example(strategies.streaming_diloco(100, delay=5), (8, 2), 50.0, 0.0, 142)  # slowest lost
 @example(strategies.streaming_diloco(20), (8, 2), 50.0, 20.0, 245)  # all lost, and done again
-@example(strategies.local_sgd(5), (8, 2), 50.0, 20.0, 40)  # a slower one came back meanwhile
+@example(strategies.local_sgd(5), (8, 2), 50.0, 20.0, 40)  # lost, and done again from a checkpoint
+@example(strategies.ddp(), (8, 2), 50.0, 20.0, 1186)  # a slower one came back to a checkpoint
 @settings(max_examples=100, deadline=None)
 def test_every_second_of_every_replica_has_one_cause(
     strategy: Strategy, size: tuple[int, int], apart: float, away: float, seed: int
@@ -203,6 +204,19 @@ def test_every_second_of_every_replica_has_one_cause(
     assert min(done.shares.values()) >= 0
     assert done.steps <= 200 * size[0]
     assert done == simulate(strategy, job(step=normal(0.1, 0.01), steps=200), fleet, seed)
+
+
+@pytest.mark.parametrize("seed", [6, 20, 35])
+def test_what_a_lost_host_held_up_leaves_when_it_was_lost(seed: int) -> None:
+    slow = Link(2e7)
+    failures = Failures(apart=300.0, away=1e9, restart=0.0, saving=0.0)
+    fleet = Fleet(3, slow, exponential_tail(1.0, 1.0), failures)
+    strategy = strategies.streaming_diloco(100, fragments=1, delay=1)
+    train = job(step=1.0, steps=100)
+    done = simulate(strategy, train, fleet, seed)
+    assert done.failures == 1  # of the slowest, while the others wait to send
+    exchange = 100 * (plan(strategy, train, fleet.cluster(2, slow)).seconds_a_step - 1.0)
+    assert fleet.hosts * done.shares.away * done.seconds == pytest.approx(exchange, rel=1e-3)
 
 
 def test_another_seed_is_another_run() -> None:

@@ -172,7 +172,6 @@ class FleetRun:
     def _checkpoint(self) -> Waiting:
         self.ledger.wait(self._latest() + self._fleet.failures.saving, "stopped")
         yield from self._reach(self._latest)
-        self.ledger.wait(self._latest(), "stragglers")  # who came back after a failure in between
         self._secure()
 
     def _secure(self) -> None:
