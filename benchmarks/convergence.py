@@ -7,6 +7,7 @@ process (`postlocal.virtual`). The control is one model that takes the batches o
 which is what DDP computes. Results are kept, run by run, under ``runs/convergence``.
 """
 
+import re
 import statistics
 from collections.abc import Mapping
 from dataclasses import replace
@@ -72,8 +73,9 @@ def _settings() -> dict[str, Strategy]:
         bare = getattr(wire, name)()
         settings[f"diloco-30-{name}"] = _diloco(30, wire=bare)
         settings[f"diloco-30-{name}-feedback"] = _diloco(30, wire=wire.error_feedback(bare))
-    for lr in (1.0, 1.5, 2.0):
+    for lr in (1.0, 1.5, 2.0, 4.0, 6.0):
         settings[f"sparse-30-lr{lr}"] = strategies.sparse_loco(30, outer_lr=lr)
+        settings[f"sparse-30-k128-lr{lr}"] = strategies.sparse_loco(30, top_k=128, outer_lr=lr)
     forgetful = replace(strategies.sparse_loco(30, outer_lr=2.0), wire=wire.top_k())
     settings["sparse-30-lr2.0-no-feedback"] = forgetful
     return settings
@@ -128,6 +130,22 @@ def table(campaign: Campaign, rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def name_and_title(model: str, steps: int, label: str) -> tuple[str, str]:
+    """Those of a record; the label sets it apart from others of this model and length."""
+    about = [model, f"{steps} steps", *filter(None, [label])]
+    name = "-".join(["convergence", *about]).replace(" ", "-")
+    return name, f"Convergence at equal tokens, {', '.join(about)}"
+
+
+def _label(value: str) -> str:
+    if value and not re.fullmatch(r"[a-z0-9]+( [a-z0-9]+)*", value):
+        raise typer.BadParameter(
+            f"label is {value!r}: it must be words of a-z and 0-9 with single spaces, such as "
+            "'long periods'"
+        )
+    return value
+
+
 def main(
     model: Annotated[str, typer.Option(help="Size of the model: tiny or small.")] = "tiny",
     steps: Annotated[int, typer.Option(help="Steps a run.")] = 600,
@@ -139,6 +157,9 @@ def main(
     jobs: Jobs = 2,
     resume: Resume = False,
     record: Record = True,
+    label: Annotated[
+        str, typer.Option(callback=_label, help="Words for the record's title and file name.")
+    ] = "",
 ) -> None:
     """Train each setting with several seeds, and compare held-out losses with DDP's."""
     console = Console()
@@ -161,8 +182,7 @@ def main(
     draw(drawn)
     console.print(f"Plot: {drawn}")
     if record:
-        title = f"Convergence at equal tokens, {model}, {steps} steps"
-        name = f"convergence-{model}-{steps}-steps"
+        name, title = name_and_title(model, steps, label)
         path = write_record(name, title, {"settings": rows}, text, draw)
         console.print(f"Record: {path}")
 

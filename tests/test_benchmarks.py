@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import network, scale, sync_cost
+import typer
+from benchmarks import convergence, network, scale, sync_cost
 from benchmarks.campaign import Campaign, Result, train_control, train_replicas
-from benchmarks.convergence import summarize
+from benchmarks.convergence import name_and_title, summarize
 from benchmarks.measure import loopback_traffic
 from benchmarks.peers import PEERS, installed
 from benchmarks.pool import Cache
 from benchmarks.shapes import small
 from benchmarks.training import Worker
 from torch import Tensor
+from typer.testing import CliRunner
 
 from postlocal import strategies
 from postlocal.train import TrainConfig, make_config
@@ -90,6 +92,26 @@ def test_penalties_are_against_the_control_of_the_same_seed() -> None:
     rows = summarize(of, dict(zip(of.tasks, results(of), strict=True)))
     assert rows["averaging"]["penalties"] == pytest.approx([100 * 0.1 / 2, 100 * 0.1 / 3])
     assert rows["averaging"]["ddp_over_payload"] == 4
+
+
+def test_a_label_sets_records_of_one_model_and_length_apart() -> None:
+    name, title = name_and_title("tiny", 4800, "")
+    assert (name, title) == (
+        "convergence-tiny-4800-steps",
+        "Convergence at equal tokens, tiny, 4800 steps",
+    )
+    assert name_and_title("tiny", 4800, "long periods") == (
+        f"{name}-long-periods",
+        f"{title}, long periods",
+    )
+
+
+def test_a_label_that_is_no_file_name_is_refused() -> None:
+    app = typer.Typer()
+    app.command()(convergence.main)
+    result = CliRunner().invoke(app, ["--label", "../Long"])
+    assert result.exit_code == 2
+    assert "label is '../Long': it must be words" in result.output
 
 
 def test_a_fleet_stops_scaling_where_half_of_it_is_idle() -> None:
