@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from benchmarks.network import traffic
 
+_PACKAGES = ("accelerate", "hivemind", "torchft")  # the packages of the extra `peers`
 RECORDS = Path(__file__).parent / "records"
 
 
@@ -146,10 +148,17 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "peers": _peers(),
         "backend": "gloo over loopback, 1 thread a rank",
         "kernels": os.environ.get("POSTLOCAL_KERNELS", "auto"),
         "command": "python -m " + " ".join([_module(), *sys.argv[1:]]),
     }
+
+
+def _peers() -> str:
+    known = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    found = [f"{name} {known[name]}" for name in _PACKAGES if name in known]
+    return ", ".join(found) or "none installed"
 
 
 def _module() -> str:
