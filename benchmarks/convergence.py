@@ -73,7 +73,7 @@ def _settings() -> dict[str, Strategy]:
         bare = getattr(wire, name)()
         settings[f"diloco-30-{name}"] = _diloco(30, wire=bare)
         settings[f"diloco-30-{name}-feedback"] = _diloco(30, wire=wire.error_feedback(bare))
-    for lr in (1.0, 1.5, 2.0, 4.0, 6.0):
+    for lr in (1.0, 1.5, 2.0, 4.0, 6.0, 8.0):
         settings[f"sparse-30-lr{lr}"] = strategies.sparse_loco(30, outer_lr=lr)
         settings[f"sparse-30-k128-lr{lr}"] = strategies.sparse_loco(30, top_k=128, outer_lr=lr)
     forgetful = replace(strategies.sparse_loco(30, outer_lr=2.0), wire=wire.top_k())
