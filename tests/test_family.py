@@ -120,6 +120,33 @@ def test_sparse_loco_that_sends_everything_is_averaging() -> None:
     assert distance(train(everything, 12)[0][0], train(plain, 12)[0][0]) < 1e-6
 
 
+@pytest.mark.parametrize("feedback", [0.9, 1.0])
+@pytest.mark.parametrize("top_k", [4, 32])
+def test_sparse_loco_keeps_a_share_of_even_progress(top_k: int, feedback: float) -> None:
+    rounds, between, lr = 64, 32 // top_k, 3.0
+    strategy = strategies.sparse_loco(2, top_k, 32, bits=32, feedback=feedback, outer_lr=lr)
+
+    def work(group: Group) -> list[Tensor]:
+        weight = nn.Parameter(torch.zeros(32))
+        optimizer = torch.optim.SGD([weight], lr=0.5)
+        model = nn.ParameterList([weight])
+        sync = postlocal.attach(model, optimizer, strategy, process_group=group)
+        places = []
+        for _ in range(rounds):
+            for _ in range(2):
+                weight.grad = -torch.ones(32)  # so that replicas move by 1 a round
+                optimizer.step()
+                sync.step()
+            places.append(weight.detach().clone())
+        sync.close()
+        return places
+
+    places = virtual.run(2, work)[0]
+    moved = float((places[-1] - places[-1 - between]).mean()) / between
+    kept = sum(feedback**age for age in range(between)) / between
+    assert moved == pytest.approx(lr * kept, rel=1e-3)
+
+
 def leap(sync: postlocal.Sync, model: nn.Module, step: int, when: int, ranks: set[int]) -> None:
     if step == when and sync.layout["world"].rank in ranks:
         with torch.no_grad():
