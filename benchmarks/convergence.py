@@ -47,10 +47,11 @@ def _streaming(
     momentum: float = MOMENTUM,
     delay: int = 1,
     mix: float = 0.5,
+    carry: bool = False,
     **axes: Any,
 ) -> Strategy:
     strategy = strategies.streaming_diloco(
-        period, delay=delay, mix=mix, outer_lr=lr, outer_momentum=momentum
+        period, delay=delay, mix=mix, outer_lr=lr, outer_momentum=momentum, carry=carry
     )
     return replace(strategy, **{"wire": wire.fp32()} | axes)
 
@@ -63,12 +64,7 @@ def _settings() -> dict[str, Strategy]:
             settings[f"diloco-{outer}"] = _diloco(period, lr, momentum)
             settings[f"streaming-{outer}"] = _streaming(period, lr, momentum)
         settings[f"streaming-{period}-fp4"] = _streaming(period, wire=wire.fp4())
-    for delay in (0, 3, 5):
-        settings[f"streaming-30-delay{delay}"] = _streaming(30, delay=delay)
-    for mix in (0.0, 0.25):
-        for delay in (0, 1, 3, 5):
-            settings[f"streaming-30-delay{delay}-mix{mix}"] = _streaming(30, delay=delay, mix=mix)
-    settings["streaming-30-fp4-mix0.0"] = _streaming(30, mix=0.0, wire=wire.fp4())
+    settings |= _streams()
     for name in ("int8", "int4", "fp4", "sign"):
         bare = getattr(wire, name)()
         settings[f"diloco-30-{name}"] = _diloco(30, wire=bare)
@@ -78,6 +74,19 @@ def _settings() -> dict[str, Strategy]:
         settings[f"sparse-30-k128-lr{lr}"] = strategies.sparse_loco(30, top_k=128, outer_lr=lr)
     forgetful = replace(strategies.sparse_loco(30, outer_lr=2.0), wire=wire.top_k())
     settings["sparse-30-lr2.0-no-feedback"] = forgetful
+    return settings
+
+
+def _streams() -> dict[str, Strategy]:
+    """Streaming every 30 steps, by delay, mix and carry."""
+    settings = {f"streaming-30-delay{delay}": _streaming(30, delay=delay) for delay in (0, 3, 5)}
+    for delay in (0, 1, 3, 5):
+        for mix in (0.0, 0.25):
+            settings[f"streaming-30-delay{delay}-mix{mix}"] = _streaming(30, delay=delay, mix=mix)
+        carried = _streaming(30, delay=delay, mix=0.0, carry=True)
+        if delay:
+            settings[f"streaming-30-delay{delay}-mix0.0-carry"] = carried
+    settings["streaming-30-fp4-mix0.0"] = _streaming(30, mix=0.0, wire=wire.fp4())
     return settings
 
 

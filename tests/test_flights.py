@@ -408,6 +408,44 @@ def test_bf16_parameters_are_mixed_in_fp32() -> None:
     assert torch.equal(second, torch.full((8,), (1.0 + 2**-6 + mean) / 2).bfloat16().float())
 
 
+def test_bf16_parameters_carry_what_they_moved_in_fp32() -> None:
+    strategy = replace(
+        strategies.streaming_diloco(4, 1, delay=2, mix=0.0, carry=True),
+        outer=outer.nesterov(1.0, 0.0), wire=wire.fp32(),
+    )  # fmt: skip
+
+    def loop(group: Group, model: nn.Module, sync: Sync) -> Tensor:
+        bias: Tensor = model[0].bias  # type: ignore[index]
+        for step in range(6):
+            with torch.no_grad():
+                bias.fill_([1.0, 1.0 + 2**-6][group.rank] if step < 4 else 1.5)
+            sync.step()
+        return bias.detach().float()
+
+    first, second = run(strategy, loop, dtype=torch.bfloat16)
+    mean = 1.0 + 2**-7
+    assert torch.equal(first, torch.full((8,), mean + 0.5).bfloat16().float())
+    assert torch.equal(second, torch.full((8,), mean + 0.5 - 2**-6).bfloat16().float())
+
+
+def test_an_outlier_carries_nothing() -> None:
+    strategy = replace(
+        strategies.streaming_diloco(4, 1, delay=2, mix=0.0, carry=True),
+        wire=wire.fp32(), guard=guard.outliers(warmup=1),
+    )  # fmt: skip
+
+    def loop(group: Group, model: nn.Module, sync: Sync) -> float:
+        for step in range(14):  # the fragment sent after step 12 lands after step 14
+            move(model, 100.0 if (group.rank, step) == (1, 11) else 0.25)
+            sync.step()
+        assert sync.meter.records[-1].excluded == (1,)
+        own = values(model)[0]
+        with sync.agreed_parameters():
+            return float((own - values(model)[0]).mean())
+
+    assert run(strategy, loop, workers=3) == pytest.approx([0.5, 0.0, 0.5], abs=1e-5)
+
+
 def test_a_guard_judges_the_layers_that_the_user_named() -> None:
     named = ("0", "1")
     strategy = replace(

@@ -50,12 +50,16 @@ def stack(seed: int = 0) -> nn.Module:
 
 
 def streaming(
-    period: int, count: int = 2, delay: int = 1, mix: float = 0.5, **axes: Any
+    period: int,
+    count: int = 2,
+    delay: int = 1,
+    mix: float = 0.5,
+    carry: bool = False,
+    **axes: Any,
 ) -> Strategy:
     """Streaming DiLoCo over an exact wire, unless told otherwise."""
-    return replace(
-        strategies.streaming_diloco(period, count, delay, mix), **{"wire": wire.fp32()} | axes
-    )
+    strategy = strategies.streaming_diloco(period, count, delay, mix, carry=carry)
+    return replace(strategy, **{"wire": wire.fp32()} | axes)
 
 
 def run(
@@ -83,9 +87,13 @@ def run(
 
 
 class Reference:
-    """Algorithm 2 of arXiv 2501.18512 in fp32, all replicas in one process."""
+    """Algorithm 2 of arXiv 2501.18512 in fp32, all replicas in one process; and with carry."""
 
-    def __init__(self, workers: int, parts: list[list[int]], lr: float, momentum: float) -> None:
+    def __init__(
+        self, workers: int, parts: list[list[int]], lr: float, momentum: float, carry: bool = False
+    ) -> None:
+        self.carry = carry
+        self.sent: dict[int, Tensor] = {}
         self.replicas = [stack() for _ in range(workers)]
         self.optimizers = [OPTIMIZERS["adamw"](replica) for replica in self.replicas]
         self.parts, self.lr, self.mu = parts, lr, momentum
@@ -99,6 +107,7 @@ class Reference:
             for index in self.parts[part]
         }
         self.flights.append((step, part, means))
+        self.sent |= {index: stacked(self.replicas, index) for index in self.parts[part]}
 
     def land(self, step: int, delay: int, mix: float) -> None:
         due = [flight for flight in self.flights if flight[0] + delay == step]
@@ -109,9 +118,10 @@ class Reference:
                 self.anchor[index] = self.anchor[index] - self.lr * (
                     mean + self.mu * self.momentum[index]
                 )
-                for replica in self.replicas:
+                for replica, sent in zip(self.replicas, self.sent[index], strict=True):
                     parameter = list(replica.parameters())[index].data
-                    parameter.copy_(mix * parameter + (1 - mix) * self.anchor[index])
+                    moved = parameter - sent if self.carry else 0
+                    parameter.copy_(mix * parameter + (1 - mix) * (self.anchor[index] + moved))
 
     def train(self, steps: int, period: int, delay: int, mix: float) -> list[list[Tensor]]:
         streams = [list(batches(rank, steps)) for rank in range(len(self.replicas))]
@@ -135,23 +145,27 @@ class Reference:
 STRIDED = [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 
+@pytest.mark.parametrize("carry", [False, True])
 @pytest.mark.parametrize(
     ("period", "delay", "mix"), [(4, 0, 0.0), (4, 0, 0.5), (4, 1, 0.5), (5, 3, 0.0), (6, 5, 0.25)]
 )
-def test_streaming_equals_the_papers_algorithm_in_one_process(
-    period: int, delay: int, mix: float
+def test_streaming_equals_the_algorithm_in_one_process(
+    period: int, delay: int, mix: float, carry: bool
 ) -> None:
-    ours = run(streaming(period, 2, delay, mix), 17)
-    reference = Reference(3, STRIDED, 0.4, 0.9).train(17, period, delay, mix)
+    ours = run(streaming(period, 2, delay, mix, carry), 17)
+    reference = Reference(3, STRIDED, 0.4, 0.9, carry).train(17, period, delay, mix)
     for rank in range(3):
         assert distance(ours[rank][-1], reference[rank]) < 1e-6
 
 
+@pytest.mark.parametrize("carry", [False, True])
 @pytest.mark.parametrize("mix", [0.0, 0.25, 0.5])
 @pytest.mark.parametrize("delay", [0, 2])
-def test_mix_limits_how_far_momentum_carries_the_anchor(delay: int, mix: float) -> None:
+def test_mix_and_lost_steps_limit_how_far_the_anchor_goes(
+    delay: int, mix: float, carry: bool
+) -> None:
     period, rounds, reach = 5, 120, 0.7 / (1 - 0.9)
-    strategy = replace(streaming(period, 1, delay, mix), outer=outer.nesterov(0.7, 0.9))
+    strategy = replace(streaming(period, 1, delay, mix, carry), outer=outer.nesterov(0.7, 0.9))
     model = nn.Sequential(nn.Linear(1, 1, bias=False))
     (weight,) = model.parameters()
     optimizer = torch.optim.SGD([weight], lr=1 / period)
@@ -165,7 +179,7 @@ def test_mix_limits_how_far_momentum_carries_the_anchor(delay: int, mix: float) 
         with sync.agreed_parameters():
             places.append(weight.item())
     sync.close()
-    lost = delay / period * (1 - mix)
+    lost = 0.0 if carry else delay / period * (1 - mix)
     speed = reach * (1 - lost) / (1 + (reach - 1) * mix)
     assert places[-2] - places[-1] == pytest.approx(speed, rel=1e-2)
 
@@ -175,6 +189,11 @@ def test_one_fragment_without_delay_or_mix_is_diloco_to_the_bit() -> None:
     ours = run(streaming(4, count=1, delay=0, mix=0.0), 10, finish=True)
     for mine, theirs in zip(ours, plain, strict=True):
         assert all(equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_there_is_nothing_to_carry_without_delay() -> None:
+    ours, plain = (run(streaming(4, delay=0, mix=0.25, carry=carry), 9) for carry in (True, False))
+    assert all(equal(a, b) for a, b in zip(ours[0], plain[0], strict=True))
 
 
 def test_averaging_in_parts_averages_each_part_at_its_step() -> None:
@@ -239,9 +258,16 @@ FEEDBACK = wire.error_feedback(wire.quantised(codec.int8(block=8)))
 
 
 @pytest.mark.parametrize("stop", [3, 5, 6, 9])
-@pytest.mark.parametrize("carrier", [wire.fp32(), FEEDBACK], ids=["fp32", "int8 with feedback"])
-def test_a_resume_with_fragments_in_flight_is_bit_exact(stop: int, carrier: Any) -> None:
-    strategy = streaming(6, delay=4, wire=carrier)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        streaming(6, delay=4),
+        streaming(6, delay=4, wire=FEEDBACK),
+        streaming(6, delay=4, mix=0.0, carry=True),
+    ],
+    ids=["fp32", "int8 with feedback", "carry"],
+)
+def test_a_resume_with_fragments_in_flight_is_bit_exact(stop: int, strategy: Strategy) -> None:
     models = [[stack() for _ in range(2)] for _ in range(3)]
 
     def work(group: Group) -> tuple[list[Tensor], list[Tensor]]:
@@ -364,10 +390,13 @@ def test_buffers_travel_with_the_last_fragment_and_end_equal(ranks: Ranks) -> No
         assert equal(first, other)
 
 
-def poison(group: Group, models: list[nn.Module]) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+def poison(
+    group: Group, models: list[nn.Module], carry: bool
+) -> tuple[list[Tensor], list[tuple[int, ...]]]:
     model = models[group.rank]
     optimizer = OPTIMIZERS["sgd"](model)
-    sync = postlocal.attach(model, optimizer, streaming(4, delay=1), process_group=group)
+    strategy = streaming(4, delay=1, carry=carry)
+    sync = postlocal.attach(model, optimizer, strategy, process_group=group)
     for step, (x, y) in enumerate(batches(group.rank, 12)):
         train_step(model, optimizer, x, y)
         if group.rank == 1 and step == 2:
@@ -379,9 +408,10 @@ def poison(group: Group, models: list[nn.Module]) -> tuple[list[Tensor], list[tu
     return values(model), [record.excluded for record in sync.meter.records]
 
 
-def test_a_replica_with_nan_is_left_out_and_takes_the_anchor() -> None:
+@pytest.mark.parametrize("carry", [False, True])
+def test_a_replica_with_nan_is_left_out_and_takes_the_anchor(carry: bool) -> None:
     models = [stack() for _ in range(3)]
-    results = virtual.run(3, lambda group: poison(group, models))
+    results = virtual.run(3, lambda group: poison(group, models, carry))
     for parameters, excluded in results:
         assert equal(parameters, results[0][0])
         assert all(bool(torch.isfinite(tensor).all()) for tensor in parameters)

@@ -72,23 +72,36 @@ class Anchor:
         self._outer.step()
         self._outer.zero_grad(set_to_none=True)
 
-    def give(self, mix: float = 0.0, wholly: Collection[str] = ()) -> None:
+    def give(
+        self,
+        mix: float = 0.0,
+        wholly: Collection[str] = (),
+        sent: Sequence[Tensor] | None = None,
+    ) -> None:
         """Give the parameters the anchor's values, and keep a share ``mix`` of their own.
 
         Args:
             mix: share of its own value that a parameter keeps, 0 to 1.
-            wholly: names of parameters that keep none of it.
+            wholly: names of parameters that keep none of it, nor what they moved.
+            sent: what parameters were when they were sent, in the anchor's dtypes: how far they
+                moved since is added to the anchor's values. Overwritten.
         """
+        targets = list(self.tensors.values())
+        if sent is not None:
+            for index, (name, moves) in enumerate(zip(self.tensors, sent, strict=True)):
+                if name not in wholly:
+                    torch.sub(self._parameters[index], moves, out=moves)
+                    targets[index] = moves.add_(targets[index])
         if mix == 0:
-            torch._foreach_copy_(self._parameters, list(self.tensors.values()))
+            torch._foreach_copy_(self._parameters, targets)
             return
-        for name, (anchor, parameter) in zip(self.tensors, self._pairs(), strict=True):
+        for name, target, parameter in zip(self.tensors, targets, self._parameters, strict=True):
             if name in wholly:
-                parameter.copy_(anchor)
-            elif parameter.dtype == anchor.dtype:
-                parameter.lerp_(anchor, 1 - mix)
+                parameter.copy_(target)
+            elif parameter.dtype == target.dtype:
+                parameter.lerp_(target, 1 - mix)
             else:
-                parameter.copy_(anchor.lerp(parameter.to(anchor.dtype), mix))
+                parameter.copy_(target.lerp(parameter.to(target.dtype), mix))
 
     def take(self) -> None:
         """Take the parameters' values."""

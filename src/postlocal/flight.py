@@ -155,6 +155,7 @@ class Flight:
         buffers: travel along; None: they do not.
         hangar: memory for contributions that travel while training goes on; None: they travel in
             the parameters' own memory, which has to be left alone until the landing.
+        carry: whether parameters keep how far they move until the landing; it needs a hangar.
     """
 
     def __init__(
@@ -164,12 +165,15 @@ class Flight:
         meter: Meter,
         buffers: Buffers | None = None,
         hangar: Staging | None = None,
+        carry: bool = False,
     ) -> None:
         self.fragment = fragment
         self.record = record
         self.buffers = buffers
         self._meter = meter
         self._hangar = hangar
+        self._carry = carry
+        self._sent: list[Tensor] | None = None
         self._memory: list[Tensor] = []
         self._contributions: dict[str, Tensor] = {}
         self._weights: Tensor | None = None
@@ -185,6 +189,8 @@ class Flight:
         room = None if self._hangar is None else self._room(fragment.anchor, self._hangar)
         differences = fragment.anchor.pseudo_gradients(room)
         self._contributions = dict(zip(fragment.parameters, differences, strict=True))
+        if self._carry:
+            self._keep(list(fragment.parameters.values()))
 
     def vote(self, *, buffers_finite: bool, work: float, **said: Any) -> None:
         """Open the ballot with what this rank has to say; see `Vote`."""
@@ -313,6 +319,7 @@ class Flight:
             "contributions": dict(self._contributions),
             "rows": self.ballot.wait(),
             "weights": self.weights,
+            "sent": self._sent,
             "buffers": None if self.buffers is None else self.buffers.state_dict(),
         }
 
@@ -326,17 +333,27 @@ class Flight:
             tensor.copy_(state["contributions"][name])
         self.ballot = Ballot.counted(state["rows"], self.fragment.group.rank)
         self._weights = state["weights"]
+        if state["sent"] is not None:
+            self._keep(state["sent"])
         if self.buffers is not None:
             self.buffers.load_state_dict(state["buffers"])
 
+    def _keep(self, parameters: Sequence[Tensor]) -> None:
+        """Remember what is sent, to know at the landing how far parameters moved since."""
+        assert self._hangar is not None
+        assert self.fragment.anchor is not None
+        self._sent = self._room(self.fragment.anchor, self._hangar)
+        torch._foreach_copy_(self._sent, list(parameters))
+
     def _room(self, anchor: Anchor, hangar: Staging) -> list[Tensor]:
-        """Memory for pseudo-gradients that must outlive this step."""
+        """Memory, as for the anchor, for what must outlive this step."""
         tensors = list(anchor.tensors.values())
         room: list[Tensor] = []
+        free: dict[torch.dtype, Tensor] = {}
         for dtype in {tensor.dtype for tensor in tensors}:
             numel = sum(tensor.numel() for tensor in tensors if tensor.dtype == dtype)
-            self._memory.append(hangar.take(numel, tensors[0], dtype))
-        free = {memory.dtype: memory for memory in self._memory}
+            free[dtype] = hangar.take(numel, tensors[0], dtype)
+        self._memory += free.values()
         for tensor in tensors:
             part, free[tensor.dtype] = free[tensor.dtype].tensor_split([tensor.numel()])
             room.append(part.view(tensor.shape))
@@ -373,7 +390,7 @@ class Flight:
             weigh_(tensors, factor)
         resting = self._names(self.weights.sum(dim=0) == 0)
         anchor.step(list(values.values()), step, self.ballot.inner_lr, resting)
-        anchor.give(mix, self._names(self.weights[fragment.group.rank] == 0))
+        anchor.give(mix, self._names(self.weights[fragment.group.rank] == 0), self._sent)
 
     def _factors(self, squares: Sequence[float]) -> list[float]:
         """What each module's mean is multiplied by, given its squared norm."""

@@ -45,6 +45,11 @@ class Fragments(Protocol):
         ...
 
     @property
+    def carry(self) -> bool:
+        """Whether the steps taken during the delay are kept on top of the result."""
+        ...
+
+    @property
     def layers(self) -> Sequence[str] | None:
         """Prefixes of the layers' names; None: found in the model."""
         ...
@@ -75,6 +80,7 @@ class whole:
     count = 1
     delay = 0
     mix = 0.0
+    carry = False
     layers = None
 
     def split(self, model: nn.Module, sizes: Mapping[str, int]) -> tuple[Names, ...]:
@@ -98,13 +104,16 @@ class streaming:
         mix: share of the local value that is kept where the result is applied (alpha in the
             paper), from 0 to 1.
         layers: prefixes of names, such as ``"blocks.0"``, in order; None: found in the model.
+        carry: whether what a replica did during the delay is added to the result, so that no step
+            is lost, as in Delayed Gradient Averaging (Zhu et al., NeurIPS 2021). It takes memory
+            for one more fp32 copy of each fragment under way.
 
     Raises:
         ValueError: if an argument is out of its range, or two layers hold each other.
 
     Example:
         >>> streaming(count=3)
-        streaming(count=3, order='strided', delay=1, mix=0.5, layers=None)
+        streaming(count=3, order='strided', delay=1, mix=0.5, layers=None, carry=False)
     """
 
     count: int
@@ -112,6 +121,7 @@ class streaming:
     delay: int = 1
     mix: float = 0.5
     layers: Sequence[str] | None = None
+    carry: bool = False
 
     def __post_init__(self) -> None:
         if self.count < 1:

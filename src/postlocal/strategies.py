@@ -172,6 +172,7 @@ def streaming_diloco(
     order: parts.Order = "strided",
     outer_lr: float = 0.4,
     outer_momentum: float = 0.9,
+    carry: bool = False,
 ) -> Strategy:
     """Streaming DiLoCo: fragments, overlap and 4 bits (Douillard et al., arXiv 2501.18512).
 
@@ -185,12 +186,13 @@ def streaming_diloco(
         order: how layers are dealt to fragments.
         outer_lr: outer learning rate.
         outer_momentum: outer Nesterov momentum.
+        carry: whether steps taken during the delay are kept on top of the result; not in the paper.
     """
     return Strategy(
         schedules.periodic(period),
         outers.nesterov(outer_lr, outer_momentum),
         wires.quantised(codec.fp4()),
-        fragments=parts.streaming(fragments, order, delay, mix),
+        fragments=parts.streaming(fragments, order, delay, mix, carry=carry),
         name="streaming_diloco",
     )
 

@@ -336,13 +336,13 @@ class Sync:
         assert self._courier is not None
         while any(flight.fragment is fragment for flight in self._flights):
             self._land(self._flights.popleft(), self._mix)  # after a round that was cut short
-        flight = self._prepare(fragment, apart=True)
+        flight = self._prepare(fragment, apart=True, carry=self.strategy.fragments.carry)
         with torch.no_grad(), self.meter.waiting(flight.record):
             self._load(flight, following)
             flight.exchange_beside(self._courier)
         self._flights.append(flight)
 
-    def _prepare(self, fragment: Fragment, apart: bool) -> Flight:
+    def _prepare(self, fragment: Fragment, apart: bool, carry: bool = False) -> Flight:
         last = fragment.number in (None, len(self._fragments) - 1)
         return Flight(
             fragment,
@@ -350,6 +350,7 @@ class Sync:
             self.meter,
             Buffers(self.replica, apart) if last else None,
             self._hangar if apart else None,
+            carry,
         )
 
     def _load(self, flight: Flight, following: Round) -> None:

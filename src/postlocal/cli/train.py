@@ -69,6 +69,10 @@ def train(
     mix: Annotated[
         float | None, _axis("Share of its own value that a worker of streaming_diloco keeps.")
     ] = None,
+    carry: Annotated[
+        bool | None,
+        _axis("Whether a worker of streaming_diloco keeps what it did during the delay."),
+    ] = None,
     order: Annotated[
         str | None, _axis("Of layers in streaming_diloco: strided, sequential.")
     ] = None,
@@ -145,7 +149,7 @@ def train(
 
 _PARAMETERS = (
     "period", "warmup", "gradients", "outer_lr", "outer_momentum", "fragments", "delay", "mix",
-    "order", "top_k", "chunk", "bits", "feedback", "max_norm", "slow_lr", "slow_momentum",
+    "carry", "order", "top_k", "chunk", "bits", "feedback", "max_norm", "slow_lr", "slow_momentum",
     "alpha", "base", "periods",
 )  # fmt: skip
 

@@ -172,7 +172,7 @@ def _memory(strategy: Strategy, job: Job, cluster: Cluster, totals: Totals) -> M
 def _under_way(strategy: Strategy, job: Job, totals: Totals) -> int:
     """Values that travel in memory of their own."""
     if strategy.fragments.delay:
-        return totals.under_way
+        return totals.under_way * (2 if strategy.fragments.carry else 1)
     apart = strategy.fragments.mix > 0 or job.parameter_bytes < 4 * job.numel
     if not (apart and strategy.anchored):
         return 0
