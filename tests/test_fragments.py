@@ -215,6 +215,13 @@ def test_a_layer_with_only_frozen_parameters_holds_nothing() -> None:
         split(streaming(1, layers=["blocks.0", "blocks.1"]), model)
 
 
+@pytest.mark.parametrize("order", ["strided", "sequential"])
+def test_one_fragment_takes_a_model_of_no_layers(order: Any) -> None:
+    assert split(streaming(1, order), nn.Linear(2, 1)) == (("weight", "bias"),)
+    with pytest.raises(ValueError, match="got 2 fragments of 0 layers"):
+        split(streaming(2, order), nn.Linear(2, 1))
+
+
 def test_more_fragments_than_layers_are_refused_with_both_numbers() -> None:
     with pytest.raises(ValueError, match="got 5 fragments of 4 layers; lower count, or name"):
         split(streaming(5), transformer())

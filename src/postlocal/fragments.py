@@ -138,7 +138,7 @@ class streaming:
 
     def split(self, model: nn.Module, sizes: Mapping[str, int]) -> tuple[Names, ...]:
         layers, others = _owners(model, sizes, self.layers)
-        if self.count > len(layers):
+        if self.count > max(1, len(layers)):  # one fragment takes everything, layers or none
             raise ValueError(
                 f"count must be at most the number of layers: got {self.count} fragments of "
                 f"{len(layers)} layers; lower count, or name smaller modules in layers="
