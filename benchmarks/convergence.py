@@ -83,8 +83,8 @@ def _streams() -> dict[str, Strategy]:
     for delay in (0, 1, 3, 5):
         for mix in (0.0, 0.25):
             settings[f"streaming-30-delay{delay}-mix{mix}"] = _streaming(30, delay=delay, mix=mix)
-        carried = _streaming(30, delay=delay, mix=0.0, carry=True)
         if delay:
+            carried = _streaming(30, delay=delay, mix=0.0, carry=True)
             settings[f"streaming-30-delay{delay}-mix0.0-carry"] = carried
     settings["streaming-30-fp4-mix0.0"] = _streaming(30, mix=0.0, wire=wire.fp4())
     return settings

@@ -418,14 +418,15 @@ def test_bf16_parameters_carry_what_they_moved_in_fp32() -> None:
         bias: Tensor = model[0].bias  # type: ignore[index]
         for step in range(6):
             with torch.no_grad():
-                bias.fill_([1.0, 1.0 + 2**-6][group.rank] if step < 4 else 1.5)
+                bias.fill_(1 + 2**-7 if group.rank == 1 or step >= 4 else 1.0)
             sync.step()
         return bias.detach().float()
 
     first, second = run(strategy, loop, dtype=torch.bfloat16)
-    mean = 1.0 + 2**-7
-    assert torch.equal(first, torch.full((8,), mean + 0.5).bfloat16().float())
-    assert torch.equal(second, torch.full((8,), mean + 0.5 - 2**-6).bfloat16().float())
+    mean, half = 1 + 2**-8, 2**-8  # neither is, added to 1, a bf16 number
+    assert torch.equal(first, torch.full((8,), mean + 2 * half).bfloat16().float())
+    assert torch.equal(second, torch.full((8,), mean).bfloat16().float())
+    assert float(first[0]) == 1 + 2**-6  # 1 + 2**-7 if the mean had been rounded before
 
 
 def test_an_outlier_carries_nothing() -> None:
@@ -444,6 +445,49 @@ def test_an_outlier_carries_nothing() -> None:
             return float((own - values(model)[0]).mean())
 
     assert run(strategy, loop, workers=3) == pytest.approx([0.5, 0.0, 0.5], abs=1e-5)
+
+
+def test_an_idle_replica_carries_what_it_does_during_the_delay() -> None:
+    strategy = replace(
+        strategies.streaming_diloco(4, 1, delay=2, mix=0.0, carry=True),
+        outer=outer.nesterov(1.0, 0.0), wire=wire.fp32(), guard=guard.outliers(),
+    )  # fmt: skip
+
+    def loop(group: Group, model: nn.Module, sync: Sync) -> float:
+        for step in range(6):  # what is sent after step 4 lands after step 6
+            idle = group.rank == 1 and step < 4
+            move(model, 0.0 if idle else 1.0)
+            sync.step(work=0.0 if idle else 1.0)
+        assert sync.meter.records[-1].excluded == (1,)
+        own = values(model)[0]
+        with sync.agreed_parameters():
+            return float((own - values(model)[0]).mean())
+
+    assert run(strategy, loop) == pytest.approx([2.0, 2.0])
+
+
+def test_a_replica_that_recovers_carries_only_what_it_did_since() -> None:
+    strategy = replace(
+        strategies.streaming_diloco(8, 2, delay=6, mix=0.0, carry=True),
+        outer=outer.nesterov(1.0, 0.0), wire=wire.fp32(),
+    )  # fmt: skip
+
+    def loop(group: Group, model: nn.Module, sync: Sync) -> list[float]:
+        first = next(model.parameters())
+        for step in range(1, 15):  # fragments are sent after steps 4 and 8, and land 6 later
+            move(model, float(first.isfinite().all()))  # skip steps of what is not finite
+            if group.rank == 1 and step == 4:
+                with torch.no_grad():
+                    first.fill_(torch.nan)
+            sync.step()
+        own = values(model)
+        with sync.agreed_parameters():
+            moved = [mine - agreed for mine, agreed in zip(own, values(model), strict=True)]
+        return [float(tensor.mean()) for tensor in (moved[0], moved[-1])]
+
+    well, recovered = run(strategy, loop)
+    assert well == pytest.approx([10.0, 6.0])
+    assert recovered == pytest.approx([4.0, 4.0])
 
 
 def test_a_guard_judges_the_layers_that_the_user_named() -> None:

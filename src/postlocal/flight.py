@@ -282,6 +282,12 @@ class Flight:
             self.buffers.land()
         self.leave()
 
+    def restart_moves(self) -> None:
+        """Count how far parameters move from the anchor, which they were just given."""
+        if self._sent is not None:
+            assert self.fragment.anchor is not None
+            torch._foreach_copy_(self._sent, list(self.fragment.anchor.tensors.values()))
+
     def leave(self) -> None:
         """Give memory back; the result is no longer needed."""
         if self._hangar is not None:
@@ -299,6 +305,11 @@ class Flight:
     def finite(self) -> bool:
         """Whether this rank's contribution was."""
         return bool(self.ballot.finite[self.fragment.group.rank])
+
+    @property
+    def _idle(self) -> bool:
+        """Whether this rank did no step since the last launch."""
+        return bool(self.ballot.work[self.fragment.group.rank] == 0)
 
     @property
     def in_place(self) -> bool:
@@ -378,10 +389,12 @@ class Flight:
             parameter.fill_(math.nan)
 
     def _land_on(self, anchor: Anchor, step: int, mix: float) -> None:
+        if len(self.record.excluded) < self.fragment.group.size:
+            self._move(anchor, step)
+        anchor.give(mix, self._taken_wholly(), self._sent)
+
+    def _move(self, anchor: Anchor, step: int) -> None:
         fragment, values = self.fragment, self._contributions
-        if len(self.record.excluded) == fragment.group.size:
-            anchor.give()
-            return
         modules = [fragment.of(module, values) for module in fragment.modules]
         squares = [squared_norm(tensors) for tensors in modules]
         scale = squared_norm(anchor.tensors.values())
@@ -390,7 +403,15 @@ class Flight:
             weigh_(tensors, factor)
         resting = self._names(self.weights.sum(dim=0) == 0)
         anchor.step(list(values.values()), step, self.ballot.inner_lr, resting)
-        anchor.give(mix, self._names(self.weights[fragment.group.rank] == 0), self._sent)
+
+    def _taken_wholly(self) -> set[str]:
+        """Parameters of which this rank keeps nothing: outliers, and what is not finite.
+
+        One that did no step is left out of means too, and yet is where it should be.
+        """
+        if self.finite and self._idle:
+            return set()
+        return self._names(self.weights[self.fragment.group.rank] == 0)
 
     def _factors(self, squares: Sequence[float]) -> list[float]:
         """What each module's mean is multiplied by, given its squared norm."""

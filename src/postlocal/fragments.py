@@ -104,9 +104,9 @@ class streaming:
         mix: share of the local value that is kept where the result is applied (alpha in the
             paper), from 0 to 1.
         layers: prefixes of names, such as ``"blocks.0"``, in order; None: found in the model.
-        carry: whether what a replica did during the delay is added to the result, so that no step
-            is lost, as in Delayed Gradient Averaging (Zhu et al., NeurIPS 2021). It takes memory
-            for one more fp32 copy of each fragment under way.
+        carry: whether what a replica did during the delay, of at least 1 step, is added to the
+            result, so that no step is lost, as in Delayed Gradient Averaging (Zhu et al., NeurIPS
+            2021). It takes memory for one more fp32 copy of each fragment under way.
 
     Raises:
         ValueError: if an argument is out of its range, or two layers hold each other.
@@ -132,6 +132,11 @@ class streaming:
             raise ValueError(f"delay must be at least 0 steps, got {self.delay}")
         if not 0 <= self.mix <= 1:
             raise ValueError(f"mix must be from 0 to 1, got {self.mix}")
+        if self.carry and not self.delay:
+            raise ValueError(
+                "carry needs a delay of at least 1 step, got 0: a result that is applied at once "
+                "loses no step; leave carry out"
+            )
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
             _check_apart(self.layers)

@@ -54,7 +54,8 @@ class Sync:
             for level in layout.levels
             if level not in (RANK, WORLD)
         }
-        self._delay, self._mix = strategy.fragments.delay, strategy.fragments.mix
+        cut = strategy.fragments
+        self._delay, self._mix, self._carry = cut.delay, cut.mix, cut.carry
         self._courier = Courier() if self._delay else None
         self._hangar = Staging()
         self._flights: deque[Flight] = deque()
@@ -336,7 +337,7 @@ class Sync:
         assert self._courier is not None
         while any(flight.fragment is fragment for flight in self._flights):
             self._land(self._flights.popleft(), self._mix)  # after a round that was cut short
-        flight = self._prepare(fragment, apart=True, carry=self.strategy.fragments.carry)
+        flight = self._prepare(fragment, apart=True, carry=self._carry)
         with torch.no_grad(), self.meter.waiting(flight.record):
             self._load(flight, following)
             flight.exchange_beside(self._courier)
@@ -409,6 +410,8 @@ class Sync:
         """Leave nothing of this replica that is not finite, or it would be left out for ever."""
         if flight.record.level == WORLD:
             self._give_anchor(*self._fragments)  # the fragments whose turn has not come as well
+            for other in self._flights:
+                other.restart_moves()
         self.inner.heal()
         self._gradients.forget()
 

@@ -71,7 +71,7 @@ def train(
     ] = None,
     carry: Annotated[
         bool | None,
-        _axis("Whether a worker of streaming_diloco keeps what it did during the delay."),
+        _axis("Whether a worker of streaming_diloco keeps what it did during a delay above 0."),
     ] = None,
     order: Annotated[
         str | None, _axis("Of layers in streaming_diloco: strided, sequential.")

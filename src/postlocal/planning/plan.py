@@ -31,7 +31,8 @@ class Memory:
         anchor: the parameters last agreed on.
         outer: the outer optimizer's state.
         residual: what wires remember.
-        under_way: contributions that travel, or wait, while training goes on.
+        under_way: contributions that travel, or wait, while training goes on, and what they were
+            taken from where steps are carried.
         staging: of wires, at most.
     """
 
