@@ -80,7 +80,7 @@ def _settings() -> dict[str, Strategy]:
 def _streams() -> dict[str, Strategy]:
     """Streaming every 30 steps, by delay, mix and carry."""
     settings = {f"streaming-30-delay{delay}": _streaming(30, delay=delay) for delay in (0, 3, 5)}
-    for delay in (0, 1, 3, 5):
+    for delay in (0, 1, 3, 5, 20):
         for mix in (0.0, 0.25):
             settings[f"streaming-30-delay{delay}-mix{mix}"] = _streaming(30, delay=delay, mix=mix)
         if delay:
