@@ -307,11 +307,6 @@ class Flight:
         return bool(self.ballot.finite[self.fragment.group.rank])
 
     @property
-    def _idle(self) -> bool:
-        """Whether this rank did no step since the last launch."""
-        return bool(self.ballot.work[self.fragment.group.rank] == 0)
-
-    @property
     def in_place(self) -> bool:
         """Whether the parameters hold pseudo-gradients until the landing."""
         return self._hangar is None and self.fragment.anchor is not None
@@ -409,7 +404,7 @@ class Flight:
 
         One that did no step is left out of means too, and yet is where it should be.
         """
-        if self.finite and self._idle:
+        if self.finite and self.ballot.vote.work == 0:
             return set()
         return self._names(self.weights[self.fragment.group.rank] == 0)
 
