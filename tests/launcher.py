@@ -127,6 +127,8 @@ def _rank_main(
                 world_size=world,
                 timeout=timedelta(seconds=30),
             )
+            # A rank may be joined before the others are; if it ended at once, they could not.
+            dist.barrier()
         # Plain pickle: the one of multiprocessing would share memory with a rank that ends.
         sender.send_bytes(pickle.dumps((True, function(rank, *args))))
         if dist.is_initialized():
