@@ -42,23 +42,23 @@ def run_ranks(
 ) -> list[Any]:
     """Call ``function(rank, *args, **keywords)`` on ``world`` ranks and return what they returned.
 
-    Ranks in ``expect_dead`` may end without an answer; they give None. With ``join=False`` they are
-    not made a process group.
+    Ranks that returned live on until all have. Ranks in ``expect_dead`` may end without an answer;
+    they give None. With ``join=False`` they are not made a process group.
     """
     bound = partial(function, **keywords)
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store" if join else None
         pipes, processes = [], []
         for rank in range(world):
-            receiver, sender = context.Pipe(duplex=False)
+            ours, theirs = context.Pipe()
             process = context.Process(
                 target=_rank_main,
-                args=(sender, rank, world, store, local_world_size or world, bound, args),
+                args=(theirs, rank, world, store, local_world_size or world, bound, args),
                 daemon=True,
             )
             process.start()
-            sender.close()
-            pipes.append(receiver)
+            theirs.close()
+            pipes.append(ours)
             processes.append(process)
         try:
             return _collect(pipes, time.monotonic() + timeout, expect_dead)
@@ -102,7 +102,7 @@ def _collect(pipes: list[Connection], deadline: float, expect_dead: tuple[int, .
 
 
 def _rank_main(
-    sender: Connection,
+    pipe: Connection,
     rank: int,
     world: int,
     store: Path | None,
@@ -127,11 +127,10 @@ def _rank_main(
                 world_size=world,
                 timeout=timedelta(seconds=30),
             )
-            # A rank may be joined before the others are; if it ended at once, they could not.
-            dist.barrier()
         # Plain pickle: the one of multiprocessing would share memory with a rank that ends.
-        sender.send_bytes(pickle.dumps((True, function(rank, *args))))
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        pipe.send_bytes(pickle.dumps((True, function(rank, *args))))
+        # Whoever ended now would fail peers that are still joining a group with it; the launcher
+        # ends all, and should it be gone itself, the pipe does.
+        pipe.poll(None)
     except BaseException:
-        sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))

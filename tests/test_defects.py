@@ -913,10 +913,10 @@ def test_15_with_an_anchor_a_failed_sync_takes_back_the_last_agreed_parameters(
         assert back
 
 
-def never_there(rank: int) -> str | None:
+def never_there(rank: int) -> str:
     if rank == 1:
         time.sleep(2)
-        return None
+        os._exit(0)
     model = mlp()
     with pytest.raises(PeerError) as caught:
         postlocal.attach(model, sgd(model), strategies.local_sgd(4))
@@ -924,5 +924,5 @@ def never_there(rank: int) -> str | None:
 
 
 def test_15_a_rank_that_ends_before_attach_is_named(ranks: Ranks) -> None:
-    message, _ = ranks(2, never_there)
+    message, _ = ranks(2, never_there, expect_dead=(1,))
     assert message.startswith("missing at attach: rank 1 (never seen)")

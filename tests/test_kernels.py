@@ -6,6 +6,8 @@ import sys
 import threading
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,17 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing chosen by an earlier test."""
     monkeypatch.setattr(kernels, "_mode", None)
     monkeypatch.setenv("POSTLOCAL_KERNELS", "auto")
+
+
+@pytest.fixture(scope="module")
+def at_once() -> None:
+    """All codecs compiled, as many at a time as there are processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(
+            pool.map(
+                partial(compiling.compiled, dtype=torch.float32, device="cpu"), COMPILED.values()
+            )
+        )
 
 
 @pytest.fixture
@@ -68,6 +81,7 @@ def assert_same(codec: Codec, values: Tensor) -> None:
     assert torch.equal(bits(fast[2]), bits(slow[2]))
 
 
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_gives_the_bits_of_eager(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -79,6 +93,7 @@ def test_compiled_gives_the_bits_of_eager(name: str) -> None:
     assert_same(COMPILED[name], values)
 
 
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("name", COMPILED)
 @settings(deadline=None, max_examples=25)
 @given(
