@@ -25,6 +25,8 @@ context.set_forkserver_preload(
     ["postlocal", "torch._dynamo", "torch.distributed.optim", "tests.models"]
 )
 
+_LINGER_SECONDS = 5.0
+
 
 class RankError(AssertionError):
     """A rank raised; carries the rank's own traceback."""
@@ -42,8 +44,8 @@ def run_ranks(
 ) -> list[Any]:
     """Call ``function(rank, *args, **keywords)`` on ``world`` ranks and return what they returned.
 
-    Ranks that returned live on until all have. Ranks in ``expect_dead`` may end without an answer;
-    they give None. With ``join=False`` they are not made a process group.
+    Ranks that returned live on for a moment, or until all have. Ranks in ``expect_dead`` may end
+    without an answer; they give None. With ``join=False`` they are not made a process group.
     """
     bound = partial(function, **keywords)
     with tempfile.TemporaryDirectory() as folder:
@@ -129,8 +131,7 @@ def _rank_main(
             )
         # Plain pickle: the one of multiprocessing would share memory with a rank that ends.
         pipe.send_bytes(pickle.dumps((True, function(rank, *args))))
-        # Whoever ended now would fail peers that are still joining a group with it; the launcher
-        # ends all, and should it be gone itself, the pipe does.
-        pipe.poll(None)
+        # Whoever ended at once would fail peers that are still joining a group with it.
+        pipe.poll(_LINGER_SECONDS)
     except BaseException:
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
