@@ -1,8 +1,10 @@
 """Attaching a strategy, and what a mistake on one rank or all of them leads to."""
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -165,6 +167,24 @@ def never_attach(rank: int) -> str:
 
 def test_a_rank_that_never_attaches_is_named(ranks: Ranks) -> None:
     assert "missing at attach: rank 1 (never seen)" in ranks(2, never_attach)[0]
+
+
+def stay_away(rank: int) -> tuple[str, float]:
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    sync = attach(mlp(), strategies.local_sgd(1), process_group=group)
+    if rank == 1:
+        time.sleep(8)
+        return "", 0.0
+    start = time.perf_counter()
+    with pytest.raises(PeerError) as error:
+        sync.step()
+    return str(error.value), time.perf_counter() - start
+
+
+def test_without_a_timeout_a_missing_rank_costs_that_of_the_process_group(ranks: Ranks) -> None:
+    message, waited = ranks(2, stay_away)[0]
+    assert message.startswith("missing at the synchronization after step 1: rank 1")
+    assert waited < 7
 
 
 def wrong_models(rank: int) -> dict[str, str]:

@@ -55,7 +55,7 @@ def attach(
         initial: what to do with parameters and buffers that differ between ranks: take rank 0's,
             or raise.
         timeout: seconds that a synchronization waits for a missing rank; None: as long as
-            torch's default group does.
+            ``process_group`` does. `attach` itself always waits as long as that.
 
     Returns:
         The clock to call ``step()`` on, once for each optimizer step.
@@ -65,7 +65,7 @@ def attach(
         TypeError: if a parameter is of a kind that cannot be averaged.
         DisagreementError: if ranks were given different versions, strategies, topologies or
             models.
-        PeerError: if a rank does not come within the timeout.
+        PeerError: if a rank does not come in time.
 
     Example:
         >>> import torch

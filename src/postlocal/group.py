@@ -122,11 +122,11 @@ class Processes:
         process_group: the group of torch, of any backend that has the collectives above; gloo
             and NCCL do.
         timeout: how long a collective of a subgroup waits for a missing rank; None: as long as
-            torch's default group does.
+            those of ``process_group`` do.
     """
 
     def __init__(self, process_group: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
-        self._adopt(process_group, timeout, Roll(process_group))
+        self._adopt(process_group, timeout or _timeout_of(process_group), Roll(process_group))
 
     def _adopt(
         self, process_group: dist.ProcessGroup, timeout: timedelta | None, roll: Roll
@@ -210,6 +210,12 @@ class Processes:
         except RuntimeError as error:
             members = dist.get_process_group_ranks(self.process_group)
             raise PeerError(self._roll.explain(error, members)) from error
+
+
+def _timeout_of(process_group: dist.ProcessGroup) -> timedelta | None:
+    """How long collectives of a group wait; None where its backend does not tell."""
+    backend = process_group._get_backend(process_group._device_types[0])
+    return getattr(getattr(backend, "options", None), "_timeout", None)
 
 
 class _Pending:
