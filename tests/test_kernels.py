@@ -40,12 +40,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def at_once() -> None:
     """All codecs compiled, as many at a time as there are processors."""
+    compiled = partial(compiling.compiled, dtype=torch.float32, device="cpu")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(
-            pool.map(
-                partial(compiling.compiled, dtype=torch.float32, device="cpu"), COMPILED.values()
-            )
-        )
+        list(pool.map(compiled, COMPILED.values()))
 
 
 @pytest.fixture
