@@ -12,8 +12,8 @@ SOURCE = Path(postlocal.__file__).parent
 ROWS = (
     {"errors", "roll"},
     {"group", "tensors", "schedule", "outer", "fragments", "guard", "meter", "packing", "codec"},
-    {"topology", "virtual", "replica", "agreement", "ballot", "anchor", "courier", "powersgd"},
-    {"wire"},
+    {"topology", "virtual", "replica", "agreement", "anchor", "courier", "powersgd"},
+    {"wire", "ballot", "consistency"},
     {"inner", "strategies", "gradients"},
     {"flight"},
     {"sync"},

@@ -114,7 +114,7 @@ def test_a_run_leaves_what_is_documented(undisturbed: Path) -> None:
     assert summary["syncs"] == STEPS // 8
     assert summary["ddp_payload_bytes"] == STEPS * summary["parameters"] * 4
     assert 15.5 < summary["ddp_payload_bytes"] / summary["payload_bytes"] <= 16
-    assert control["payload_bytes"] == control["ddp_payload_bytes"]
+    assert control["payload_bytes_by_purpose"]["gradients"] == control["ddp_payload_bytes"]
     assert summary["train_seconds"] > summary["wait_seconds"] > 0
     assert summary["final_val_loss"] < 4
     assert set(summary["versions"]) == {"postlocal", "torch", "numpy"}

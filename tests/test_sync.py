@@ -333,7 +333,8 @@ def test_the_meter_counts_what_is_sent_by_purpose(ranks: Ranks, world: int) -> N
         assert meter.payload_bytes["parameters"] == 2 * exchanged(numel, world, rank)
         integers = 2 * (world - 1) * 8
         assert meter.payload_bytes["buffers"] == 2 * (exchanged(8, world, rank) + integers)
-        assert meter.payload_bytes["control"] == 2 * (world - 1) * 80
+        # two synchronizations, and two comparisons: of the first step and of the warm-up's end
+        assert meter.payload_bytes["control"] == 4 * 104 * (world - 1)
         assert meter.syncs == 2
         assert [record.step for record in meter.records] == [7, 11]
         assert all(0 < record.drift < 1 for record in meter.records)

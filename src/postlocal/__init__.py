@@ -24,6 +24,7 @@ from postlocal.attachment import attach
 from postlocal.errors import (
     CheckpointError,
     DisagreementError,
+    ModelChangedError,
     NonFiniteError,
     PeerError,
     PostlocalError,
@@ -37,6 +38,7 @@ __version__ = version("postlocal")
 __all__ = [
     "CheckpointError",
     "DisagreementError",
+    "ModelChangedError",
     "NonFiniteError",
     "PeerError",
     "PostlocalError",

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from postlocal.errors import DisagreementError
+from postlocal.errors import DisagreementError, ModelChangedError
 from postlocal.group import Group
 
 Lines = Sequence[str]
@@ -35,6 +35,34 @@ def together(group: Group) -> Iterator[None]:
     for rank, problem in enumerate(words):
         if problem is not None:
             raise DisagreementError(f"rank {rank} cannot go on: {problem}")
+
+
+def raise_together(group: Group, problem: str | None) -> None:
+    """Raise on every rank what is wrong with the model or the optimizer of some.
+
+    Args:
+        group: all ranks; collective, and called where one of them has a problem.
+        problem: of this rank; None: it has none.
+
+    Raises:
+        ModelChangedError: with the problems, and the ranks that have them.
+    """
+    everyones = group.all_gather_object(problem)
+    first = next(filter(None, everyones))
+    ranks = [rank for rank, theirs in enumerate(everyones) if theirs == first]
+    if len(ranks) == group.size:
+        raise ModelChangedError(first)
+    raise ModelChangedError(f"on {ranks_named(ranks)} of the group: {first}")
+
+
+def ranks_named(ranks: Sequence[int]) -> str:
+    """Ranks in words.
+
+    Example:
+        >>> ranks_named([1]), ranks_named([1, 3])
+        ('rank 1', 'ranks 1, 3')
+    """
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def check(group: Group, items: Mapping[str, Lines]) -> None:

@@ -21,7 +21,7 @@ class Anchor:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], outer: Outer) -> None:
-        self._parameters = [parameter.detach() for parameter in parameters.values()]
+        self._trained = list(parameters.values())
         self.tensors = {
             name: parameter.detach().to(_wide(parameter), copy=True)
             for name, parameter in parameters.items()
@@ -86,16 +86,16 @@ class Anchor:
             sent: what parameters were when they were sent, in the anchor's dtypes: how far they
                 moved since is added to the anchor's values. Overwritten.
         """
-        targets = list(self.tensors.values())
+        targets, parameters = list(self.tensors.values()), self._parameters()
         if sent is not None:
             for index, (name, moves) in enumerate(zip(self.tensors, sent, strict=True)):
                 if name not in wholly:
-                    torch.sub(self._parameters[index], moves, out=moves)
+                    torch.sub(parameters[index], moves, out=moves)
                     targets[index] = moves.add_(targets[index])
         if mix == 0:
-            torch._foreach_copy_(self._parameters, targets)
+            torch._foreach_copy_(parameters, targets)
             return
-        for name, target, parameter in zip(self.tensors, targets, self._parameters, strict=True):
+        for name, target, parameter in zip(self.tensors, targets, parameters, strict=True):
             if name in wholly:
                 parameter.copy_(target)
             elif parameter.dtype == target.dtype:
@@ -105,7 +105,7 @@ class Anchor:
 
     def take(self) -> None:
         """Take the parameters' values."""
-        torch._foreach_copy_(list(self.tensors.values()), self._parameters)
+        torch._foreach_copy_(list(self.tensors.values()), self._parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """The anchor's tensors, not copied, and the outer optimizer's state."""
@@ -119,7 +119,11 @@ class Anchor:
         self._outer.load_state_dict(state["outer"])
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self.tensors.values(), self._parameters, strict=True))
+        return list(zip(self.tensors.values(), self._parameters(), strict=True))
+
+    def _parameters(self) -> list[Tensor]:
+        # Taken anew each time: a loop may have moved a parameter to other memory.
+        return [parameter.detach() for parameter in self._trained]
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

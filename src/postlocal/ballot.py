@@ -3,10 +3,12 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from postlocal.agreement import raise_together
 from postlocal.errors import DisagreementError
 from postlocal.group import Group
 
@@ -36,6 +38,9 @@ class Vote:
         lr: its learning rate, for messages.
         inner_lr: the greatest learning rate of its steps since the last synchronization.
         layout: a `layout_number` of what has to be the same on all ranks.
+        moving: a `layout_number` of the frozen parameters that the loop writes to.
+        fingerprint: of what it holds in common with the others; 48 bits.
+        changed: whether its model or optimizer cannot be synchronized any more.
     """
 
     weight: float = 1.0
@@ -47,6 +52,9 @@ class Vote:
     lr: float = 0.0
     inner_lr: float = 0.0
     layout: int = 0
+    moving: int = 0
+    fingerprint: int = 0
+    changed: bool = False
 
 
 _FIELDS = tuple(field.name for field in fields(Vote))
@@ -60,12 +68,20 @@ class Ballot:
         device: where collectives of the group take tensors from.
         vote: what this rank says.
         squares: squared norms of this rank's contribution, module by module; as many on all ranks.
+        problem: what makes a `Vote` say ``changed``, in words.
     """
 
     def __init__(
-        self, group: Group, device: torch.device, vote: Vote, squares: Sequence[float] = ()
+        self,
+        group: Group,
+        device: torch.device,
+        vote: Vote,
+        squares: Sequence[float] = (),
+        problem: str | None = None,
     ) -> None:
         self.vote = vote
+        self._group = group
+        self._problem = problem
         self._size = group.size
         row = torch.tensor([*map(float, astuple(vote)), *squares], dtype=torch.float64)
         self._output = torch.empty(group.size * len(row), dtype=torch.float64, device=device)
@@ -91,11 +107,14 @@ class Ballot:
         Raises:
             PeerError: if a rank did not take part in time.
             DisagreementError: if ranks are at different steps, or plan different rounds.
+            ModelChangedError: if a rank's model or optimizer cannot be synchronized any more.
         """
         if self._rows is None:
             self._work.wait()
             rows = self._output.cpu().view(self._size, -1)
             _check_clocks(rows)
+            if rows[:, _FIELDS.index("changed")].any():
+                raise_together(self._group, self._problem)
             self._rows = rows
         return self._rows
 
@@ -129,10 +148,9 @@ class Ballot:
         total = float(self._column("buffer_weight").sum())
         return (self.vote.buffer_weight, total) if total else (1.0, float(self._size))
 
-    @property
-    def unanimous(self) -> bool:
-        """Whether all ranks have the same layout of optimizer state."""
-        return bool((self._column("layout") == self._column("layout")[0]).all())
+    def unanimous(self, item: Literal["layout", "moving", "fingerprint"]) -> bool:
+        """Whether all ranks say the same of an item of their `Vote`."""
+        return _odd_one(self._column(item)) is None
 
     def _column(self, name: str) -> Tensor:
         return self.wait()[:, _FIELDS.index(name)]

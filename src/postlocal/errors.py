@@ -4,7 +4,9 @@ Bad arguments raise `ValueError` or `TypeError` where they are given. What can o
 while ranks talk to each other, or while files are read, is one of these::
 
     PostlocalError (RuntimeError)
-    +-- DisagreementError   ranks were given different strategies, parameters or versions
+    +-- DisagreementError   ranks were given different strategies, parameters or versions, or
+    |                       hold different values where they should be equal
+    +-- ModelChangedError   the model or the optimizer is not what attach was given
     +-- PeerError           a rank did not arrive in time, or its connection broke
     +-- NonFiniteError      no replica has a finite contribution left to average
     +-- CheckpointError     a checkpoint is damaged, unfinished or of something else
@@ -17,6 +19,14 @@ class PostlocalError(RuntimeError):
 
 class DisagreementError(PostlocalError):
     """Ranks do not agree on what they train or how; raised on every rank, naming rank and item."""
+
+
+class ModelChangedError(PostlocalError):
+    """The model or the optimizer was changed on some rank so that it cannot be synchronized.
+
+    Raised on every rank of the synchronization, naming the tensor and the ranks. After an averaging
+    without anchor the parameters of this rank are undefined: resume from a checkpoint.
+    """
 
 
 class PeerError(PostlocalError):

@@ -16,7 +16,7 @@ from postlocal.errors import NonFiniteError, PeerError
 from postlocal.group import Group
 from postlocal.guard import Jury
 from postlocal.meter import Meter, SyncRecord
-from postlocal.replica import Replica
+from postlocal.replica import Replica, floats, others
 from postlocal.schedule import WORLD
 from postlocal.strategies import Strategy
 from postlocal.tensors import all_finite, squared_norm, weigh_
@@ -50,7 +50,8 @@ class Fragment:
         modules: Sequence[Sequence[str]] = (),
         number: int | None = None,
     ) -> None:
-        self.parameters = {name: tensor.detach() for name, tensor in parameters.items()}
+        self._trained = dict(parameters)
+        self._likes = [torch.empty_like(tensor, device="meta") for tensor in parameters.values()]
         self.level = level
         self.carrier = carrier
         self.number = number
@@ -62,6 +63,18 @@ class Fragment:
             self.jury = strategy.guard.jury(carrier.group.size, len(modules))
         self.modules = [tuple(parameters)] if self.jury is None else [*map(tuple, modules)]
         self._since = (0, 0.0)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters where they lie now, in the order in which they travel."""
+        return {name: parameter.detach() for name, parameter in self._trained.items()}
+
+    def zeros(self) -> dict[str, Tensor]:
+        """What a rank sends whose parameters are not what they were: zeros, as others expect."""
+        likes = self._likes if self.anchor is None else list(self.anchor.tensors.values())
+        device = next(iter(self._trained.values())).device
+        zeros = (torch.zeros_like(like, device=device) for like in likes)
+        return dict(zip(self._trained, zeros, strict=True))
 
     @property
     def group(self) -> Group:
@@ -106,7 +119,9 @@ class Fragment:
 
 
 class Buffers:
-    """Buffers of a replica on their way: means of floats, the greatest of integers.
+    """Buffers of a replica, and frozen parameters that move, on their way.
+
+    Floats are averaged, of integers the greatest is taken.
 
     Args:
         replica: whose buffers.
@@ -114,35 +129,46 @@ class Buffers:
     """
 
     def __init__(self, replica: Replica, apart: bool) -> None:
-        self._floats, self._others = replica.float_buffers(), replica.other_buffers()
+        self._replica = replica
         self._apart = apart
-        self.floats = [b.clone() for b in self._floats] if apart else self._floats
-        self.others = [b.clone() for b in self._others] if apart else self._others
+        self.tensors: dict[str, Tensor] = {}
+        self._take()
 
-    def meet(self, group: Group, ballot: Ballot) -> int:
+    def reduce(self, group: Group, ballot: Ballot) -> int:
         """Average over a group; returns the bytes of payload that this rank sent."""
+        if not ballot.unanimous("moving"):
+            self._replica.moving.update(*group.all_gather_object(self._replica.moving))
+            self._take()
         weight, total = ballot.buffer_weights()
-        weigh_(self.floats, weight)
-        return mean_(self.floats, group, fp32(), lambda: total) + maximum_(self.others, group)
+        means = floats(self.tensors.values())
+        weigh_(means, weight)
+        sent = mean_(means, group, fp32(), lambda: total)
+        return sent + maximum_(others(self.tensors.values()), group)
 
-    def land(self) -> None:
+    def apply(self) -> None:
         """Give the replica what came back."""
         if not self._apart:
             return
-        for buffer, mean in zip(self._floats, self.floats, strict=True):
-            buffer.copy_(mean)
-        for buffer, greatest in zip(self._others, self.others, strict=True):
-            buffer.copy_(torch.maximum(buffer, greatest))
+        present = self._replica.averaged
+        for name, result in self.tensors.items():
+            tensor = present[name]
+            integer = not (tensor.is_floating_point() or tensor.is_complex())
+            tensor.copy_(torch.maximum(tensor, result) if integer else result)
 
-    def state_dict(self) -> dict[str, list[Tensor]]:
-        """What is on its way."""
-        return {"floats": self.floats, "others": self.others}
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is on its way, by name."""
+        return self.tensors
 
-    def load_state_dict(self, state: Mapping[str, Sequence[Tensor]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on with what `state_dict` gave."""
-        for mine, saved in ((self.floats, state["floats"]), (self.others, state["others"])):
-            for tensor, value in zip(mine, saved, strict=True):
-                tensor.copy_(value)
+        for name, value in state.items():
+            self.tensors[name] = value.clone()
+
+    def _take(self) -> None:
+        self.tensors = {
+            name: self.tensors.get(name, tensor.clone() if self._apart else tensor)
+            for name, tensor in self._replica.averaged.items()
+        }
 
 
 class Flight:
@@ -156,6 +182,7 @@ class Flight:
         hangar: memory for contributions that travel while training goes on; None: they travel in
             the parameters' own memory, which has to be left alone until the landing.
         carry: whether parameters keep how far they move until the landing; it needs a hangar.
+        problem: why the model of this rank cannot be synchronized, to be raised on all ranks.
     """
 
     def __init__(
@@ -166,6 +193,7 @@ class Flight:
         buffers: Buffers | None = None,
         hangar: Staging | None = None,
         carry: bool = False,
+        problem: str | None = None,
     ) -> None:
         self.fragment = fragment
         self.record = record
@@ -173,6 +201,7 @@ class Flight:
         self._meter = meter
         self._hangar = hangar
         self._carry = carry
+        self._problem = problem
         self._sent: list[Tensor] | None = None
         self._memory: list[Tensor] = []
         self._contributions: dict[str, Tensor] = {}
@@ -183,8 +212,11 @@ class Flight:
     def load(self) -> None:
         """Take the contribution of this rank: parameters, or how far they moved."""
         fragment = self.fragment
+        if self._problem is not None:
+            self._contributions = fragment.zeros()
+            return
         if fragment.anchor is None:
-            self._contributions = dict(fragment.parameters)
+            self._contributions = fragment.parameters
             return
         room = None if self._hangar is None else self._room(fragment.anchor, self._hangar)
         differences = fragment.anchor.pseudo_gradients(room)
@@ -203,6 +235,7 @@ class Flight:
             buffer_weight=fragment.guard.weight(buffers_finite),
             finite=finite,
             work=work,
+            changed=self._problem is not None,
             **said,
         )
 
@@ -212,10 +245,13 @@ class Flight:
         Raises:
             PeerError: if a rank did not take part in time.
             DisagreementError: if ranks are not at the same step, or plan different rounds.
+            ModelChangedError: if the model of any rank cannot be synchronized any more.
         """
         fragment, values = self.fragment, self._contributions
         device = next(iter(values.values())).device
-        ballot = self.ballot = Ballot(fragment.group, device, self._vote, self._squares)
+        ballot = self.ballot = Ballot(
+            fragment.group, device, self._vote, self._squares, self._problem
+        )
         weights, divisor = self._weigh(ballot)
         try:
             sent = fragment.carrier.mean_(values, divisor, weights)
@@ -224,7 +260,7 @@ class Flight:
             raise
         self._meter.count("parameters", sent, self.record)
         if self.buffers is not None:
-            self._meter.count("buffers", self.buffers.meet(fragment.group, ballot), self.record)
+            self._meter.count("buffers", self.buffers.reduce(fragment.group, ballot), self.record)
         self._meter.count("control", ballot.payload_bytes, self.record)
 
     def _weigh(self, ballot: Ballot) -> tuple[dict[str, float], Divisor]:
@@ -279,7 +315,7 @@ class Flight:
         else:
             self._land_on(self.fragment.anchor, step, mix)
         if self.buffers is not None:
-            self.buffers.land()
+            self.buffers.apply()
         self.leave()
 
     def restart_moves(self) -> None:
@@ -309,7 +345,8 @@ class Flight:
     @property
     def in_place(self) -> bool:
         """Whether the parameters hold pseudo-gradients until the landing."""
-        return self._hangar is None and self.fragment.anchor is not None
+        anchored = self.fragment.anchor is not None
+        return anchored and self._hangar is None and self._problem is None
 
     def shares(self) -> tuple[float, float]:
         """Weight of this rank's optimizer state in its mean, and what the sum is divided by."""

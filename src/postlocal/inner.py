@@ -1,6 +1,6 @@
 """The inner optimizer, the user's: its learning rate, and its state at a synchronization."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from postlocal.replica import Replica
 from postlocal.tensors import weigh_
 from postlocal.wire import Divisor, fp32, maximum_, mean_
 
+_FIX = "call sync.finish() and sync.close() before such a change, and attach again after it"
+
 
 class Inner:
     """View of an optimizer by the names of a replica's parameters.
@@ -21,18 +23,58 @@ class Inner:
         replica: the parameters that are synchronized.
 
     Raises:
-        ValueError: if the optimizer holds none of them.
+        ValueError: if the optimizer holds none of them, or parameters of other modules.
     """
 
     def __init__(self, optimizer: Optimizer, replica: Replica) -> None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.optimizer = optimizer
-        self._parameters = {n: p for n, p in replica.parameters.items() if id(p) in held}
+        self._replica = replica
+        self._held = self._ids()
+        self._parameters = self._known(self._held)
         if not self._parameters:
             raise ValueError(
                 "optimizer must hold parameters of model, got one that holds none of them: make it "
                 "from model.parameters()"
             )
+        if strangers := self._strangers(self._held):
+            raise ValueError(f"optimizer must hold parameters of model only, {strangers}")
+
+    def refresh(self) -> str | None:
+        """Follow parameters that were added to the optimizer, if the model has them.
+
+        Returns:
+            None; or, in words, a change that cannot be followed, and the fix.
+        """
+        held = self._ids()
+        if held == self._held:
+            return None
+        if strangers := self._strangers(held):
+            return f"optimizer must hold parameters of model only, {strangers}"
+        known = self._known(held)
+        if lost := [name for name in self._parameters if name not in known]:
+            return f"optimizer held parameter {lost[0]!r} at attach and does not any more; {_FIX}"
+        self._held, self._parameters = held, known
+        return None
+
+    def _ids(self) -> list[int]:
+        return [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _known(self, held: Sequence[int]) -> dict[str, Tensor]:
+        chosen = set(held)
+        return {n: p for n, p in self._replica.parameters.items() if id(p) in chosen}
+
+    def _strangers(self, held: Sequence[int]) -> str | None:
+        """Parameters that the model does not have, in words."""
+        known = {id(tensor) for tensor in self._replica.every_parameter()}
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        shapes = [tuple(p.shape) for p in params if id(p) not in known]
+        if not shapes:
+            return None
+        return (
+            f"got {len(shapes)} that it lacks (the first has shape {shapes[0]}): nothing would "
+            "synchronize them. Make one module of all that is trained, such as "
+            "nn.ModuleList([model, head]), and attach to that"
+        )
 
     @property
     def lr(self) -> float:

@@ -103,7 +103,7 @@ class Meter:
                 record.wait_seconds += seconds
 
     @contextmanager
-    def waiting(self, record: SyncRecord) -> Iterator[None]:
+    def waiting(self, record: SyncRecord | None = None) -> Iterator[None]:
         """Add the time that the ``with`` block takes, unless it fails."""
         start = time.perf_counter()
         yield

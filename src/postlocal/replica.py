@@ -1,12 +1,14 @@
 """The tensors of one replica, in the order and under the names that all ranks share."""
 
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from postlocal.tensors import flat_view
 
 
 class Replica:
@@ -19,9 +21,10 @@ class Replica:
 
     Attributes:
         parameters: those that require grad, by name. Fixed from here on, whether or not a
-            parameter has a gradient at some moment.
+            parameter has a gradient, or still requires one, at some moment.
         frozen: the other parameters.
-        buffers: all buffers.
+        buffers: all buffers, as of the latest `refresh`.
+        moving: names of the frozen parameters that the loop writes to, such as averages of others.
 
     Raises:
         ValueError: if nothing requires grad, or tensors overlap in memory without being the same.
@@ -29,38 +32,93 @@ class Replica:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        module = unwrap(model)
-        parameters = once(module.named_parameters())
+        self._module = unwrap(model)
+        parameters = once(self._module.named_parameters())
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
-        self.buffers = once(module.named_buffers())
+        self.buffers = once(self._module.named_buffers())
+        self.moving: set[str] = set()
         if not self.parameters:
             raise ValueError("model must have a parameter that requires grad, got none")
         for name, parameter in parameters.items():
             _check_kind(name, parameter)
         _check_apart(parameters)
+        self._kinds = {name: _kind(tensor) for name, tensor in self.tensors.items()}
+        self.mark()
+
+    def mark(self) -> None:
+        """Take the present values of frozen parameters as those that are not written to."""
+        self._places = _places(self._module)
+        self._samples = _Samples(self.frozen)
+        self._sampled = self._samples.read()
+
+    def refresh(self) -> str | None:
+        """Follow tensors that were moved in memory, and buffers that were assigned anew.
+
+        Returns:
+            None; or, in words, a change of the model that cannot be followed, and the fix. It
+            takes some microseconds for each tensor.
+        """
+        places = _places(self._module)
+        if places != self._places:
+            problem = self._follow()
+            if problem is not None:
+                return f"{problem}; {_FIX}"
+            self._places = places
+            self._samples = _Samples(self.frozen)
+        self.moving |= self._samples.differing(self._sampled)
+        return None
+
+    def every_parameter(self) -> Iterator[Tensor]:
+        """All parameters of the module, whether or not they are synchronized, each once."""
+        return self._module.parameters()
+
+    @property
+    def averaged(self) -> dict[str, Tensor]:
+        """What is averaged beside the parameters: buffers, and frozen parameters that move."""
+        moving = {name: self.frozen[name].detach() for name in self.frozen if name in self.moving}
+        return self.buffers | moving
+
+    @property
+    def settled(self) -> dict[str, Tensor]:
+        """What is equal on all ranks where replicas agree, whatever ranks did to their buffers."""
+        return self.parameters | self.frozen
+
+    def _follow(self) -> str | None:
+        parameters = once(self._module.named_parameters())
+        buffers = once(self._module.named_buffers())
+        problem = self._other_kind(parameters | buffers) or self._other_object(parameters)
+        if problem is None:
+            self.buffers = {name: buffers[name] for name in self.buffers}
+        return problem
+
+    def _other_kind(self, present: Mapping[str, Tensor]) -> str | None:
+        for name in self.tensors:
+            if name not in present:
+                return f"{name!r} was in the model at attach and is not any more"
+        for name, tensor in present.items():
+            if name not in self._kinds:
+                return f"{name!r} was not in the model at attach, or shared memory with another"
+            if (kind := _kind(tensor)) != self._kinds[name]:
+                return f"{name!r} was {self._kinds[name]} at attach and is {kind} now"
+        return None
+
+    def _other_object(self, present: Mapping[str, Tensor]) -> str | None:
+        for name, tensor in (self.parameters | self.frozen).items():
+            if present.get(name) is not tensor:
+                return f"parameter {name!r} is not the object that it was at attach"
+            if name in self.frozen and tensor.requires_grad:
+                return f"parameter {name!r} requires grad now and did not at attach"
+        return None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Everything: parameters, frozen ones and buffers."""
         return self.parameters | self.frozen | self.buffers
 
-    def float_buffers(self) -> list[Tensor]:
-        """Buffers of floating point; complex ones as pairs of floats, in their memory."""
-        return [
-            torch.view_as_real(buffer) if buffer.is_complex() else buffer
-            for buffer in self.buffers.values()
-            if buffer.is_floating_point() or buffer.is_complex()
-        ]
-
-    def other_buffers(self) -> list[Tensor]:
-        """Buffers of integers and booleans."""
-        floats = (torch.is_floating_point, torch.is_complex)
-        return [b for b in self.buffers.values() if not any(kind(b) for kind in floats)]
-
     def has_nan_buffer(self) -> bool:
         """Whether a buffer holds NaN; infinities are what masks are made of."""
-        return any(bool(torch.isnan(buffer).any()) for buffer in self.float_buffers())
+        return any(bool(torch.isnan(buffer).any()) for buffer in floats(self.averaged.values()))
 
     def describe(self) -> list[str]:
         """One line a tensor, equal on all ranks that hold the same model."""
@@ -107,6 +165,72 @@ def once(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
             tensors[name] = tensor
             seen.add(place)
     return tensors
+
+
+def floats(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those of floating point; complex ones as pairs of floats, in their memory."""
+    return [
+        torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        for tensor in tensors
+        if tensor.is_floating_point() or tensor.is_complex()
+    ]
+
+
+def others(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those of integers and booleans."""
+    return [t for t in tensors if not (t.is_floating_point() or t.is_complex())]
+
+
+_FIX = (
+    "call sync.finish() and sync.close() before such a change, and attach again after it, with a "
+    "new DistributedDataParallel if there is one"
+)
+_SAMPLE = 4  # values of a frozen parameter that are looked at: an average of others moves them all
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}, stride {tensor.stride()}"
+
+
+def _places(module: nn.Module) -> list[tuple[int, int, bool]]:
+    """What changes where a tensor of a module is replaced, moved, frozen or trained."""
+    return [
+        (id(tensor), tensor.data_ptr(), tensor.requires_grad)
+        for layer in module.modules()
+        for tensor in chain(layer._parameters.values(), layer._buffers.values())
+        if tensor is not None
+    ]
+
+
+class _Samples:
+    """A few values of each of some tensors, to notice that a loop writes to them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._views: dict[torch.dtype, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if tensor.numel():
+                self._views.setdefault(tensor.dtype, {})[name] = _few(tensor.detach())
+
+    def read(self) -> list[Tensor]:
+        """The values, as bytes."""
+        return [torch.cat([*views.values()]).view(torch.uint8) for views in self._views.values()]
+
+    def differing(self, before: list[Tensor]) -> set[str]:
+        """Names of tensors whose values are not those that `read` gave before."""
+        found = set()
+        for views, then, now in zip(self._views.values(), before, self.read(), strict=True):
+            if not torch.equal(then, now):
+                sizes = [view.nbytes for view in views.values()]
+                pairs = zip(views, torch.split(then, sizes), torch.split(now, sizes), strict=True)
+                found |= {name for name, old, new in pairs if not torch.equal(old, new)}
+        return found
+
+
+def _few(tensor: Tensor) -> Tensor:
+    """A 1-D view of some values of a tensor, evenly spaced where it has no gaps."""
+    flat = flat_view(tensor)
+    values = tensor[(0,) * (tensor.dim() - 1)] if flat is None else flat
+    return values[:: max(1, values.numel() // _SAMPLE)]
 
 
 def _check_kind(name: str, parameter: Tensor) -> None:

@@ -7,8 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from postlocal import fragments, schedule
+from postlocal.agreement import same_values_
+from postlocal.ballot import Vote, layout_number
+from postlocal.consistency import settle_
 from postlocal.courier import Courier
 from postlocal.flight import Buffers, Flight, Fragment
 from postlocal.gradients import Local, Reduced
@@ -19,6 +23,11 @@ from postlocal.schedule import RANK, WORLD, Round
 from postlocal.strategies import Strategy
 from postlocal.topology import Layout
 from postlocal.wire import Staging, fp32
+
+_ADVICE = (
+    "call sync.step() on every rank after each optimizer step, and the DistributedDataParallel "
+    "object in every forward pass, not the module inside it"
+)
 
 
 class Sync:
@@ -65,6 +74,9 @@ class Sync:
         self._drift = math.nan
         self._agreed_at = 0
         self._lockstep = True
+        self._compared = False
+        self._agreed_buffers: dict[str, Tensor] = {}
+        self._note_agreement()
         self._begin(self._plan())
 
     @property
@@ -79,8 +91,15 @@ class Sync:
 
     @property
     def agreed(self) -> bool:
-        """Whether all replicas hold the same parameters at this moment."""
-        return self._lockstep or self._steps == self._agreed_at
+        """Whether all replicas hold the same parameters at this moment, as far as this rank knows.
+
+        It is true right after a synchronization at level ``"world"`` that is applied at once, and
+        after `finish`, until a parameter is written to; and while gradients are averaged over all
+        ranks. It sends nothing: values are compared when replicas part and by `finish`.
+        """
+        if self._lockstep and self._round.gradients == WORLD:
+            return True
+        return self._steps == self._agreed_at and self._versions() == self._agreed_versions
 
     def step(self, work: float = 1.0) -> None:
         """Count one iteration, and land and launch what is due after it.
@@ -96,6 +115,8 @@ class Sync:
         Raises:
             PeerError: if a rank does not come to the synchronization within the timeout.
             DisagreementError: if ranks are not at the same step, or plan different rounds.
+            ModelChangedError: if the model or the optimizer was changed so that it cannot be
+                synchronized any more.
             NonFiniteError: if every replica is non-finite and the strategy has no anchor.
             RuntimeError: if called inside ``model.no_sync()``.
             ValueError: if ``work`` is negative or not finite.
@@ -108,6 +129,8 @@ class Sync:
         self._lr = max(self._lr, self.inner.lr)
         self._lockstep = self._lockstep and self._round.gradients == WORLD
         self._land_launched_until(self._steps - self._delay)
+        if self._lockstep and not self._compared:
+            self._compare()
         if self._steps < self._end:
             self._launch_due(self._round)
             return
@@ -116,29 +139,37 @@ class Sync:
         self._begin(self._adapt(following, self._drift))
 
     def finish(self) -> None:
-        """Make every replica equal: synchronize now, unless they agree already.
+        """Make every replica equal: synchronize now, unless they agree already, and compare them.
 
         What is under way is landed before. Fragments that were launched earlier than at this step
         take one more outer step, for what was learned since. Training can go on after it, with a
         new round.
 
         Raises:
-            PeerError, DisagreementError, NonFiniteError: as `step` does.
+            DisagreementError: as `step` does, and if replicas differ where the clock says that they
+                agree, such as after calls of `step` were left out.
+            PeerError, ModelChangedError, NonFiniteError: as `step` does.
         """
         following = self._plan()
         self._land_launched_until(self._steps)
-        if not self.agreed:
+        if self._lockstep:
+            self._compare()
+            self._share_buffers(self.replica.buffers)
+        elif self._steps != self._agreed_at:
             for fragment in self._fragments:
                 if self.strategy.streams and fragment.since == self._steps:
                     self._give_anchor(fragment)  # it was launched at this very step
                 else:
                     self._synchronize(fragment, following)
             self._agreed_at = self._steps
+        if not self._lockstep:
+            self._compare()
+        self._note_agreement()
         self._begin(self._adapt(following, math.nan))
 
     @contextmanager
     def agreed_parameters(self) -> Iterator[None]:
-        """A ``with`` block in which the model holds the parameters last agreed on.
+        """A ``with`` block in which the model holds parameters and buffers last agreed on.
 
         These are what a strategy with fragments, delay or mix is evaluated on: its replicas are
         never all equal before `finish`. It needs memory for a second copy of the parameters.
@@ -164,12 +195,15 @@ class Sync:
                 "it keeps no anchor: evaluate where sync.agreed is true, or after sync.finish()"
             )
         parameters = [parameter.detach() for parameter in self.replica.parameters.values()]
-        local = [parameter.clone() for parameter in parameters]
+        averaged = self.replica.averaged
+        buffers = [averaged[name] for name in self._agreed_buffers]
+        local = [tensor.clone() for tensor in (*parameters, *buffers)]
         self._give_anchor(*self._fragments)
+        _copy_(buffers, list(self._agreed_buffers.values()))
         try:
             yield
         finally:
-            torch._foreach_copy_(parameters, local)
+            _copy_([*parameters, *buffers], local)
 
     def close(self) -> None:
         """End the threads that this clock started, if any, once they have done their work."""
@@ -198,6 +232,8 @@ class Sync:
             "lr": self._lr,
             "drift": self._drift,
             "agreed_at": self._agreed_at,
+            "agreed_buffers": dict(self._agreed_buffers),
+            "moving": sorted(self.replica.moving),
             "lockstep": self._lockstep,
             "fragments": [fragment.state_dict() for fragment in self._fragments],
             "narrow": {level: part.state_dict() for level, part in self._narrow.items()},
@@ -221,6 +257,8 @@ class Sync:
         for level, fragment in self._narrow.items():
             fragment.load_state_dict(state["narrow"][level])
         self._flights = deque(self._load_flight(saved) for saved in state["flights"])
+        self._agreed_buffers = {n: t.clone() for n, t in state["agreed_buffers"].items()}
+        self._note_agreement()
 
     def restart(self, state: Mapping[str, Any]) -> None:
         """Start a new round at the step of a state that another number of ranks saved.
@@ -242,6 +280,8 @@ class Sync:
         if not self._lockstep:
             self._give_anchor(*self._fragments)
         self._agreed_at = self._steps
+        self._note_agreed_buffers(self.replica.averaged)
+        self._note_agreement()
         self._begin(self._adapt(self._plan(), math.nan))
 
     def _load_clock(self, state: Mapping[str, Any]) -> None:
@@ -258,6 +298,9 @@ class Sync:
         self._drift = state["drift"]
         self._agreed_at = state["agreed_at"]
         self._lockstep = state["lockstep"]
+        self._compared = False
+        self.replica.mark()
+        self.replica.moving = set(state["moving"])
         self._set_round(Round(**state["round"]), state["end"])
         self._lr = state["lr"]
         self.meter.load_state_dict(state["meter"])
@@ -281,13 +324,72 @@ class Sync:
         return schedule.adapt(self.strategy.schedule, planned, self._round, drift)
 
     def _begin(self, following: Round) -> None:
-        if self._lockstep and self._steps and following.gradients != WORLD:
-            for fragment in (*self._fragments, *self._narrow.values()):
-                fragment.begin(self._steps, self._work)
-                if fragment.anchor is not None:  # replicas part here, from what they agree on
-                    fragment.anchor.take()
+        if self._lockstep and following.gradients != WORLD:
+            self._part()
         self._set_round(following, self._steps + following.steps)
         self._lr = self.inner.lr
+
+    def _part(self) -> None:
+        """Begin to go apart, from what all replicas hold now."""
+        if self._steps:
+            self._compare()
+            for fragment in (*self._fragments, *self._narrow.values()):
+                fragment.begin(self._steps, self._work)
+                if fragment.anchor is not None:
+                    fragment.anchor.take()
+        if self.strategy.anchored:
+            shared = {name: tensor.clone() for name, tensor in self.replica.averaged.items()}
+            if self._steps:
+                self._share_buffers(shared)
+            self._note_agreed_buffers(shared)
+
+    def _compare(self) -> None:
+        """Measure that replicas are equal where the clock says so.
+
+        Raises:
+            DisagreementError, ModelChangedError: on every rank.
+        """
+        self._compared = True
+        if not self._steps:
+            claim = "no call of sync.step() told of a step"
+        elif self._lockstep:
+            claim = f"gradients were averaged over all ranks in each of {self._steps} steps"
+        else:
+            claim = f"they were synchronized after step {self._agreed_at}"
+        world, problem = self.layout[WORLD], self._model_problem()
+        world.arrive(self._steps)
+        vote = Vote(step=self._steps, lr=self.inner.lr)
+        modules = len(self._fragments[0].modules)
+        with self.meter.waiting():
+            sent = settle_(world, self.replica.settled, claim, _ADVICE, vote, modules, problem)
+        self.meter.count("control", sent)
+
+    def _share_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Take rank 0's, as DistributedDataParallel does before a forward pass."""
+        world = self.layout[WORLD]
+        if not buffers or world.size == 1:
+            return
+        with self.meter.waiting():
+            same_values_(world, buffers)
+        if world.rank == 0:
+            nbytes = sum(buffer.nbytes for buffer in buffers.values())
+            self.meter.count("buffers", nbytes * (world.size - 1))
+
+    def _model_problem(self) -> str | None:
+        """What makes the model or the optimizer unfit to be synchronized, if anything does."""
+        return self.replica.refresh() or self.inner.refresh()
+
+    def _note_agreement(self) -> None:
+        """Remember the state of the parameters that `agreed` speaks of."""
+        self._agreed_versions = self._versions()
+
+    def _note_agreed_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        if self.strategy.anchored:
+            self._agreed_buffers = {name: tensor.clone() for name, tensor in buffers.items()}
+
+    def _versions(self) -> int:
+        """A number that changes where a parameter is written to."""
+        return sum(parameter._version for parameter in self.replica.parameters.values())
 
     def _set_round(self, following: Round, end: int) -> None:
         self._round = following
@@ -302,6 +404,7 @@ class Sync:
             self._launch_due(following)
             if not self.strategy.streams:
                 self._agreed_at = self._steps
+                self._note_agreement()
         elif level is not None:
             self._synchronize(self._narrow[level], following)
 
@@ -345,6 +448,7 @@ class Sync:
 
     def _prepare(self, fragment: Fragment, apart: bool, carry: bool = False) -> Flight:
         last = fragment.number in (None, len(self._fragments) - 1)
+        problem = self._model_problem()
         return Flight(
             fragment,
             SyncRecord(self._steps, fragment.level, fragment.number),
@@ -352,6 +456,7 @@ class Sync:
             Buffers(self.replica, apart) if last else None,
             self._hangar if apart else None,
             carry,
+            problem,
         )
 
     def _load(self, flight: Flight, following: Round) -> None:
@@ -367,6 +472,7 @@ class Sync:
             work=work,
             step=self._steps,
             planned=following.steps,
+            moving=layout_number(sorted(self.replica.moving)),
             lr=self.inner.lr,
             inner_lr=self._lr,
             layout=self.inner.layout() if averages else 0,
@@ -383,9 +489,13 @@ class Sync:
             self._land(self._flights.popleft(), self._mix)
 
     def _land(self, flight: Flight, mix: float) -> None:
+        if flight.record.step != self._steps:
+            self.replica.refresh()  # a change that cannot be followed is told at the next launch
         with torch.no_grad(), self.meter.waiting(flight.record):
             flight.land(self._steps, mix)
             if flight.buffers is not None:
+                if flight.record.level == WORLD:
+                    self._note_agreed_buffers(flight.buffers.tensors)
                 self._settle_optimizer(flight)
             if not flight.finite:
                 self._recover(flight)
@@ -398,7 +508,7 @@ class Sync:
                 self.inner.reset()
             case "average":
                 weight, divisor = flight.shares()
-                unanimous = flight.ballot.unanimous
+                unanimous = flight.ballot.unanimous("layout")
                 sent = self.inner.average_(
                     flight.fragment.group, weight, lambda: divisor, unanimous
                 )
@@ -420,3 +530,9 @@ class Sync:
             for fragment in chosen:
                 if fragment.anchor is not None:
                     fragment.anchor.give()
+
+
+def _copy_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)

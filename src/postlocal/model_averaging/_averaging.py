@@ -53,7 +53,7 @@ class Averaging:
 
     def _agree(self, lines: Sequence[str], step: int, device: torch.device) -> None:
         ballot = Ballot(self._group, device, Vote(step=step, layout=layout_number(lines)))
-        if not ballot.unanimous:
+        if not ballot.unanimous("layout"):
             agreement.check(self._group, {"parameters to average": lines})
 
     def _meet(self, parameters: list[Tensor], buffers: list[Tensor], device: torch.device) -> None:

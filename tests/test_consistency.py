@@ -1,0 +1,606 @@
+"""What is said to be equal is compared; a model that changed is followed or refused."""
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import postlocal
+from postlocal import DisagreementError, ModelChangedError, checkpoint, strategies, virtual
+from postlocal.consistency import fingerprint, settle_
+from postlocal.group import Group
+from postlocal.replica import Replica
+from postlocal.strategies import Strategy
+from tests.models import adamw, batches, convnet, equal, mlp, sgd, train_step, values
+
+Ranks = Callable[..., list[Any]]
+
+STRATEGIES: dict[str, Strategy] = {
+    "no anchor": strategies.local_sgd(4),
+    "anchor": strategies.diloco(4),
+    "fragments": strategies.streaming_diloco(4, fragments=2, delay=0, mix=0.0),
+    "delay": strategies.streaming_diloco(4, fragments=1, delay=1),
+}
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    numel=st.sampled_from([1, 7, 4096, 40_003]),
+    data=st.data(),
+)
+def test_a_fingerprint_differs_where_one_value_does(
+    dtype: torch.dtype, numel: int, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(numel)
+    tensor = torch.randint(0, 2, (numel,), generator=generator).to(dtype)
+    other = tensor.clone()
+    assert fingerprint(other) == fingerprint(tensor)
+    index = data.draw(st.integers(0, numel - 1))
+    other[index] = 1 - other[index].to(torch.complex64).real
+    assert fingerprint(other) != fingerprint(tensor)
+
+
+@pytest.mark.parametrize("offset", range(4))
+def test_a_fingerprint_is_of_values_wherever_they_lie(offset: int) -> None:
+    memory = torch.arange(50_000, dtype=torch.float32)
+    tensor = memory[offset : offset + 40_000].view(200, 200)
+    assert fingerprint(tensor) == fingerprint(tensor.clone())
+    assert fingerprint(tensor.t()) == fingerprint(tensor)  # as it lies in memory
+    assert fingerprint(tensor[:, ::2]) == fingerprint(tensor[:, ::2].clone())
+
+
+def test_a_fingerprint_takes_nan_as_equal_to_itself_and_zeros_as_of_two_signs() -> None:
+    assert fingerprint(torch.tensor([float("nan")])) == fingerprint(torch.tensor([float("nan")]))
+    assert fingerprint(torch.tensor([0.0])) != fingerprint(torch.tensor([-0.0]))
+
+
+def settled(world: int, make: Callable[[int], dict[str, Tensor]]) -> list[Any]:
+    def work(group: Group) -> Any:
+        tensors = make(group.rank)
+        try:
+            settle_(group, tensors, "they should be", "do so")
+        except DisagreementError as error:
+            return str(error)
+        return tensors
+
+    return virtual.run(world, work)
+
+
+def test_values_that_differ_by_rounding_become_those_of_rank_0(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def make(rank: int) -> dict[str, Tensor]:
+        return {"same": torch.ones(3), "near": torch.ones(2, 3).t() * (1 + 1e-6 * rank)}
+
+    for tensors in settled(3, make):
+        assert torch.equal(tensors["near"], torch.ones(3, 2))
+    (message,) = caplog.messages
+    assert "ranks differed by 2.0e-06 of a tensor's norm at most although they should be" in message
+
+
+def test_values_that_differ_are_named_with_ranks_and_distances_on_all_ranks() -> None:
+    def make(rank: int) -> dict[str, Tensor]:
+        tensors = {f"layer.{index}": torch.ones(4) for index in range(6)}
+        for index in range(1, 6):
+            tensors[f"layer.{index}"] *= 1 + 0.5 * (rank == 2)
+        return tensors
+
+    (message,) = set(settled(3, make))
+    assert message == (
+        "ranks hold different values although they should be: "
+        "'layer.1' (rank 2: 5.0e-01 of its norm from rank 0's), "
+        "'layer.2' (rank 2: 5.0e-01 of its norm from rank 0's), "
+        "'layer.3' (rank 2: 5.0e-01 of its norm from rank 0's) and 2 more; do so"
+    )
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), 1.0])
+def test_one_value_that_is_not_a_number_or_not_zero_is_more_than_rounding(odd: float) -> None:
+    messages = settled(2, lambda rank: {"w": torch.tensor([0.0, odd if rank else 0.0])})
+    assert all("'w' (rank 1: inf of its norm" in message for message in messages)
+
+
+def test_integers_that_differ_are_more_than_rounding() -> None:
+    messages = settled(2, lambda rank: {"count": torch.tensor([10**9 + rank])})
+    assert all("'count' (rank 1: inf" in message for message in messages)
+
+
+class Centred(nn.Module):
+    """Assigns its buffer anew in each forward pass."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        self.mean = 0.5 * self.mean + y.detach().mean(0)
+        return y
+
+
+def train_centred(rank: int, name: str) -> tuple[Tensor, Tensor, bool]:
+    """The buffer of this rank before the last synchronization, and after it."""
+    model = Centred()
+    optimizer = sgd(model)
+    sync = postlocal.attach(model, optimizer, STRATEGIES[name])
+    for x, y in batches(rank, 7):
+        train_step(model, optimizer, x, y)
+        sync.step()
+    before = model.mean.clone()
+    sync.finish()
+    agreed = sync.agreed
+    sync.close()
+    return before, model.mean, agreed
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_buffer_that_is_assigned_anew_is_averaged(ranks: Ranks, name: str) -> None:
+    results = ranks(2, train_centred, name)
+    mean = torch.stack([before for before, _, _ in results]).mean(0)
+    for _, after, agreed in results:
+        assert agreed
+        torch.testing.assert_close(after, mean)
+
+
+def train_moved(rank: int, name: str, how: str) -> list[Tensor]:
+    model = convnet().double().float()  # not what is tested: the same memory format for all
+    optimizer = adamw(model)
+    sync = postlocal.attach(model, optimizer, STRATEGIES[name])
+    for step, (x, y) in enumerate(batches(rank, 10, (1, 6, 6))):
+        if step in (2, 5):
+            MOVES[how](model)
+        train_step(model, optimizer, x, y)
+        sync.step()
+    sync.finish()
+    sync.close()
+    return [tensor.clone() for tensor in model.state_dict().values()]
+
+
+def reassign(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    for layer in model.modules():
+        for name, buffer in list(layer.named_buffers(recurse=False)):
+            setattr(layer, name, buffer.clone())
+
+
+def swap(model: nn.Module) -> None:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double().float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+MOVES: dict[str, Callable[[nn.Module], object]] = {
+    "not at all": lambda model: None,
+    "double and back": lambda model: model.double().float(),
+    "other memory": reassign,
+    "swapped": swap,
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_model_that_was_moved_and_back_is_synchronized_where_it_is(
+    ranks: Ranks, name: str
+) -> None:
+    stayed = ranks(2, train_moved, name, "not at all")
+    for how in MOVES:
+        for moved, other in zip(ranks(2, train_moved, name, how), stayed, strict=True):
+            assert equal(moved, other), how
+            assert equal(moved, stayed[0])
+
+
+def unfreeze(model: Any, optimizer: Any) -> None:
+    model[0].requires_grad_(True)
+
+
+def unfreeze_and_train(model: Any, optimizer: Any) -> None:
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+
+
+def add_head(model: Any, optimizer: Any) -> None:
+    model.append(nn.Linear(4, 4))
+
+
+def train_stranger(model: Any, optimizer: Any) -> None:
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+
+
+def drop_group(model: Any, optimizer: Any) -> None:
+    optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][:1]
+
+
+def assign(model: Any, optimizer: Any) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+def resize_buffer(model: Any, optimizer: Any) -> None:
+    model.scale = torch.ones(5)
+
+
+def widen(model: Any, optimizer: Any) -> None:
+    model[2].double()
+
+
+def drop_layer(model: Any, optimizer: Any) -> None:
+    del model[2]
+
+
+CHANGES: dict[Callable[[Any, Any], None], str] = {
+    unfreeze: r"parameter '0.weight' requires grad now and did not at attach; call sync.finish\(\)",
+    unfreeze_and_train: "parameter '0.weight' requires grad now and did not at attach",
+    add_head: "'3.weight' was not in the model at attach",
+    train_stranger: r"optimizer must hold parameters of model only, got 1 that it lacks .*\(3,\)",
+    drop_group: "optimizer held parameter '2.bias' at attach and does not any more",
+    assign: "parameter '2.weight' is not the object that it was at attach",
+    resize_buffer: r"'scale' was \(4,\) of torch.float32 .* at attach and is \(5,\) of torch",
+    widen: r"'2.weight' was \(4, 16\) of torch.float32 .* and is \(4, 16\) of torch.float64",
+    drop_layer: "'2.weight' was in the model at attach and is not any more",
+}
+
+
+def change(rank: int, name: str, where: tuple[int, ...]) -> dict[str, str]:
+    messages = {}
+    for make in CHANGES:
+        model = mlp()
+        model[0].requires_grad_(False)  # type: ignore[index]
+        model.register_buffer("scale", torch.ones(4))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        sync = postlocal.attach(model, optimizer, STRATEGIES[name])
+        if rank in where:
+            make(model, optimizer)
+        with pytest.raises(ModelChangedError) as caught:
+            for _ in range(5):
+                sync.step()
+        messages[make.__name__] = str(caught.value)
+        sync.close()
+    return messages
+
+
+@pytest.mark.parametrize("where", [(0, 1), (1,)], ids=["all", "one"])
+@pytest.mark.parametrize("name", ["no anchor", "anchor", "delay"])
+def test_a_model_that_cannot_be_synchronized_any_more_is_refused_on_all_ranks(
+    ranks: Ranks, name: str, where: tuple[int, ...]
+) -> None:
+    first = "" if len(where) == 2 else "on rank 1 of the group: "
+    for messages in ranks(2, change, name, where):
+        for make, expected in CHANGES.items():
+            assert messages[make.__name__].startswith(first)
+            assert re.search(expected, messages[make.__name__]), messages[make.__name__]
+
+
+def train_a_part_at_a_time(rank: int) -> tuple[list[Tensor], list[int]]:
+    """Two parts take turns: what rests does not require grad, and some steps end like that."""
+    model: Any = mlp()
+    optimizer = sgd(model)
+    sync = postlocal.attach(model, optimizer, strategies.diloco(3))
+    for step, (x, y) in enumerate(batches(rank, 6)):
+        for index, layer in enumerate((model[0], model[2])):
+            layer.requires_grad_(index == step % 2)
+        train_step(model, optimizer, x, y)
+        sync.step()
+    return values(model), [record.step for record in sync.meter.records]
+
+
+def test_parameters_that_rest_for_some_steps_are_synchronized_all_the_same(ranks: Ranks) -> None:
+    (one, steps), (other, _) = ranks(2, train_a_part_at_a_time)
+    assert steps == [3, 6]
+    assert equal(one, other)
+
+
+def train_added_group(rank: int) -> tuple[list[Tensor], list[Tensor]]:
+    model: Any = mlp()
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9)
+    strategy = dataclasses.replace(strategies.local_sgd(4), optimizer_state="average")
+    sync = postlocal.attach(model, optimizer, strategy)
+    for step, (x, y) in enumerate(batches(rank, 8)):
+        if step == 2:
+            optimizer.add_param_group({"params": list(model[2].parameters())})
+        train_step(model, optimizer, x, y)
+        sync.step()
+    state = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
+    return values(model), state
+
+
+def test_parameters_of_the_model_that_join_the_optimizer_have_their_state_averaged(
+    ranks: Ranks,
+) -> None:
+    (one, state), (other, other_state) = ranks(2, train_added_group)
+    assert len(state) == 4
+    assert equal(one, other)
+    assert equal(state, other_state)
+
+
+class Target(nn.Module):
+    """A network, and a frozen one that follows it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.online, self.target, self.fixed = mlp(), mlp(), nn.Linear(64, 64)
+        self.target.requires_grad_(False)
+        self.fixed.requires_grad_(False)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.online(x)
+        return y
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        for mine, theirs in zip(self.target.parameters(), self.online.parameters(), strict=True):
+            if self.how == "data":
+                mine.data.mul_(0.9).add_(theirs.data, alpha=0.1)
+            else:
+                mine.lerp_(theirs, 0.1)
+
+
+def train_target(
+    rank: int, name: str, how: str
+) -> tuple[list[Tensor], list[Tensor], set[str], int]:
+    model = Target(how)
+    optimizer = sgd(model.online)
+    sync = postlocal.attach(model, optimizer, STRATEGIES[name])
+    for x, y in batches(rank, 7):
+        train_step(model, optimizer, x, y)
+        model.follow()
+        sync.step()
+    before = values(model.target)
+    sync.finish()
+    sync.close()
+    sent = sync.meter.payload_bytes["buffers"]
+    return before, values(model.target), sync.replica.moving, sent
+
+
+@pytest.mark.parametrize("how", ["data", "in place"])
+@pytest.mark.parametrize("name", ["no anchor", "anchor", "delay"])
+def test_frozen_parameters_that_the_loop_writes_to_are_averaged_and_others_not_sent(
+    ranks: Ranks, name: str, how: str
+) -> None:
+    results = ranks(2, train_target, name, how)
+    names = {f"target.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
+    for before, after, moving, sent in results:
+        assert moving == names
+        assert equal(after, results[0][1])
+        assert sent < 8 * sum(tensor.nbytes for tensor in before)  # fixed has 16 kB
+    means = [
+        torch.stack(pair).mean(0) for pair in zip(*(before for before, *_ in results), strict=True)
+    ]
+    for mean, after in zip(means, results[0][1], strict=True):
+        torch.testing.assert_close(after, mean)
+
+
+def write_on_one(rank: int) -> list[float]:
+    """One rank alone writes to a frozen parameter."""
+    model: Any = Target("data")
+    sync = postlocal.attach(model, sgd(model.online), strategies.local_sgd(2))
+    if rank == 1:
+        model.target[2].bias.data.fill_(3.0)
+    for _ in range(4):
+        sync.step()
+    sync.finish()
+    bias: list[float] = model.target[2].bias.tolist()
+    return bias
+
+
+def test_a_frozen_parameter_that_one_rank_writes_to_is_averaged_on_all(ranks: Ranks) -> None:
+    start = Target("data").target[2].bias  # type: ignore[index]
+    one, other = ranks(2, write_on_one)
+    assert one == other
+    torch.testing.assert_close(torch.tensor(one), (start + 3.0) / 2)
+
+
+def forget_to_count(rank: int, name: str, counted: int) -> tuple[bool, str]:
+    model = mlp()
+    optimizer = sgd(model)
+    sync = postlocal.attach(model, optimizer, STRATEGIES[name])
+    for step, (x, y) in enumerate(batches(rank, 10)):
+        train_step(model, optimizer, x, y)
+        if step < counted:
+            sync.step()
+    agreed = sync.agreed
+    try:
+        sync.finish()
+    except DisagreementError as error:
+        return agreed, str(error)
+    return agreed, ""
+
+
+@pytest.mark.parametrize("counted", [0, 4])
+@pytest.mark.parametrize("name", ["no anchor", "anchor"])
+def test_steps_that_were_not_counted_are_noticed_at_the_end(
+    ranks: Ranks, name: str, counted: int
+) -> None:
+    claim = "they were synchronized after step 4" if counted else "no call of sync.step() told"
+    for agreed, message in ranks(2, forget_to_count, name, counted):
+        assert not agreed
+        assert message.startswith(f"ranks hold different values although {claim}")
+        assert "'0.weight' (rank 1: " in message
+        assert message.endswith("not the module inside it")
+        assert "call sync.step() on every rank after each optimizer step" in message
+
+
+def agree_or_not(rank: int) -> list[bool]:
+    model: Any = mlp()
+    optimizer = sgd(model)
+    sync = postlocal.attach(model, optimizer, strategies.local_sgd(2))
+    agreed = [sync.agreed]
+    for x, y in batches(rank, 4):
+        train_step(model, optimizer, x, y)
+        agreed.append(sync.agreed)
+        sync.step()
+        agreed.append(sync.agreed)
+    sync.finish()
+    agreed.append(sync.agreed)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    return [*agreed, sync.agreed]
+
+
+def test_agreed_is_true_until_a_parameter_is_written_to(ranks: Ranks) -> None:
+    expected = [True, False, False, False, True, False, False, False, True, True, False]
+    assert ranks(2, agree_or_not) == [expected] * 2
+
+
+def bypass(rank: int, first: int) -> tuple[int, str]:
+    """Forward passes of a warm-up leave DDP out from some step on."""
+    model = DistributedDataParallel(mlp())
+    optimizer = sgd(model)
+    sync = postlocal.attach(model, optimizer, strategies.edit(period=4, warmup=5))
+    with pytest.raises(DisagreementError) as caught:
+        for step, (x, y) in enumerate(batches(rank, 12)):
+            train_step(model if step < first else model.module, optimizer, x, y)
+            sync.step()
+    return sync.steps, str(caught.value)
+
+
+@pytest.mark.parametrize(("first", "noticed"), [(0, 1), (3, 5)])
+def test_a_forward_pass_that_leaves_ddp_out_is_noticed_before_replicas_part(
+    ranks: Ranks, first: int, noticed: int
+) -> None:
+    for steps, message in ranks(2, bypass, first):
+        assert steps == noticed
+        assert (
+            f"although gradients were averaged over all ranks in each of {steps} steps" in message
+        )
+        assert "not the module inside it" in message
+
+
+def round_otherwise(rank: int) -> list[list[Tensor]]:
+    """One rank rounds the parameters of a warm-up in another way."""
+    model = DistributedDataParallel(mlp())
+    optimizer = sgd(model)
+    sync = postlocal.attach(model, optimizer, strategies.edit(period=4, warmup=5))
+    history = []
+    for x, y in batches(rank, 9):
+        train_step(model, optimizer, x, y)
+        if rank == 1:
+            with torch.no_grad():
+                model.module[2].weight.mul_(1 + 1e-6)
+        sync.step()
+        history.append(values(model))
+    return history
+
+
+def test_processors_that_round_differently_start_their_rounds_from_equal_values(
+    ranks: Ranks,
+) -> None:
+    one, other = ranks(2, round_otherwise)
+    assert not equal(one[3], other[3])
+    assert equal(one[4], other[4])
+    assert equal(one[8], other[8])
+
+
+def normalised(rank: int, name: str, steps: int, folder: str) -> dict[str, Any]:
+    """Buffers of the agreed model, of the local one, and after a resume."""
+    model: nn.Module = convnet()
+    if name == "warm-up":
+        model = DistributedDataParallel(model)
+    optimizer = adamw(model)
+    strategy = strategies.edit(4, warmup=5) if name == "warm-up" else STRATEGIES[name]
+    sync = postlocal.attach(model, optimizer, strategy)
+    for x, y in batches(rank, steps, (1, 6, 6)):
+        train_step(model, optimizer, x, y)
+        sync.step()
+
+    def buffers() -> list[Tensor]:
+        return [buffer.clone() for buffer in model.buffers()]
+
+    local = buffers()
+    with sync.agreed_parameters():
+        agreed = buffers()
+    same_again = equal(local, buffers())
+    checkpoint.save(folder, sync)
+    fresh: nn.Module = convnet(seed=1)
+    if name == "warm-up":
+        fresh = DistributedDataParallel(fresh)
+    resumed = postlocal.attach(fresh, adamw(fresh), strategy)
+    assert checkpoint.restore(folder, resumed) is not None
+    with resumed.agreed_parameters():
+        after = [buffer.clone() for buffer in fresh.buffers()]
+    return {"local": local, "agreed": agreed, "same again": same_again, "resumed": after}
+
+
+@pytest.mark.parametrize("name", ["anchor", "delay", "warm-up"])
+@pytest.mark.parametrize("steps", [3, 6])
+def test_buffers_of_the_agreed_model_are_those_last_agreed_on(
+    ranks: Ranks, tmp_path: Any, name: str, steps: int
+) -> None:
+    results = ranks(2, normalised, name, steps, str(tmp_path))
+    warming_up = name == "warm-up" and steps < 5
+    for result in results:
+        assert result["same again"]
+        assert equal(result["agreed"], result["resumed"])
+        if not warming_up:
+            assert equal(result["agreed"], results[0]["agreed"])
+            assert not equal(result["agreed"], result["local"])
+
+
+def end_of_warm_up(rank: int) -> tuple[list[Tensor], bool]:
+    model = DistributedDataParallel(convnet())
+    optimizer = sgd(model)
+    sync = postlocal.attach(model, optimizer, strategies.ddp())
+    for x, y in batches(rank, 3, (1, 6, 6)):
+        train_step(model, optimizer, x, y)
+        sync.step()
+    sync.finish()
+    return [tensor.clone() for tensor in model.state_dict().values()], sync.agreed
+
+
+def test_a_run_that_never_parts_ends_with_equal_buffers_too(ranks: Ranks) -> None:
+    (one, agreed), (other, _) = ranks(2, end_of_warm_up)
+    assert agreed
+    assert equal(one, other)
+
+
+def test_a_change_is_found_by_looking_at_places_alone() -> None:
+    model: Any = mlp()
+    replica = Replica(model)
+    assert replica.refresh() is None
+    model[0].weight.data = model[0].weight.data.clone()
+    assert replica.refresh() is None
+    model[0].weight = nn.Parameter(torch.zeros(16, 8))
+    assert "'0.weight' is not the object" in str(replica.refresh())
+    assert "'0.weight' is not the object" in str(replica.refresh()), "as long as it is so"
+
+
+def test_parameters_that_were_tied_and_are_not_any_more_are_named() -> None:
+    model: Any = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    model[1].weight.data = model[0].weight.data
+    replica = Replica(model)
+    assert set(replica.parameters) == {"0.weight", "0.bias", "1.bias"}
+    model.double().float()
+    assert "'1.weight' was not in the model at attach, or shared memory" in str(replica.refresh())
+
+
+def end_early(rank: int) -> str:
+    model = mlp()
+    sync = postlocal.attach(model, sgd(model), strategies.local_sgd(4), timeout=20.0)
+    with pytest.raises(DisagreementError) as caught:
+        for _ in range(8):
+            sync.step()
+            if rank == 1 and sync.steps == 4:
+                sync.finish()
+    return str(caught.value)
+
+
+def test_a_rank_that_ends_where_replicas_agree_is_told_apart_from_those_that_go_on(
+    ranks: Ranks,
+) -> None:
+    for message in ranks(2, end_early):
+        assert "rank 1 of the group has taken 4 steps, rank 0 8" in message
