@@ -1,5 +1,6 @@
 """The one clock of a training loop: counts steps, and synchronizes when the schedule says so."""
 
+import logging
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from postlocal.schedule import RANK, WORLD, Round
 from postlocal.strategies import Strategy
 from postlocal.topology import Layout
 from postlocal.wire import Staging, fp32
+
+logger = logging.getLogger("postlocal")
 
 _ADVICE = (
     "call sync.step() on every rank after each optimizer step, and the DistributedDataParallel "
@@ -78,6 +81,18 @@ class Sync:
         self._agreed_buffers: dict[str, Tensor] = {}
         self._note_agreement()
         self._begin(self._plan())
+
+    def __repr__(self) -> str:
+        ranks, numel = (
+            self.layout[WORLD].size,
+            sum(p.numel() for p in self.replica.parameters.values()),
+        )
+        ddp = self._steps * fp32().payload_bytes(numel, ranks)
+        share = f" ({self.meter.total_bytes / ddp:.1%} of DDP's)" if ddp else ""
+        return (
+            f"<Sync: {self.strategy.name} on {ranks} ranks, {self._steps:,} steps, "
+            f"{self.meter}{share}>"
+        )
 
     @property
     def steps(self) -> int:
@@ -333,6 +348,7 @@ class Sync:
         """Begin to go apart, from what all replicas hold now."""
         if self._steps:
             self._compare()
+            self._say("after step %d replicas part: rounds of local steps begin", self._steps)
             for fragment in (*self._fragments, *self._narrow.values()):
                 fragment.begin(self._steps, self._work)
                 if fragment.anchor is not None:
@@ -363,6 +379,11 @@ class Sync:
         with self.meter.waiting():
             sent = settle_(world, self.replica.settled, claim, _ADVICE, vote, modules, problem)
         self.meter.count("control", sent)
+
+    def _say(self, message: str, *values: object) -> None:
+        """Log on one rank what all of them do."""
+        if self.layout[WORLD].rank == 0:
+            logger.info(message, *values)
 
     def _share_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Take rank 0's, as DistributedDataParallel does before a forward pass."""
@@ -501,6 +522,8 @@ class Sync:
                 self._recover(flight)
         self._drift = flight.record.drift
         self.meter.close(flight.record)
+        if self.layout[WORLD].rank == 0:
+            logger.debug("synchronized: %s", flight.record)
 
     def _settle_optimizer(self, flight: Flight) -> None:
         match self.strategy.optimizer_state:
