@@ -1,6 +1,8 @@
 """The layers of the package, and what it shows at its surface."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import postlocal
 SOURCE = Path(postlocal.__file__).parent
 
 ROWS = (
-    {"errors", "roll"},
+    {"errors", "roll", "drawing"},
     {"group", "tensors", "schedule", "outer", "fragments", "guard", "meter", "packing", "codec"},
     {"topology", "virtual", "replica", "agreement", "anchor", "courier", "powersgd"},
     {"wire", "ballot"},
@@ -69,22 +71,84 @@ def test_the_design_document_shows_the_same_rows() -> None:
 
 def test_the_package_only_re_exports() -> None:
     tree = ast.parse((SOURCE / "__init__.py").read_text())
+    nodes = list(ast.walk(tree))
     assigned = {
         target.id
-        for node in tree.body
+        for node in nodes
         if isinstance(node, ast.Assign)
         for target in node.targets
         if isinstance(target, ast.Name)
     }
     assert assigned == {"__all__", "__version__"}
-    assert not [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert not [node for node in nodes if isinstance(node, ast.ClassDef)]
+    functions = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    assert functions == {"__getattr__", "__dir__"}  # names that are imported at their first use
     imported = {
         alias.name
-        for node in tree.body
+        for node in nodes
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("postlocal")
         for alias in node.names
     }
     assert sorted(imported | {"__version__"}) == sorted(postlocal.__all__)
+
+
+def test_every_public_name_is_there_whether_or_not_it_is_imported_at_first_use() -> None:
+    assert set(postlocal.__all__) <= set(dir(postlocal))
+    for name in postlocal.__all__:
+        assert getattr(postlocal, name) is not None
+    with pytest.raises(AttributeError, match="module 'postlocal' has no attribute 'diloco'"):
+        _ = postlocal.diloco  # type: ignore[attr-defined]
+
+
+HEAVY = (
+    "matplotlib", "networkx", "pydantic", "rich", "safetensors", "simpy", "sympy", "typer",
+    "torch._dynamo", "torch._inductor", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+)  # fmt: skip
+
+
+def imported_by(code: str) -> set[str]:
+    """The modules that a process of its own has imported after some code."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_imports_little_more_than_torch() -> None:
+    more = imported_by("import postlocal") - imported_by("import torch")
+    assert not more & set(HEAVY)
+    assert not {name for name in more if name.startswith("postlocal.planning")}
+
+
+def test_training_under_a_strategy_imports_little_more_than_torch() -> None:
+    loop = """
+import torch, postlocal
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+sync = postlocal.attach(model, optimizer, postlocal.strategies.diloco(2))
+for _ in range(3):
+    model(torch.ones(4)).sum().backward()
+    optimizer.step()
+    sync.step()
+sync.finish()
+"""
+    plain = """
+import torch
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+model(torch.ones(4)).sum().backward()
+optimizer.step()
+"""
+    assert not (imported_by(loop) - imported_by(plain)) & set(HEAVY)
+
+
+def test_planning_imports_no_library_for_plots() -> None:
+    assert "matplotlib" not in imported_by("from postlocal.planning import plan, simulate")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import postlocal
 from postlocal import strategies, virtual
 from postlocal.group import Group
-from postlocal.meter import Meter, Purpose, SyncRecord
+from postlocal.meter import Meter, Purpose, SyncRecord, human_bytes
 from postlocal.wire import fp32
 from tests.models import batches, mlp, sgd, train_step
 
@@ -207,3 +207,44 @@ def test_drift_is_zero_where_replicas_agree_and_unknown_where_none_is_finite() -
     for agreed, unknown in virtual.run(2, work):
         assert agreed == 0
         assert math.isnan(unknown)
+
+
+def test_a_meter_prints_what_communication_cost() -> None:
+    meter = Meter()
+    assert str(meter) == "0 synchronizations, 0 B sent, waited 0 s"
+    for step in range(16, 16 * 23, 16):
+        record = SyncRecord(step, "world", excluded=(1,) if step == 32 else ())
+        meter.count("parameters", 522_000, record)
+        meter.wait(0.0098, record)
+        meter.close(record)
+    assert str(meter) == (
+        "22 synchronizations, 11.5 MB sent, waited 0.22 s, contributions left out: 1"
+    )
+    assert repr(meter) == f"<Meter: {meter}>"
+    assert repr(pickle.loads(pickle.dumps(meter))) == repr(meter)
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        (SyncRecord(16, "world"), "step 16, world: 0 B sent, waited 0 s"),
+        (
+            SyncRecord(
+                32, "node", 0, 33, {"parameters": 4000, "control": 96}, 0.0123, 0.01234, (1, 3)
+            ),
+            "step 32, node, fragment 0: 4.1 kB sent, waited 0.012 s, drift 0.0123, "
+            "left out: rank 1, 3",
+        ),
+        (SyncRecord(1, "world", wait_seconds=9.96), "step 1, world: 0 B sent, waited 10 s"),
+    ],
+)
+def test_a_record_prints_what_one_synchronization_cost(record: SyncRecord, text: str) -> None:
+    assert str(record) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (999.6, "1 kB"), (999_600, "1 MB"), (2.5e15, "2.5 PB")],
+)
+def test_bytes_have_three_digits_and_a_unit(count: float, text: str) -> None:
+    assert human_bytes(count) == text

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 from postlocal import DisagreementError, wire
 from postlocal.meter import SyncRecord
-from postlocal.report import Metrics, Summary, plot
+from postlocal.report import Metrics, Summary
 from postlocal.strategies import streaming_diloco
 from postlocal.train import make_config, train
 from postlocal.train.data import Corpus, Share, Windows, find_files
 from postlocal.train.model import SIZES, Transformer
+from postlocal.train.plots import plot
 from postlocal.train.sample import sample
 from postlocal.train.stop import Stop
 from tests.launcher import free_port

@@ -3,17 +3,17 @@
 `attach` puts a training loop under a `Strategy`; the modules are its axes. See `postlocal.sync`.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from postlocal import (
-    checkpoint,
     codec,
     errors,
     fragments,
     guard,
     meter,
     outer,
-    planning,
     schedule,
     strategies,
     topology,
@@ -29,9 +29,24 @@ from postlocal.errors import (
     PeerError,
     PostlocalError,
 )
-from postlocal.planning import plan
 from postlocal.strategies import Strategy
 from postlocal.sync import Sync
+
+if TYPE_CHECKING:
+    from postlocal import checkpoint, planning
+    from postlocal.planning import plan
+else:
+    # Imported when first used: a loop under `attach` needs neither, and both take long to import.
+    def __getattr__(name: str) -> object:
+        if name in ("checkpoint", "planning"):
+            return import_module(f"postlocal.{name}")
+        if name == "plan":
+            return import_module("postlocal.planning").plan
+        raise AttributeError(f"module 'postlocal' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted(__all__)
+
 
 __version__ = version("postlocal")
 

@@ -37,6 +37,16 @@ class SyncRecord:
     drift: float = math.nan
     excluded: tuple[int, ...] = ()
 
+    def __str__(self) -> str:
+        which = "" if self.fragment is None else f", fragment {self.fragment}"
+        drift = "" if math.isnan(self.drift) else f", drift {self.drift:.3g}"
+        left_out = f", left out: rank {_listed(self.excluded)}" if self.excluded else ""
+        sent = human_bytes(sum(self.payload_bytes.values()))
+        return (
+            f"step {self.step}, {self.level}{which}: {sent} sent, "
+            f"waited {human_seconds(self.wait_seconds)}{drift}{left_out}"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """All of it, as plain values."""
         return asdict(self)
@@ -66,6 +76,10 @@ class Meter:
         >>> meter.close(record)
         >>> meter.total_bytes, record.payload_bytes["parameters"], meter.syncs
         (4096, 4096, 1)
+        >>> print(meter)
+        1 synchronization, 4.1 kB sent, waited 0 s
+        >>> print(record)
+        step 16, world: 4.1 kB sent, waited 0 s
     """
 
     def __init__(self, history: int = 1000) -> None:
@@ -75,6 +89,17 @@ class Meter:
         self.excluded = 0
         self.records: deque[SyncRecord] = deque(maxlen=history)
         self._lock = Lock()
+
+    def __str__(self) -> str:
+        plural = "" if self.syncs == 1 else "s"
+        left_out = f", contributions left out: {self.excluded:,}" if self.excluded else ""
+        return (
+            f"{self.syncs:,} synchronization{plural}, {human_bytes(self.total_bytes)} sent, "
+            f"waited {human_seconds(self.wait_seconds)}{left_out}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<Meter: {self}>"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
@@ -130,3 +155,33 @@ class Meter:
         self.wait_seconds = state["wait_seconds"]
         self.syncs = state["syncs"]
         self.excluded = state["excluded"]
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes with three digits and a unit.
+
+    Example:
+        >>> human_bytes(1234567)
+        '1.23 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 999.5:  # from there on three digits round to 1e+03
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} PB"
+
+
+def human_seconds(seconds: float) -> str:
+    """Seconds with two digits, to the millisecond; whole ones from 10 on.
+
+    Example:
+        >>> human_seconds(0.2134), human_seconds(9876.5)
+        ('0.21 s', '9,876 s')
+    """
+    if seconds >= 9.95:
+        return f"{seconds:,.0f} s"
+    return f"{round(seconds, 3):.2g} s"
+
+
+def _listed(ranks: tuple[int, ...]) -> str:
+    return ", ".join(map(str, ranks))

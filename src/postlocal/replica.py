@@ -5,10 +5,9 @@ from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from postlocal.tensors import flat_view
+from postlocal.tensors import flat_view, is_dtensor
 
 
 class Replica:
@@ -234,7 +233,7 @@ def _few(tensor: Tensor) -> Tensor:
 
 
 def _check_kind(name: str, parameter: Tensor) -> None:
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
         raise TypeError(
             f"parameter {name!r} is a DTensor: sharded models (FSDP2) are not supported yet; "
             "wrap the model in DistributedDataParallel"

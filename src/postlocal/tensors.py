@@ -1,11 +1,30 @@
 """Tensors as they lie in memory: flat views of them, and sums over all of their elements."""
 
+import sys
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 _BLOCK = 2**14
+
+
+def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether a tensor is torch's DTensor, spread over the ranks of a mesh.
+
+    The module of DTensor takes half a second to import. Where nobody has imported it there is no
+    DTensor, so the question does not import it.
+
+    Example:
+        >>> is_dtensor(torch.zeros(2))
+        False
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def flat_view(tensor: Tensor) -> Tensor | None:

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from postlocal import drawing
 from postlocal.strategies import parameters_of
 from postlocal.train.config import TrainConfig, make_config
 from postlocal.wire import NAMED as WIRES
@@ -55,6 +57,20 @@ def parse_dtype(text: str) -> torch.dtype:
     if text not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {text!r}")
     return DTYPES[text]
+
+
+def check_plot(plot: Path | None) -> None:
+    """Check, before anything is computed, that a plot that was asked for can be drawn.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if plot is None:
+        return
+    try:
+        drawing.require()
+    except ImportError as error:
+        raise ValueError(f"plot must be drawable, got {str(plot)!r}: {error}") from error
 
 
 def configure(base: Mapping[str, Any], given: Mapping[str, Any], strict: bool) -> TrainConfig:

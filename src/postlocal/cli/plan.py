@@ -23,6 +23,7 @@ from postlocal.cli.options import (
     Period,
     Warmup,
     WireName,
+    check_plot,
     configure,
     of_job,
     of_output,
@@ -31,6 +32,7 @@ from postlocal.cli.options import (
     parse_dtype,
 )
 from postlocal.cli.units import by_level, parse_bandwidth, parse_count, parse_latency
+from postlocal.meter import human_bytes
 from postlocal.planning import Cluster, Job, Link, Plan, best, draw, normal, quantiles
 from postlocal.planning import plan as plan_strategy
 from postlocal.schedule import periodic
@@ -38,7 +40,6 @@ from postlocal.strategies import NAMED, Strategy
 from postlocal.topology import nodes
 from postlocal.train.config import TrainConfig, make_config
 from postlocal.train.measure import Measured, measure
-from postlocal.train.view import human_bytes
 from postlocal.train.world import launched
 from postlocal.wire import NAMED as WIRES
 
@@ -95,6 +96,7 @@ def plan(
     Rounds, bytes and memory are those of `postlocal train` with the same options; seconds come from
     the cost model in docs/plan.md.
     """
+    check_plot(plot)
     given = {
         "period": period, "warmup": warmup, "fragments": fragments, "delay": delay,
     }  # fmt: skip
@@ -159,7 +161,7 @@ class _Answer:
         console.print(_table(plans))
         console.print(self._sentence(found), highlight=False, soft_wrap=True)
         if plot is not None:
-            console.print(f"Drawn in {plot}.", highlight=False, soft_wrap=True)
+            console.print(f"Drawn in {plot}.", markup=False, highlight=False, soft_wrap=True)
 
     def _values(self, plans: Sequence[Plan], found: tuple[Strategy, Plan] | None) -> dict[str, Any]:
         step = self.job.step_time

@@ -23,6 +23,7 @@ from postlocal.cli.options import (
     Period,
     Warmup,
     WireName,
+    check_plot,
     configure,
     of_job,
     of_output,
@@ -100,6 +101,7 @@ def simulate(
     Rounds and bytes are those of `postlocal plan`; docs/scale.md tells what is drawn, what a
     failure costs, and what is left out.
     """
+    check_plot(plot)
     given = {
         "period": period, "warmup": warmup, "fragments": fragments, "delay": delay,
     }  # fmt: skip
@@ -167,7 +169,7 @@ class _Answer:
         console.print(f"What time goes into, of {self._most:,} replicas", style="bold")
         console.print(self._causes())
         if plot is not None:
-            console.print(f"Drawn in {plot}.", highlight=False, soft_wrap=True)
+            console.print(f"Drawn in {plot}.", markup=False, highlight=False, soft_wrap=True)
 
     @property
     def _most(self) -> int:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from postlocal import agreement
 from postlocal.ballot import Ballot, Vote, layout_number
 from postlocal.errors import NonFiniteError
 from postlocal.group import Group, Processes
 from postlocal.replica import once
+from postlocal.tensors import is_dtensor
 from postlocal.wire import Exact, Staging, maximum_, mean_
 
 logger = logging.getLogger(__name__)
@@ -109,13 +109,13 @@ class _FiniteMean:
 
 def _memory(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors as they lie on this rank, tied ones once, complex ones as pairs."""
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    local = [t.to_local() if is_dtensor(t) else t for t in tensors]
     distinct = once((str(index), tensor.detach()) for index, tensor in enumerate(local))
     return [torch.view_as_real(t) if t.is_complex() else t for t in distinct.values()]
 
 
 def _describe(tensor: Tensor) -> str:
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return f"shape {tuple(tensor.shape)}, stride {tensor.stride()}, {tensor.dtype}"
     # Ranks can average what they hold of a sharded tensor where they hold the same part of it.
     where: Sequence[int] = tensor.device_mesh.get_coordinate() or ()

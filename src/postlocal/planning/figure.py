@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 
+from postlocal.drawing import new_figure
 from postlocal.planning.cluster import Cluster
 from postlocal.planning.course import timetable
 from postlocal.planning.job import Job
@@ -28,9 +27,11 @@ def draw(
         cluster: where; the bandwidth that it has at the level is marked.
         to: the PNG file.
         level: whose bandwidth varies.
+
+    Raises:
+        ImportError: if matplotlib cannot be imported.
     """
-    mpl.use("Agg", force=False)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     here = cluster.link(level).bandwidth
     bandwidths = here * np.logspace(-3, 3, _POINTS)

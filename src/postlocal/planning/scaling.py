@@ -5,15 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
+from postlocal.drawing import new_figure
 from postlocal.planning.fleet import Fleet
 from postlocal.planning.job import Job
 from postlocal.planning.simulation import Simulated, simulate
 from postlocal.strategies import Strategy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def sweep(
@@ -58,11 +59,13 @@ def draw_sweep(panels: Mapping[str, Sequence[tuple[str, Simulated]]], to: Path) 
     Args:
         panels: title -> what `sweep` gives, two in a row.
         to: the PNG file.
+
+    Raises:
+        ImportError: if matplotlib cannot be imported.
     """
-    mpl.use("Agg", force=False)
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(2.5 + 4 * columns, 1 + 3 * rows), layout="constrained")
+    figure = new_figure(2.5 + 4 * columns, 1 + 3 * rows)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, (title, results) in zip(grid.flat, panels.items(), strict=False):
         _draw(axes, results)
@@ -76,7 +79,7 @@ def draw_sweep(panels: Mapping[str, Sequence[tuple[str, Simulated]]], to: Path) 
     figure.savefig(to, dpi=72)
 
 
-def _draw(axes: Axes, results: Sequence[tuple[str, Simulated]]) -> None:
+def _draw(axes: "Axes", results: Sequence[tuple[str, Simulated]]) -> None:
     markers = cycle("osv^D<>Pph*X")
     for label, group in groupby(results, key=lambda pair: pair[0]):
         done = [each for _, each in group]

@@ -23,11 +23,12 @@ from postlocal.attachment import attach, check_levels
 from postlocal.group import Group
 from postlocal.packing import key_of
 from postlocal.replica import unwrap
-from postlocal.report import METRICS, PLOT, SUMMARY, Metrics, Summary, plot
+from postlocal.report import METRICS, PLOT, SUMMARY, Metrics, Summary
 from postlocal.train import view
 from postlocal.train.config import TrainConfig
 from postlocal.train.data import Corpus, Share, Windows, find_files
 from postlocal.train.model import SIZES, Transformer
+from postlocal.train.plots import plot
 from postlocal.train.stop import Stop
 from postlocal.train.world import joined, restarted, store
 from postlocal.wire import fp32
@@ -79,13 +80,25 @@ def _present(config: TrainConfig, summaries: dict[str, Summary]) -> None:
     folders = {config.strategy: config.out}
     if config.compare is not None:
         folders = {config.compare: config.compared().out} | folders
-    plot(folders, config.out / PLOT)
     console.print(view.results(summaries))
     if config.compare is not None:
         sentence = view.verdict(summaries[config.strategy], summaries[config.compare])
-        console.print(sentence, highlight=False, soft_wrap=True)
-    console.print(f"Plot: {config.out / PLOT}", highlight=False, soft_wrap=True)
-    console.print(f"Summary: {config.out / SUMMARY}", highlight=False, soft_wrap=True)
+        _print_line(console, sentence)
+    _print_line(console, f"Plot: {_draw(folders, config.out / PLOT)}")
+    _print_line(console, f"Summary: {config.out / SUMMARY}")
+
+
+def _print_line(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _draw(folders: dict[str, Path], to: Path) -> str:
+    """Where the plot is, or why there is none: a run does not fail for its plot."""
+    try:
+        plot(folders, to)
+    except ImportError as error:
+        return f"none, {error}"
+    return str(to)
 
 
 class _Run:

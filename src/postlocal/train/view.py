@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from postlocal.meter import human_bytes
 from postlocal.report import Summary
 
 _HEADINGS = ("loss", "held-out loss", "tokens/s", "sent/step", "of DDP's", "waiting", "drift")
@@ -126,20 +127,6 @@ def verdict(run: Summary, other: Summary) -> str:
         f"({100 * (run.final_val_loss / other.final_val_loss - 1):+.1f} %) after the same "
         f"{run.tokens:,} tokens."
     )
-
-
-def human_bytes(count: float) -> str:
-    """A number of bytes with three digits and a unit.
-
-    Example:
-        >>> human_bytes(1234567)
-        '1.23 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _share(part: float, whole: float) -> str:
