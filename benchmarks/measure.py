@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import socket
 import statistics
 import sys
@@ -151,7 +152,7 @@ def machine() -> dict[str, Any]:
         "peers": _peers(),
         "backend": "gloo over loopback, 1 thread a rank",
         "kernels": os.environ.get("POSTLOCAL_KERNELS", "auto"),
-        "command": "python -m " + " ".join([_module(), *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
     }
 
 

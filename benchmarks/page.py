@@ -43,8 +43,12 @@ def _name(path: Path) -> str:
 
 
 def section(record: Path, page: Path) -> str:
-    """A record one heading lower, with its plot, for a page that lies elsewhere."""
+    """A record one heading lower, with its plot, for a page that lies elsewhere.
+
+    Its command is code, so that Markdown leaves hyphens and asterisks in it alone.
+    """
     text = re.sub(r"^#", "##", record.read_text(), flags=re.MULTILINE)
+    text = re.sub(r"^- command: (.+)$", r"- command: `\1`", text, flags=re.MULTILINE)
     plot = record.with_suffix(".png")
     if plot.exists():
         there = Path(os.path.relpath(plot, page.parent)).as_posix()

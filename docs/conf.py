@@ -25,6 +25,7 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"postlocal {release}"
+pygments_style = "default"  # the theme's own does not colour diffs
 myst_heading_anchors = 3
 myst_enable_extensions = ["deflist"]
 
@@ -66,7 +67,13 @@ def write_records(app: Sphinx) -> None:
         page.write_text(text)
 
 
+def drop_blank_ends(app: Sphinx, page: str, source: list[str]) -> None:
+    """Drop the blank line before a closing fence, which ends the output of a doctest."""
+    source[0] = re.sub(r"\n\n```(?=\n|$)", "\n```", source[0])
+
+
 def setup(app: Sphinx) -> None:
     """Sphinx calls this. The index is made before napoleon rewrites the arguments."""
     app.connect("builder-inited", write_records)
+    app.connect("source-read", drop_blank_ends)
     app.connect("autodoc-process-docstring", index_arguments, priority=100)

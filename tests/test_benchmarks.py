@@ -13,7 +13,7 @@ import typer
 from benchmarks import convergence, network, scale, sync_cost
 from benchmarks.campaign import Campaign, Result, train_control, train_replicas
 from benchmarks.convergence import name_and_title, summarize
-from benchmarks.measure import loopback_traffic
+from benchmarks.measure import loopback_traffic, machine
 from benchmarks.peers import PEERS, installed
 from benchmarks.pool import Cache
 from benchmarks.shapes import small
@@ -85,6 +85,11 @@ def test_runs_that_differ_have_different_keys() -> None:
     slower = Campaign(CONFIG.model_copy(update={"lr": 1e-3}), SETTINGS, range(2))
     keys = [task.key for of in (campaign(), slower) for task in of.tasks.values()]
     assert len(set(keys)) == 8
+
+
+def test_the_command_of_a_record_can_be_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/there/scale.py", "--label", "two words", "--only", "a-*|b"])
+    assert machine()["command"] == "python -m benchmarks.scale --label 'two words' --only 'a-*|b'"
 
 
 def test_penalties_are_against_the_control_of_the_same_seed() -> None:

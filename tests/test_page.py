@@ -28,6 +28,13 @@ def test_headings_are_lowered_and_plots_are_found_from_the_page(tmp_path: Path) 
     assert "\n## Loss\n\n![Loss](../records/2026-01-01-loss.png)\n\n### Low\n" in text
 
 
+def test_commands_are_code_so_that_hyphens_and_asterisks_stay(tmp_path: Path) -> None:
+    record(tmp_path, "2026-01-01-loss", "# Loss\n\n- command: python -m x --settings 'a-*,b-*'\n")
+    assert "\n- command: `python -m x --settings 'a-*,b-*'`\n" in render(
+        tmp_path, tmp_path / "page.md"
+    )
+
+
 def test_there_is_a_record_with_its_command_for_every_section() -> None:
     for path in newest(RECORDS):
         assert "- command: python -m benchmarks." in path.read_text(), path
