@@ -1,5 +1,6 @@
 """Attaching a strategy, and what a mistake on one rank or all of them leads to."""
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -446,3 +447,36 @@ def test_every_strategy_runs_with_one_process_and_no_process_group(name: str) ->
     sync.finish()
     assert sync.agreed
     assert sync.meter.total_bytes == 0
+
+
+def describe(rank: int) -> tuple[list[str], list[str]]:
+    said: list[str] = []
+
+    class Listen(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logger = logging.getLogger("postlocal")
+    logger.addHandler(Listen())
+    logger.setLevel(logging.DEBUG)
+    model = DistributedDataParallel(mlp())
+    optimizer = sgd(model)
+    sync = attach(model, strategies.edit(period=4, warmup=2))
+    shown = [repr(sync)]
+    for x, y in batches(rank, 6):
+        train_step(model, optimizer, x, y)
+        sync.step()
+    return [*shown, repr(sync)], said
+
+
+def test_a_clock_says_in_words_what_it_did(ranks: Ranks) -> None:
+    (shown, said), (_, elsewhere) = ranks(2, describe)
+    assert shown[0] == "<Sync: edit on 2 ranks: 0 steps, 0 synchronizations, 0 B sent, waited 0 s>"
+    pattern = (
+        r"<Sync: edit on 2 ranks: 6 steps, 1 synchronizations, [\d.]+ kB sent "
+        r"\([\d.]+% of DDP's\), waited [\d.]+ s>"
+    )
+    assert re.fullmatch(pattern, shown[1]), shown[1]
+    assert "after step 2 replicas part: rounds of local steps begin" in said
+    assert any(line.startswith("synchronized: step 6, world: ") for line in said)
+    assert not elsewhere, "one rank speaks for all"

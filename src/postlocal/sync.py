@@ -18,7 +18,7 @@ from postlocal.courier import Courier
 from postlocal.flight import Buffers, Flight, Fragment
 from postlocal.gradients import Local, Reduced
 from postlocal.inner import Inner
-from postlocal.meter import Meter, SyncRecord
+from postlocal.meter import Meter, SyncRecord, human_bytes, human_seconds
 from postlocal.replica import Replica
 from postlocal.schedule import RANK, WORLD, Round
 from postlocal.strategies import Strategy
@@ -83,15 +83,14 @@ class Sync:
         self._begin(self._plan())
 
     def __repr__(self) -> str:
-        ranks, numel = (
-            self.layout[WORLD].size,
-            sum(p.numel() for p in self.replica.parameters.values()),
-        )
+        ranks, meter = self.layout[WORLD].size, self.meter
+        numel = sum(parameter.numel() for parameter in self.replica.parameters.values())
         ddp = self._steps * fp32().payload_bytes(numel, ranks)
-        share = f" ({self.meter.total_bytes / ddp:.1%} of DDP's)" if ddp else ""
+        share = f" ({meter.total_bytes / ddp:.1%} of DDP's)" if ddp else ""
         return (
-            f"<Sync: {self.strategy.name} on {ranks} ranks, {self._steps:,} steps, "
-            f"{self.meter}{share}>"
+            f"<Sync: {self.strategy.name} on {ranks} ranks: {self._steps:,} steps, "
+            f"{meter.syncs:,} synchronizations, {human_bytes(meter.total_bytes)} sent{share}, "
+            f"waited {human_seconds(meter.wait_seconds)}>"
         )
 
     @property
