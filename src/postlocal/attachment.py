@@ -181,7 +181,8 @@ def _gradients(
     if ddp is None:
         return Local(layout)
     # What travels in several legs runs beside the backward pass, where DDP may communicate too.
-    given = {} if strategy.gradient_wire.lossy else {WORLD: Processes(ddp.process_group)}
+    base = everyone if isinstance(everyone, Processes) else Processes(ddp.process_group)
+    given = {} if strategy.gradient_wire.lossy else {WORLD: base.over(ddp.process_group)}
     return Reduced(ddp, Layout(everyone, topology, given), strategy.gradient_wire, meter)
 
 

@@ -168,10 +168,7 @@ class Reduced:
             "gradients", 2 * (size - 1) * math.ceil(buffer.numel() / size) * buffer.itemsize
         )
         buffer.mul_(1 / size)  # by the reciprocal and before the sum, to round as DDP does
-        work = dist.all_reduce(buffer, group=group.process_group, async_op=True)
-        assert work is not None
-        future: Future[list[Tensor]] = work.get_future()
-        return future.then(lambda done: done.value()[0])
+        return group.sum_(buffer)
 
     def _exchange(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         if self._by_bucket:

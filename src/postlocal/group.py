@@ -4,14 +4,16 @@
 `Alone` is a world of one rank, and `postlocal.virtual` has the third, an in-process one.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
+from torch.futures import Future
 
 from postlocal.errors import PeerError
 from postlocal.roll import Roll
@@ -144,6 +146,13 @@ class Processes:
             )
         )
 
+    def sum_(self, tensor: Tensor) -> Future[Tensor]:
+        """Replace ``tensor`` by its sum over all ranks; a future, as a hook of DDP returns."""
+        work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
+        assert work is not None
+        future: Future[list[Tensor]] = work.get_future()
+        return future.then(lambda done: done.value()[0])
+
     def all_gather(self, output: Tensor, tensor: Tensor) -> Work:
         return self._launch(
             lambda: dist.all_gather_single(output, tensor, group=self.process_group, async_op=True)
@@ -181,8 +190,12 @@ class Processes:
         created = self.torch_subgroup(partition)
         if dist.get_world_size(created) == 1:
             return Alone()
-        group = Processes.__new__(Processes)
-        group._adopt(created, self._timeout, self._roll)
+        return self.over(created)
+
+    def over(self, process_group: dist.ProcessGroup) -> Self:
+        """The same over another process group of torch: its timeout, and who names the missing."""
+        group = copy.copy(self)
+        group._adopt(process_group, self._timeout, self._roll)
         return group
 
     def torch_subgroup(self, partition: Sequence[Sequence[int]]) -> dist.ProcessGroup:

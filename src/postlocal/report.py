@@ -63,6 +63,21 @@ class Metrics:
         """All lines; a last one that was cut off by a crash is left out."""
         return list(self._entries()) if self.path.exists() else []
 
+    def seconds_to(self, loss: float) -> float | None:
+        """Seconds of training until the held-out loss was first as low as this; None: never.
+
+        Between two evaluations the loss counts as a straight line over time.
+        """
+        before = None
+        for entry in self.read():
+            if entry["kind"] != "eval":
+                continue
+            now = entry["train_seconds"], entry["val_loss"]
+            if now[1] <= loss:
+                return _crossing(before or now, now, loss)
+            before = now
+        return None
+
     def _entries(self) -> Iterator[dict[str, Any]]:
         for line in self.path.read_text().splitlines():
             try:
@@ -93,6 +108,7 @@ class Summary:
         final_val_loss: nats a byte on held-out text, at the end.
         replicas_equal: whether all workers' parameters were the same to the bit at the end.
         versions: of the software.
+        link: bit/s of the emulated link of each worker; None: there was none.
     """
 
     strategy: str
@@ -112,6 +128,7 @@ class Summary:
     replicas_equal: bool
     payload_bytes_by_purpose: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    link: float | None = None
 
     def write(self, folder: Path) -> None:
         """Write it as ``summary.json``, whole or not at all."""
@@ -123,3 +140,9 @@ class Summary:
     def read(cls, folder: Path) -> "Summary":
         """Read it back."""
         return cls(**json.loads((folder / SUMMARY).read_text()))
+
+
+def _crossing(before: tuple[float, float], now: tuple[float, float], loss: float) -> float:
+    """When a straight line between two evaluations, ``(seconds, loss)`` each, is at a loss."""
+    share = (before[1] - loss) / (before[1] - now[1]) if before[1] > now[1] else 1.0
+    return before[0] + share * (now[0] - before[0])

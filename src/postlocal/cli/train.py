@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from postlocal.cli.units import parse_bandwidth
 from postlocal.strategies import NAMED
 from postlocal.train import make_config
 from postlocal.train import train as run
@@ -47,6 +48,14 @@ def train(
     seed: Annotated[int, _run("Of data order and initialization.")] = _D.seed,
     compare: Annotated[
         str | None, _run("Train under this strategy too, first, such as ddp.")
+    ] = None,
+    link: Annotated[
+        str | None,
+        _run(
+            "Emulate a link of this rate between workers, such as 100Mbit (delays what is sent; "
+            "for demonstrations).",
+            show_default="none",
+        ),
     ] = None,
     strategy: Annotated[str, _axis(f"One of {', '.join(NAMED)}.")] = _D.strategy,
     period: Annotated[int | None, _axis("Steps a round.")] = None,
@@ -137,6 +146,7 @@ def train(
     parameters = {name: value for name, value in given.items() if value is not None}
     if periods is not None:
         parameters["periods"] = _parse_periods(periods)
+    settings["link"] = None if link is None else parse_bandwidth(link, "link")
     config = make_config(**settings | {"data": tuple(data or ()), "parameters": parameters})
     if launched() or workers == 1:
         run(config)

@@ -26,11 +26,11 @@ def parse_count(text: str, name: str) -> int:
     return round(float(found[1]) * _THOUSANDS[found[2].lower()])
 
 
-def parse_bandwidth(text: str) -> float:
+def parse_bandwidth(text: str, name: str = "bandwidth") -> float:
     """bit/s; ``b`` is a bit, ``B`` a byte.
 
     Raises:
-        ValueError: with what it takes.
+        ValueError: naming the option, what it got and what it takes.
 
     Example:
         >>> parse_bandwidth("100Mbit"), parse_bandwidth("12.5 MB/s")
@@ -39,7 +39,7 @@ def parse_bandwidth(text: str) -> float:
     found = re.fullmatch(_NUMBER + "([kKmMgGtT]?)(bit|b|B)(?:/s|ps)?", text.strip())
     if not found or not float(found[1]):
         raise ValueError(
-            f"bandwidth must be above 0 and have a unit, such as 100Mbit, 10Gbit/s or 1.2GB/s, "
+            f"{name} must be above 0 and have a unit, such as 100Mbit, 10Gbit/s or 1.2GB/s, "
             f"got {text!r}"
         )
     return float(found[1]) * _THOUSANDS[found[2].lower()] * _BITS[found[3]]

@@ -49,6 +49,7 @@ class TrainConfig(BaseModel):
     eval_sequences: Annotated[int, Field(ge=1)] = 256
     compare: str | None = None
     timeout: Annotated[float, Field(gt=0)] = 300.0
+    link: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
 
     @property
     def rising_steps(self) -> int:

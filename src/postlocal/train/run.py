@@ -27,6 +27,7 @@ from postlocal.report import METRICS, PLOT, SUMMARY, Metrics, Summary
 from postlocal.train import view
 from postlocal.train.config import TrainConfig
 from postlocal.train.data import Corpus, Share, Windows, find_files
+from postlocal.train.link import Link, linked
 from postlocal.train.model import SIZES, Transformer
 from postlocal.train.plots import plot
 from postlocal.train.stop import Stop
@@ -81,15 +82,24 @@ def _present(config: TrainConfig, summaries: dict[str, Summary]) -> None:
     if config.compare is not None:
         folders = {config.compare: config.compared().out} | folders
     console.print(view.results(summaries))
+    sentences = [
+        f"Plot: {_draw(folders, config.out / PLOT)}",
+        f"Summary: {config.out / SUMMARY}",
+    ]
     if config.compare is not None:
-        sentence = view.verdict(summaries[config.strategy], summaries[config.compare])
-        _print_line(console, sentence)
-    _print_line(console, f"Plot: {_draw(folders, config.out / PLOT)}")
-    _print_line(console, f"Summary: {config.out / SUMMARY}")
+        sentences += _compare(config, summaries[config.strategy], summaries[config.compare])
+    for sentence in sentences:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_line(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _compare(config: TrainConfig, run: Summary, other: Summary) -> list[str]:
+    """What there is to say of two runs: where they ended, and when they were at one loss."""
+    loss = max(run.final_val_loss, other.final_val_loss)
+    seconds = Metrics(config.out).seconds_to(loss)
+    others = Metrics(config.compared().out).seconds_to(loss)
+    if seconds is None or others is None:  # a loss is not finite
+        return [view.verdict(run, other)]
+    return [view.verdict(run, other), view.race(run, other, loss, seconds, others)]
 
 
 def _draw(folders: dict[str, Path], to: Path) -> str:
@@ -113,6 +123,8 @@ class _Run:
         self.stop = stop
         with agreement.together(everyone):
             self.windows, self.share = open_data(config, everyone.rank, everyone.size)
+            self.link = None if config.link is None else Link(config.link)
+            process_group = linked(self.link, config.timeout, device)
         self.model = self._make_model()
         self.optimizer = make_optimizer(self.model, config)
         self.sync = attach(
@@ -120,6 +132,7 @@ class _Run:
             self.optimizer,
             config.make_strategy(),
             topology=config.make_topology(),
+            process_group=process_group,
             timeout=config.timeout,
         )
         self.metrics = Metrics(config.out)
@@ -287,6 +300,8 @@ class _Run:
         self._save()
         summary = self._summarize(loss)
         self.sync.close()
+        if self.link is not None:
+            self.link.close()
         if self.everyone.rank == 0:
             save_weights(unwrap(self.model), self.config, self.config.out / WEIGHTS)
             summary.write(self.config.out)
@@ -313,6 +328,7 @@ class _Run:
             final_val_loss=loss,
             replicas_equal=all(theirs == digests[0] for theirs in digests),
             versions={name: version(name) for name in ("postlocal", "torch", "numpy")},
+            link=self.config.link,
         )
 
     def _digests(self) -> Iterator[str]:

@@ -101,6 +101,8 @@ def results(runs: Mapping[str, Summary]) -> Table:
         runs: label -> what came out.
     """
     table = Table("", *runs)
+    if any(run.link for run in runs.values()):
+        table.add_row("emulated link of a worker", *(human_rate(run.link) for run in runs.values()))
     rows: dict[str, Callable[[Summary], str]] = {
         "held-out loss (nats a byte)": lambda run: f"{run.final_val_loss:.4f}",
         "sent by a worker": lambda run: human_bytes(run.payload_bytes),
@@ -116,7 +118,7 @@ def results(runs: Mapping[str, Summary]) -> Table:
 
 
 def verdict(run: Summary, other: Summary) -> str:
-    """One sentence that compares a run with another one."""
+    """One sentence that compares bytes and final losses of a run with those of another one."""
     if not run.payload_bytes:
         return f"One worker has nobody to send to: held-out loss {run.final_val_loss:.4f}."
     ratio = other.payload_bytes / run.payload_bytes
@@ -127,6 +129,49 @@ def verdict(run: Summary, other: Summary) -> str:
         f"({100 * (run.final_val_loss / other.final_val_loss - 1):+.1f} %) after the same "
         f"{run.tokens:,} tokens."
     )
+
+
+def race(run: Summary, other: Summary, loss: float, seconds: float, others: float) -> str:
+    """One sentence that compares when two runs came to a loss.
+
+    Args:
+        run: what came out of the one.
+        other: what came out of the other.
+        loss: a held-out loss that both reached.
+        seconds: of training until the one was there.
+        others: of training until the other was there.
+    """
+    faster, times = (
+        ("sooner", others / seconds) if seconds < others else ("later", seconds / others)
+    )
+    over = f" over an emulated link of {human_rate(run.link)} a worker" if run.link else ""
+    return (
+        f"{other.strategy} was at a held-out loss of {loss:.3f} after {others:.0f} s, "
+        f"{run.strategy} after {seconds:.0f} s: {times:.1f} times {faster}{over} "
+        f"({_whose(run, other)})."
+    )
+
+
+def _whose(run: Summary, other: Summary) -> str:
+    """Which loss it is that two runs are compared at: the worse of those that they ended at."""
+    last = run if run.final_val_loss >= other.final_val_loss else other
+    return f"the loss that {last.strategy} ended at, the higher of the two"
+
+
+def human_rate(rate: float | None) -> str:
+    """A rate in bit/s with three digits and a unit.
+
+    Example:
+        >>> human_rate(40e6), human_rate(None)
+        ('40 Mbit/s', '-')
+    """
+    if rate is None:
+        return "-"
+    for unit in ("", "k", "M"):
+        if rate < 1000:
+            return f"{rate:.3g} {unit}bit/s"
+        rate /= 1000
+    return f"{rate:.3g} Gbit/s"
 
 
 def _share(part: float, whole: float) -> str:
