@@ -107,15 +107,18 @@ def same_values_(group: Group, tensors: Mapping[str, Tensor]) -> list[str]:
         tensors: the tensors, by name; changed in place.
 
     Returns:
-        Names of the tensors that were different on this rank before.
+        Names of the tensors of which any bit was different on this rank before.
     """
     changed = []
     with torch.no_grad():
         for name, tensor in tensors.items():
-            received = tensor.detach().clone(memory_format=torch.contiguous_format)
-            # As bytes: not every backend has every dtype.
-            group.broadcast(received.view(-1).view(torch.uint8)).wait()
-            if not torch.equal(received, tensor):
+            before = tensor.detach().clone(memory_format=torch.contiguous_format)
+            # As bytes: not every backend has every dtype, and NaN is not equal to itself.
+            own = before.view(-1).view(torch.uint8)
+            received = own.clone()
+            group.broadcast(received).wait()
+            if not torch.equal(received, own):
                 changed.append(name)
-            tensor.copy_(received)
+                own.copy_(received)
+                tensor.copy_(before)
     return changed

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from postlocal.checks import made
 from postlocal.errors import PeerError
 from postlocal.roll import Roll
 
@@ -20,6 +21,10 @@ Value = TypeVar("Value")
 Operation = Literal["sum", "max"]
 Parts = Sequence[Sequence[Tensor]]
 """Tensors for or from each rank of a group."""
+_NOT_IN = (
+    "process_group must be one that this rank is in, got one of other ranks: call only on the "
+    "ranks that torch.distributed.new_group() was given"
+)
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -247,11 +252,22 @@ def torch_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def resolve(process_group: dist.ProcessGroup | Group | None, timeout: timedelta | None) -> Group:
-    """The group that a caller means: torch's default for None, `Alone` where there is none."""
+    """The group that a caller means: torch's default for None, `Alone` where there is none.
+
+    Raises:
+        TypeError: if it is neither a group of torch nor a `Group`.
+        ValueError: if this rank is not in it.
+    """
     if process_group is None:
         if not dist.is_available() or not dist.is_initialized():
             return Alone()
         return Processes(dist.group.WORLD, timeout)  # type: ignore[arg-type]
     if isinstance(process_group, dist.ProcessGroup):
+        if dist.get_rank(process_group) < 0:
+            raise ValueError(_NOT_IN)
         return Processes(process_group, timeout)
-    return process_group
+    if isinstance(process_group, int) and process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(_NOT_IN)
+    needs = ("rank", "size", "all_reduce", "all_gather", "exchange", "broadcast", "subgroup")
+    group: Group = made("process_group", process_group, needs, "torch.distributed.new_group(...)")
+    return group
