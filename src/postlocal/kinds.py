@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parameter import is_lazy
 
 from postlocal.tensors import is_dtensor
@@ -57,6 +58,21 @@ def check_dense(model: nn.Module) -> None:
                 f"parameter {weight!r} has sparse gradients, which only the wire fp32 carries: "
                 "make the embedding with sparse=False, or leave gradient_wire at fp32()"
             )
+
+
+def dense(bucket: GradBucket) -> Tensor:
+    """The buffer of a bucket of gradients, which a hook is about to compress.
+
+    Raises:
+        TypeError: if the gradients are sparse, with the shape of their parameter.
+    """
+    buffer = bucket.buffer()
+    if buffer.is_sparse:
+        raise TypeError(
+            f"the gradient of a parameter of shape {tuple(buffer.shape)} is sparse, which no hook "
+            "that compresses carries: make the embedding with sparse=False, or take allreduce_hook"
+        )
+    return buffer
 
 
 def _check(role: str, name: str, tensor: Tensor) -> None:
