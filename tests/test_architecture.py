@@ -24,7 +24,7 @@ ROWS = (
     {"train", "ddp_comm_hooks", "model_averaging"},
     {"cli", "optim"},
     {"__init__", "__main__"},
-)  # fmt: skip
+)
 ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from postlocal import agreement, fragments, group, kinds, outer, schedule
-from postlocal.checks import choice, optional, seconds
+from postlocal.checks import choice, optional, seconds, shown
 from postlocal.codec import kernels
 from postlocal.errors import DisagreementError
 from postlocal.flight import Fragment
@@ -107,6 +107,7 @@ def attach(
         if topology is None:
             topology = default(strategy.levels, machines, everyone.rank)
         is_topology("topology", topology)
+        _check_model(model)
         replica = Replica(model)
         ddp = find_ddp(model)
         _check_ddp(ddp, everyone)
@@ -172,6 +173,12 @@ def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> Non
                 "topology.nodes(size=1)",
                 stacklevel=4,
             )
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        hint = ": model comes first, then optimizer" if isinstance(model, Optimizer) else ""
+        raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}{hint}")
 
 
 def _span(timeout: float | None) -> timedelta | None:

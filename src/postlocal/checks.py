@@ -159,7 +159,8 @@ def made(name: str, value: Any, needs: Collection[str], example: str) -> Any:
         needs: names of attributes.
         example: an expression that makes such a value.
     """
-    lacks = [need for need in needs if not hasattr(value, need)]
+    # Strings have a method or two of the names that protocols have.
+    lacks = [need for need in needs if isinstance(value, str) or not hasattr(value, need)]
     if isinstance(value, type):
         raise TypeError(f"{name} must be a value such as {example}, got {shown(value)}: call it")
     if lacks:

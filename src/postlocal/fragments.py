@@ -280,7 +280,7 @@ def _starts(name: str) -> Iterator[str]:
 def _prefixes(name: str, value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a list of names, such as ['blocks.0'], got {shown(value)}")
     prefixes = tuple(value)
     for prefix in prefixes:

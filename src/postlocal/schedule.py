@@ -543,7 +543,7 @@ def shortest(schedule: Schedule) -> int:
         4
     """
     known = getattr(schedule, "shortest", None)
-    return schedule(0, 1.0).steps if known is None else int(known)
+    return planned(schedule, 0, 1.0).steps if known is None else int(known)
 
 
 def levels(schedule: Schedule) -> frozenset[str]:
@@ -556,7 +556,7 @@ def levels(schedule: Schedule) -> frozenset[str]:
         ['node', 'world']
     """
     known = getattr(schedule, "levels", None)
-    return schedule(0, 1.0).levels if known is None else frozenset(known)
+    return planned(schedule, 0, 1.0).levels if known is None else frozenset(known)
 
 
 def rollout(

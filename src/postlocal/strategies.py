@@ -23,7 +23,7 @@ from postlocal import guard as guards
 from postlocal import outer as outers
 from postlocal import schedule as schedules
 from postlocal import wire as wires
-from postlocal.checks import choice, positive, settle, shown, text, whole
+from postlocal.checks import choice, no_steps_or_more, positive, settle, shown, text, whole
 from postlocal.codec.sparse import check_kept
 from postlocal.wire.carrier import is_wire
 from postlocal.wire.feedback import decay_of
@@ -261,8 +261,9 @@ def edit(
         max_norm: greatest norm of a layer's mean pseudo-gradient.
     """
     schedule: schedules.Schedule = schedules.periodic(period)
+    warmup = no_steps_or_more("warmup", warmup)
     return Strategy(
-        schedules.post_local(warmup, schedule) if warmup != 0 else schedule,
+        schedules.post_local(warmup, schedule) if warmup else schedule,
         _nesterov(outer_lr, outer_momentum),
         guard=guards.outliers(max_norm=max_norm),
         name="edit",

@@ -67,12 +67,12 @@ class nested:
         known = []
         before = 1
         for level, given in pairs("sizes", sizes, '{"node": 8}'):
-            size = whole(f"{text('each level of sizes', level)} size", given)
+            size = whole(f"sizes[{text('each level of sizes', level)!r}]", given)
             if level in (RANK, WORLD):
-                raise ValueError(f"level {level!r} is always there and cannot be given a size")
+                raise ValueError(f"sizes must name other levels: {level!r} is always there")
             if size < 1 or size % before:
                 raise ValueError(
-                    f"{level} size must be a positive multiple of the level below it "
+                    f"sizes[{level!r}] must be a positive multiple of the level below it "
                     f"({before}), got {size}"
                 )
             known.append((level, size))
