@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -215,7 +216,7 @@ def test_whatever_is_given_is_accepted_as_what_it_should_be_or_refused_by_name(
         assert value is None or not isinstance(value, bool | float | str)
     if kind == NUMBER:
         assert not isinstance(value, bool | str | None)
-    if make is Strategy or (not isinstance(made, Strategy) and is_dataclass(made)):
+    if is_dataclass(make):
         assert FITTING[kind](getattr(made, name))
 
 
@@ -323,6 +324,12 @@ def test_a_class_of_torch_is_an_outer_optimizer() -> None:
     assert postlocal.attach(model, sgd(model), strategy).strategy is strategy
 
 
+def test_an_outer_optimizer_may_ask_for_parameters_of_some_shape() -> None:
+    model = nn.Linear(4, 4, bias=False)
+    strategy = Strategy(schedule.periodic(2), outer=partial(torch.optim.Muon, lr=0.1))
+    assert postlocal.attach(model, sgd(model), strategy).strategy is strategy
+
+
 def test_long_values_are_not_printed_whole() -> None:
     with pytest.raises(TypeError, match="got a value of type Tensor"):
         checks.steps("period", torch.zeros(1000))
@@ -345,9 +352,16 @@ def attach_with(group: Group, case: str, odd: bool) -> str:
         given[name] = value
     try:
         postlocal.attach(model, optimizer, given.pop("strategy"), process_group=group, **given)
-    except (TypeError, ValueError, DisagreementError) as error:
+    except (TypeError, ValueError, KeyError, DisagreementError) as error:
         return f"{type(error).__name__}: {error}"
     return "attached"
+
+
+class Broken:
+    """A topology of one's own that fails."""
+
+    def partition(self, size: int) -> dict[str, topology.Partition]:
+        raise KeyError("no such machine")
 
 
 ODD: dict[str, tuple[tuple[str, Any], str]] = {
@@ -370,6 +384,7 @@ ODD: dict[str, tuple[tuple[str, Any], str]] = {
     "swapped": (("", None), "TypeError: model must be a torch.nn.Module, got a value of type SGD"),
     "outer": (("", None), "TypeError: outer must make a torch.optim.Optimizer .* got 3"),
     "schedule": (("", None), "TypeError: schedule must give a Round, got 4"),
+    "broken": (("topology", Broken()), "KeyError: 'no such machine'"),
 }
 
 

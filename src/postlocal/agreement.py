@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from postlocal.errors import DisagreementError, ModelChangedError
+from postlocal.errors import DisagreementError, ModelChangedError, PostlocalError
 from postlocal.group import Group
 
 Lines = Sequence[str]
@@ -21,13 +21,15 @@ def together(group: Group) -> Iterator[None]:
         group: all ranks, each inside a ``with`` block of its own.
 
     Raises:
-        ValueError, TypeError: what the block raised here.
+        Exception: what the block raised here.
         DisagreementError: where the block failed only on other ranks, with the first one's words.
     """
     error = None
     try:
         yield
-    except (ValueError, TypeError) as raised:
+    except PostlocalError:  # raised on all ranks, or where others are not there to be told
+        raise
+    except Exception as raised:
         error = raised
     words = group.all_gather_object(error and f"{type(error).__name__}: {error}")
     if error is not None:

@@ -114,7 +114,7 @@ def attach(
         if ddp is not None and strategy.gradient_wire != fp32():
             kinds.check_dense(ddp.module)
         inner = Inner(optimizer, replica)
-        _check_lr(strategy, inner)
+        _check_lr(strategy, inner, replica)
         parts = strategy.fragments.split(unwrap(model), _sizes(replica))
         partitions = topology.partition(everyone.size)
         check_levels(strategy, partitions)
@@ -189,11 +189,13 @@ def _span(timeout: float | None) -> timedelta | None:
         return None
 
 
-def _check_lr(strategy: Strategy, inner: Inner) -> None:
+def _check_lr(strategy: Strategy, inner: Inner, replica: Replica) -> None:
     """Refuse an optimizer without learning rate where something follows it."""
     asking = {
         "schedule": schedule.follows_lr(strategy.schedule),
-        "outer": outer.follows_lr(strategy.outer),
+        "outer": outer.follows_lr(
+            strategy.outer, [parameter.detach() for parameter in replica.parameters.values()]
+        ),
     }
     for axis, follows in asking.items():
         if follows and math.isnan(inner.lr):

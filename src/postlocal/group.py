@@ -21,10 +21,6 @@ Value = TypeVar("Value")
 Operation = Literal["sum", "max"]
 Parts = Sequence[Sequence[Tensor]]
 """Tensors for or from each rank of a group."""
-_NOT_IN = (
-    "process_group must be one that this rank is in, got one of other ranks: call only on the "
-    "ranks that torch.distributed.new_group() was given"
-)
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -238,9 +234,10 @@ def torch_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """The process group of torch that a caller means: the default one for None.
 
     Raises:
-        ValueError: if it is None and there is no default group.
+        ValueError: if it is None and there is no default group, or this rank is not in it.
     """
     if process_group is not None:
+        _check_member(process_group)
         return process_group
     if not dist.is_initialized():
         raise ValueError(
@@ -249,6 +246,16 @@ def torch_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
         )
     default: dist.ProcessGroup = distributed_c10d._get_default_group()
     return default
+
+
+def _check_member(process_group: object) -> None:
+    # What torch gives to ranks that are not in a new group.
+    outside = isinstance(process_group, int) and process_group == dist.GroupMember.NON_GROUP_MEMBER
+    if outside or (isinstance(process_group, dist.ProcessGroup) and process_group.rank() < 0):
+        raise ValueError(
+            "process_group must be one that this rank is in, got one of other ranks: call only on "
+            "the ranks that torch.distributed.new_group() was given"
+        )
 
 
 def resolve(process_group: dist.ProcessGroup | Group | None, timeout: timedelta | None) -> Group:
@@ -262,12 +269,9 @@ def resolve(process_group: dist.ProcessGroup | Group | None, timeout: timedelta 
         if not dist.is_available() or not dist.is_initialized():
             return Alone()
         return Processes(dist.group.WORLD, timeout)  # type: ignore[arg-type]
+    _check_member(process_group)
     if isinstance(process_group, dist.ProcessGroup):
-        if dist.get_rank(process_group) < 0:
-            raise ValueError(_NOT_IN)
         return Processes(process_group, timeout)
-    if isinstance(process_group, int) and process_group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(_NOT_IN)
     needs = ("rank", "size", "all_reduce", "all_gather", "exchange", "broadcast", "subgroup")
     group: Group = made("process_group", process_group, needs, "torch.distributed.new_group(...)")
     return group

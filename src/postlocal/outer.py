@@ -203,18 +203,23 @@ def is_outer(name: str, value: Any) -> Any:
     return function(name, value, "outer.nesterov(lr=0.7, momentum=0.9)")
 
 
-def follows_lr(outer: Outer) -> bool:
+def follows_lr(outer: Outer, anchor: Sequence[Tensor]) -> bool:
     """Whether an outer optimizer asks for the inner one's learning rate, found out by making one.
+
+    Args:
+        outer: makes it.
+        anchor: tensors in the shapes of the parameters; they stay as they are.
 
     Raises:
         TypeError: if what it makes is no `torch.optim.Optimizer`.
         ValueError: if a parameter group of it has no ``"lr"``.
 
     Example:
-        >>> follows_lr(slow_momentum()), follows_lr(nesterov())
+        >>> anchor = [torch.zeros(2)]
+        >>> follows_lr(slow_momentum(), anchor), follows_lr(nesterov(), anchor)
         (True, False)
     """
-    made = outer([torch.zeros(1)])
+    made = outer(anchor)
     if not isinstance(made, Optimizer):
         raise TypeError(
             f"outer must make a torch.optim.Optimizer of the anchor's tensors, got {shown(made)} "
