@@ -234,10 +234,9 @@ def torch_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """The process group of torch that a caller means: the default one for None.
 
     Raises:
-        ValueError: if it is None and there is no default group, or this rank is not in it.
+        ValueError: if it is None and there is no default group.
     """
     if process_group is not None:
-        _check_member(process_group)
         return process_group
     if not dist.is_initialized():
         raise ValueError(
