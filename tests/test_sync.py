@@ -255,7 +255,7 @@ def test_arguments_out_of_range_are_refused() -> None:
         outer.slow_momentum(momentum=1)
     with pytest.raises(ValueError, match="max_norm must be above 0, got 0"):
         guard.clip(0)
-    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="workers must be at least 1 worker, got 0"):
         virtual.run(0, lambda group: None)
 
 
