@@ -12,8 +12,8 @@ import postlocal
 SOURCE = Path(postlocal.__file__).parent
 
 ROWS = (
-    {"errors", "roll", "drawing"},
-    {"group", "tensors", "schedule", "outer", "fragments", "guard", "meter", "packing", "codec"},
+    {"errors", "roll", "drawing", "checks", "tensors"},
+    {"group", "kinds", "schedule", "outer", "fragments", "guard", "meter", "packing", "codec"},
     {"topology", "virtual", "replica", "agreement", "anchor", "courier", "powersgd"},
     {"wire", "ballot"},
     {"inner", "strategies", "gradients", "consistency"},

@@ -246,7 +246,7 @@ def test_values_beyond_fp32_count_as_infinite() -> None:
     ("make", "message"),
     [
         (lambda: int8(0), "block must be at least 1 element, got 0"),
-        (lambda: affine(0), "block must be at least 1 element, got 0"),
+        (lambda: affine(0), "channel must be at least 1 element, got 0"),
         (lambda: fp8(-1), "block must be at least 1 element, got -1"),
         (lambda: int4(15), "block must be a multiple of 2, so that codes fill whole bytes, got 15"),
         (lambda: fp4(3), "block must be a multiple of 2, so that codes fill whole bytes, got 3"),

@@ -208,12 +208,12 @@ def test_a_factor_of_ones_own_that_makes_no_sense_is_refused(bad: float) -> None
 
 
 BAD: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
-    (outer.nesterov, (0.0, 0.9), "outer lr must be above 0, got 0"),
-    (outer.nesterov, (-1.0, 0.9), "outer lr must be above 0, got -1"),
-    (outer.nesterov, (float("nan"), 0.9), "outer lr must be above 0, got nan"),
-    (outer.nesterov, (0.7, 1.0), "outer momentum must be at least 0 and below 1, got 1"),
-    (outer.slow_momentum, (0.0, 0.5), "outer lr must be above 0, got 0"),
-    (outer.slow_momentum, (1.0, -0.1), "outer momentum must be at least 0 and below 1, got -0.1"),
+    (outer.nesterov, (0.0, 0.9), "lr must be above 0, got 0"),
+    (outer.nesterov, (-1.0, 0.9), "lr must be above 0, got -1"),
+    (outer.nesterov, (float("nan"), 0.9), "lr must be above 0, got nan"),
+    (outer.nesterov, (0.7, 1.0), "momentum must be at least 0 and below 1, got 1"),
+    (outer.slow_momentum, (0.0, 0.5), "lr must be above 0, got 0"),
+    (outer.slow_momentum, (1.0, -0.1), "momentum must be at least 0 and below 1, got -0.1"),
     (outer.cosine, (0,), "total must be at least 1 step, got 0"),
     (outer.cosine, (10, 1.5), "final must be from 0 to 1, got 1.5"),
     (outer.linear, (10, float("nan")), "final must be from 0 to 1, got nan"),
@@ -228,11 +228,11 @@ BAD: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
         r"warmup must be at least 0 steps and below total \(10\), got -1",
     ),
     (outer.piecewise, ({},), "factors must name at least one step, got none"),
-    (outer.piecewise, ({-1: 0.5},), "factors must be of steps of at least 0, got -1"),
+    (outer.piecewise, ({-1: 0.5},), "each step of factors must be at least 0 steps, got -1"),
     (
         outer.piecewise,
         ({5: -0.5},),
-        r"factors\[5\] must be a finite number of at least 0, got -0.5",
+        r"factors\[5\] must be at least 0, got -0.5",
     ),
 ]
 

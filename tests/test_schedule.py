@@ -276,11 +276,11 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (schedule.quadratic, {"alpha": 0.1, "base": 1, "total": 0}, "total must be at least"),
     (schedule.quadratic, {"alpha": 0.1, "base": 1, "initial": 0}, "initial must be at least"),
     (schedule.growing, {"start": 0}, "start must be at least 1 step, got 0"),
-    (schedule.growing, {"start": 1, "factor": 1.0}, "factor must be a finite number above 1"),
+    (schedule.growing, {"start": 1, "factor": 1.0}, "factor must be above 1, got 1.0"),
     (schedule.growing, {"start": 1, "factor": math.nan}, "above 1, got nan"),
     (schedule.growing, {"start": 1, "every": 0}, "every must be at least 1 round, got 0"),
     (schedule.growing, {"start": 8, "limit": 4}, r"at least start \(8 steps\), got 4"),
-    (schedule.adaptive, {"target_drift": 0.0, "initial": 4}, "target_drift must be a finite"),
+    (schedule.adaptive, {"target_drift": 0.0, "initial": 4}, "target_drift must be above 0, got 0"),
     (schedule.adaptive, {"target_drift": math.nan, "initial": 4}, "above 0, got nan"),
     (
         schedule.adaptive,

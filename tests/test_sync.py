@@ -249,13 +249,13 @@ def test_arguments_out_of_range_are_refused() -> None:
         attach(mlp(), strategies.local_sgd(4), timeout=0.0)
     with pytest.raises(ValueError, match=r"optimizer_state must be one of .*, got 'lose'"):
         Strategy(schedule.periodic(4), optimizer_state="lose")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="outer lr must be above 0, got 0"):
+    with pytest.raises(ValueError, match="outer_lr must be above 0, got 0"):
         strategies.diloco(outer_lr=0)
-    with pytest.raises(ValueError, match="outer momentum must be at least 0 and below 1, got 1"):
+    with pytest.raises(ValueError, match="momentum must be at least 0 and below 1, got 1"):
         outer.slow_momentum(momentum=1)
     with pytest.raises(ValueError, match="max_norm must be above 0, got 0"):
         guard.clip(0)
-    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="workers must be at least 1 worker, got 0"):
         virtual.run(0, lambda group: None)
 
 

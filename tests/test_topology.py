@@ -62,7 +62,7 @@ def levels_of_mesh(rank: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("machines", "node"))
     with pytest.raises(ValueError, match="must have named dimensions"):
         topology.from_mesh(init_device_mesh("cpu", (4,)))
-    with pytest.raises(ValueError, match="mesh level 'node' has 4 ranks, the world has 8"):
+    with pytest.raises(ValueError, match="level 'node' has 4 ranks, the world has 8"):
         topology.from_mesh(mesh).partition(8)
     return topology.from_mesh(mesh).partition(4)
 

@@ -149,5 +149,5 @@ def test_threads_disagree_as_processes_do() -> None:
 
 @pytest.mark.parametrize("workers", [0, -1])
 def test_a_world_of_nobody_is_refused(workers: int) -> None:
-    with pytest.raises(ValueError, match=f"workers must be at least 1, got {workers}"):
+    with pytest.raises(ValueError, match=f"workers must be at least 1 worker, got {workers}"):
         virtual.run(workers, lambda group: None)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from postlocal.errors import DisagreementError, ModelChangedError
+from postlocal.errors import DisagreementError, ModelChangedError, PostlocalError
 from postlocal.group import Group
 
 Lines = Sequence[str]
@@ -21,13 +21,15 @@ def together(group: Group) -> Iterator[None]:
         group: all ranks, each inside a ``with`` block of its own.
 
     Raises:
-        ValueError, TypeError: what the block raised here.
+        Exception: what the block raised here.
         DisagreementError: where the block failed only on other ranks, with the first one's words.
     """
     error = None
     try:
         yield
-    except (ValueError, TypeError) as raised:
+    except PostlocalError:  # raised on all ranks, or where others are not there to be told
+        raise
+    except Exception as raised:
         error = raised
     words = group.all_gather_object(error and f"{type(error).__name__}: {error}")
     if error is not None:
@@ -107,15 +109,18 @@ def same_values_(group: Group, tensors: Mapping[str, Tensor]) -> list[str]:
         tensors: the tensors, by name; changed in place.
 
     Returns:
-        Names of the tensors that were different on this rank before.
+        Names of the tensors of which any bit was different on this rank before.
     """
     changed = []
     with torch.no_grad():
         for name, tensor in tensors.items():
-            received = tensor.detach().clone(memory_format=torch.contiguous_format)
-            # As bytes: not every backend has every dtype.
-            group.broadcast(received.view(-1).view(torch.uint8)).wait()
-            if not torch.equal(received, tensor):
+            before = tensor.detach().clone(memory_format=torch.contiguous_format)
+            # As bytes: not every backend has every dtype, and NaN is not equal to itself.
+            own = before.view(-1).view(torch.uint8)
+            received = own.clone()
+            group.broadcast(received).wait()
+            if not torch.equal(received, own):
                 changed.append(name)
-            tensor.copy_(received)
+                own.copy_(received)
+                tensor.copy_(before)
     return changed

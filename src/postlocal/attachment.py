@@ -1,5 +1,6 @@
 """How a training loop comes under a strategy: `attach` checks, compares ranks and makes groups."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from datetime import timedelta
@@ -11,7 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from postlocal import agreement, fragments, group, schedule
+from postlocal import agreement, fragments, group, kinds, outer, schedule
+from postlocal.checks import choice, optional, seconds, shown
 from postlocal.codec import kernels
 from postlocal.errors import DisagreementError
 from postlocal.flight import Fragment
@@ -21,10 +23,18 @@ from postlocal.inner import Inner
 from postlocal.meter import Meter
 from postlocal.replica import Replica, find_ddp, unwrap
 from postlocal.schedule import WORLD
-from postlocal.strategies import Strategy
+from postlocal.strategies import Strategy, is_strategy
 from postlocal.sync import Sync
-from postlocal.topology import Layout, Partition, Topology, unknown_level, world
-from postlocal.wire import Staging, codecs, travels_as
+from postlocal.topology import (
+    Layout,
+    Partition,
+    Topology,
+    by_node,
+    default,
+    is_topology,
+    unknown_level,
+)
+from postlocal.wire import Staging, codecs, fp32, travels_as
 
 _LARGE = 2**23  # parameters for which compiled codecs are worth their half a minute
 
@@ -49,7 +59,9 @@ def attach(
             ``"rank"`` needs it wrapped in DistributedDataParallel, with no communication hook.
         optimizer: the inner optimizer; it must hold parameters of ``model``.
         strategy: what to do; see `postlocal.strategies`.
-        topology: the levels between ``"rank"`` and ``"world"``; None: there are none.
+        topology: the levels between ``"rank"`` and ``"world"``; None: the machines, as level
+            ``"node"``, where the strategy needs it, and else none; see
+            `postlocal.topology.default`.
         process_group: the replicas; None: torch's default group, or one rank alone where torch
             has none. A group of `postlocal.virtual` works too.
         initial: what to do with parameters and buffers that differ between ranks: take rank 0's,
@@ -61,8 +73,10 @@ def attach(
         The clock to call ``step()`` on, once for each optimizer step.
 
     Raises:
-        ValueError: if an argument is bad, or the schedule names a level the topology lacks.
-        TypeError: if a parameter is of a kind that cannot be averaged.
+        ValueError: if an argument is bad, the strategy names a level that the topology lacks, or
+            it follows a learning rate that the optimizer does not have.
+        TypeError: if an argument is of another type, or a parameter or a buffer of a kind that
+            cannot be averaged.
         DisagreementError: if ranks were given different versions, strategies, topologies or
             models.
         PeerError: if a rank does not come in time.
@@ -83,22 +97,28 @@ def attach(
         >>> sync.steps, sync.agreed
         (3, True)
     """
-    everyone = group.resolve(process_group, timedelta(seconds=timeout) if timeout else None)
+    everyone = group.resolve(process_group, _span(timeout))
     everyone.arrive(0)
-    topology = topology or world()
+    machines = by_node(everyone)  # on every rank, whatever it was given
     with agreement.together(everyone):
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
-        if initial not in ("broadcast", "refuse"):
-            raise ValueError(f"initial must be 'broadcast' or 'refuse', got {initial!r}")
+        optional(seconds)("timeout", timeout)
+        choice("initial", initial, ("broadcast", "refuse"))
+        is_strategy("strategy", strategy)
+        if topology is None:
+            topology = default(strategy.levels, machines, everyone.rank)
+        is_topology("topology", topology)
+        _check_model(model)
         replica = Replica(model)
         ddp = find_ddp(model)
         _check_ddp(ddp, everyone)
+        if ddp is not None and strategy.gradient_wire != fp32():
+            kinds.check_dense(ddp.module)
         inner = Inner(optimizer, replica)
+        _check_lr(strategy, inner, replica)
         parts = strategy.fragments.split(unwrap(model), _sizes(replica))
         partitions = topology.partition(everyone.size)
         check_levels(strategy, partitions)
-        first = strategy.schedule(0, inner.lr)
+        first = schedule.planned(strategy.schedule, 0, inner.lr)
         _warm_up(strategy, replica)
     agreement.check(
         everyone,
@@ -143,7 +163,7 @@ def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> Non
     Raises:
         ValueError: naming the level that is missing.
     """
-    for level in sorted(schedule.levels(strategy.schedule)):
+    for level in sorted(strategy.levels):
         if level not in partitions:
             raise ValueError(unknown_level(level, partitions))
         if level != WORLD and len(partitions[level]) == 1 and len(partitions[level][0]) > 1:
@@ -152,6 +172,39 @@ def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> Non
                 "communicates with everybody; pass a topology with more than one group, such as "
                 "topology.nodes(size=1)",
                 stacklevel=4,
+            )
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        hint = ": model comes first, then optimizer" if isinstance(model, Optimizer) else ""
+        raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}{hint}")
+
+
+def _span(timeout: float | None) -> timedelta | None:
+    """What a timeout comes to; None for one that all ranks have to refuse together."""
+    try:
+        return timedelta(seconds=seconds("timeout", timeout))
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _check_lr(strategy: Strategy, inner: Inner, replica: Replica) -> None:
+    """Refuse an optimizer without learning rate where something follows it."""
+    asking = {
+        "schedule": schedule.follows_lr(strategy.schedule),
+        "outer": outer.follows_lr(
+            strategy.outer, [parameter.detach() for parameter in replica.parameters.values()]
+        ),
+    }
+    for axis, follows in asking.items():
+        if follows and math.isnan(inner.lr):
+            raise ValueError(
+                f"optimizer must have an 'lr' that is a number in a parameter group, since {axis} "
+                f"{getattr(strategy, axis)} follows it, got none from "
+                f"{type(inner.optimizer).__name__}: take a strategy that does not follow the "
+                "learning rate, or, where a schedule of your own does not, set its attribute "
+                "follows_lr to False"
             )
 
 

@@ -153,7 +153,8 @@ class Buffers:
         for name, result in self.tensors.items():
             tensor = present[name]
             integer = not (tensor.is_floating_point() or tensor.is_complex())
-            tensor.copy_(torch.maximum(tensor, result) if integer else result)
+            # As int64: not every dtype has a maximum.
+            tensor.copy_(torch.maximum(tensor.long(), result.long()) if integer else result)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is on its way, by name."""

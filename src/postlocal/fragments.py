@@ -17,10 +17,13 @@ Example:
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, combinations, pairwise
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from torch import nn
+
+from postlocal.checks import choice, count, flag, fraction, made, no_steps_or_more, settle, shown
 
 Order = Literal["strided", "sequential"]
 Names = tuple[str, ...]
@@ -109,6 +112,7 @@ class streaming:
             2021). It takes memory for one more fp32 copy of each fragment under way.
 
     Raises:
+        TypeError: if an argument is of another type.
         ValueError: if an argument is out of its range, or two layers hold each other.
 
     Example:
@@ -124,21 +128,16 @@ class streaming:
     carry: bool = False
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"count must be at least 1 fragment, got {self.count}")
-        if self.order not in get_args(Order):
-            raise ValueError(f"order must be one of {get_args(Order)}, got {self.order!r}")
-        if self.delay < 0:
-            raise ValueError(f"delay must be at least 0 steps, got {self.delay}")
-        if not 0 <= self.mix <= 1:
-            raise ValueError(f"mix must be from 0 to 1, got {self.mix}")
+        settle(
+            self, count=is_count, order=partial(choice, choices=get_args(Order)), mix=fraction,
+            delay=no_steps_or_more, carry=flag, layers=_prefixes,
+        )  # fmt: skip
         if self.carry and not self.delay:
             raise ValueError(
                 "carry needs a delay of at least 1 step, got 0: a result that is applied at once "
                 "loses no step; leave carry out"
             )
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
             _check_apart(self.layers)
 
     def split(self, model: nn.Module, sizes: Mapping[str, int]) -> tuple[Names, ...]:
@@ -164,6 +163,20 @@ class streaming:
             cuts = _cuts(weights, self.count)
             hands = [layers[start:end] for start, end in pairwise(cuts)]
         return [{name for layer in hand for name in layer} for hand in hands]
+
+
+is_count = partial(count, unit="fragment")
+"""The rule for a number of fragments."""
+
+
+def are_fragments(name: str, value: Any) -> Any:
+    """The rule for an argument that takes fragments.
+
+    Raises:
+        TypeError: if it lacks what `Fragments` has, or has to be called to make such a value.
+    """
+    needs = ("count", "delay", "mix", "carry", "layers", "split")
+    return made(name, value, needs, "fragments.streaming(count=4)")
 
 
 def launch_steps(steps: int, count: int) -> tuple[int, ...]:
@@ -262,6 +275,18 @@ def _numel(module: nn.Module) -> int:
 def _starts(name: str) -> Iterator[str]:
     """The prefixes of a dotted name, from the shortest to itself."""
     return accumulate(name.split("."), lambda start, part: f"{start}.{part}")
+
+
+def _prefixes(name: str, value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a list of names, such as ['blocks.0'], got {shown(value)}")
+    prefixes = tuple(value)
+    for prefix in prefixes:
+        if not isinstance(prefix, str):
+            raise TypeError(f"{name} must be names, such as 'blocks.0', got {shown(prefix)}")
+    return prefixes
 
 
 def _check_apart(layers: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.futures import Future
 
+from postlocal.checks import made
 from postlocal.errors import PeerError
 from postlocal.roll import Roll
 
@@ -259,12 +260,30 @@ def torch_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return default
 
 
+def _check_member(process_group: object) -> None:
+    # What torch gives to ranks that are not in a new group.
+    outside = isinstance(process_group, int) and process_group == dist.GroupMember.NON_GROUP_MEMBER
+    if outside or (isinstance(process_group, dist.ProcessGroup) and process_group.rank() < 0):
+        raise ValueError(
+            "process_group must be one that this rank is in, got one of other ranks: call only on "
+            "the ranks that torch.distributed.new_group() was given"
+        )
+
+
 def resolve(process_group: dist.ProcessGroup | Group | None, timeout: timedelta | None) -> Group:
-    """The group that a caller means: torch's default for None, `Alone` where there is none."""
+    """The group that a caller means: torch's default for None, `Alone` where there is none.
+
+    Raises:
+        TypeError: if it is neither a group of torch nor a `Group`.
+        ValueError: if this rank is not in it.
+    """
     if process_group is None:
         if not dist.is_available() or not dist.is_initialized():
             return Alone()
         return Processes(dist.group.WORLD, timeout)  # type: ignore[arg-type]
+    _check_member(process_group)
     if isinstance(process_group, dist.ProcessGroup):
         return Processes(process_group, timeout)
-    return process_group
+    needs = ("rank", "size", "all_reduce", "all_gather", "exchange", "broadcast", "subgroup")
+    group: Group = made("process_group", process_group, needs, "torch.distributed.new_group(...)")
+    return group

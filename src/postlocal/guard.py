@@ -11,10 +11,15 @@ sees one norm of each replica and module, the same on all ranks, and remembers.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from postlocal.checks import count, made, number, settle
+
+_limit = partial(number, above=0, finite=False)  # infinity: there is none
 
 
 class Jury(Protocol):
@@ -124,6 +129,7 @@ class clip:
         inner: the guard that weighs contributions, and scales before this one.
 
     Raises:
+        TypeError: if ``max_norm`` is no number, or ``inner`` no guard.
         ValueError: if ``max_norm`` is not above 0.
 
     Example:
@@ -136,7 +142,7 @@ class clip:
     anchored = True
 
     def __post_init__(self) -> None:
-        _check_max_norm(self.max_norm)
+        settle(self, max_norm=_limit, inner=is_guard)
 
     def weight(self, finite: bool) -> float:
         return self.inner.weight(finite)
@@ -173,6 +179,7 @@ class outliers:
         inner: the guard that weighs buffers, and scales all modules together; it has no jury.
 
     Raises:
+        TypeError: if an argument is of another type.
         ValueError: if an argument is out of its range.
 
     Example:
@@ -194,13 +201,10 @@ class outliers:
     anchored = True
 
     def __post_init__(self) -> None:
-        if not self.threshold > 0:
-            raise ValueError(f"threshold must be above 0, got {self.threshold}")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay must be above 0 and at most 1, got {self.decay}")
-        if self.warmup < 1:
-            raise ValueError(f"warmup must be at least 1 synchronization, got {self.warmup}")
-        _check_max_norm(self.max_norm)
+        settle(
+            self, threshold=_limit, decay=partial(number, above=0, most=1), max_norm=_limit,
+            warmup=partial(count, unit="synchronization"), inner=is_guard,
+        )  # fmt: skip
         if self.inner.jury(1, 1) is not None:
             raise ValueError(f"inner must be a guard without a jury, got {self.inner}")
 
@@ -277,6 +281,10 @@ class Outliers:
         }
 
 
-def _check_max_norm(max_norm: float) -> None:
-    if not max_norm > 0:
-        raise ValueError(f"max_norm must be above 0, got {max_norm}")
+def is_guard(name: str, value: Any) -> Any:
+    """The rule for an argument that takes a guard.
+
+    Raises:
+        TypeError: if it lacks what `Guard` has, or has to be called to make a guard.
+    """
+    return made(name, value, ("anchored", "weight", "scale", "jury"), "guard.clip(max_norm=10.0)")

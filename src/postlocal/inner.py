@@ -1,12 +1,15 @@
 """The inner optimizer, the user's: its learning rate, and its state at a synchronization."""
 
+import math
 from collections.abc import Iterator, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from postlocal.ballot import layout_number
+from postlocal.checks import shown
 from postlocal.group import Group
 from postlocal.replica import Replica
 from postlocal.tensors import weigh_
@@ -23,10 +26,16 @@ class Inner:
         replica: the parameters that are synchronized.
 
     Raises:
-        ValueError: if the optimizer holds none of them, or parameters of other modules.
+        TypeError: if it is no optimizer.
+        ValueError: if it holds none of them, or parameters of other modules.
     """
 
     def __init__(self, optimizer: Optimizer, replica: Replica) -> None:
+        if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
+            hint = ": model comes first, then optimizer" if hasattr(optimizer, "forward") else ""
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got {shown(optimizer)}{hint}"
+            )
         self.optimizer = optimizer
         self._replica = replica
         self._held = self._ids()
@@ -78,8 +87,10 @@ class Inner:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the first parameter group."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """The greatest learning rate of the parameter groups; NaN where none has a number."""
+        given = (group.get("lr") for group in self.optimizer.param_groups)
+        known = [float(lr) for lr in given if isinstance(lr, Real | Tensor)]
+        return max(known, default=math.nan)
 
     def describe(self) -> list[str]:
         """One line for each tensor of its state, in the order in which `average_` takes them."""

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from threading import Lock
 from typing import Any, Literal
 
+from postlocal.checks import count
+
 Purpose = Literal["gradients", "parameters", "buffers", "optimizer", "control"]
 
 
@@ -58,7 +60,7 @@ class Meter:
     Payload is what an algorithm sends, without the framing of any protocol below it.
 
     Args:
-        history: number of latest records kept in `records`.
+        history: number of latest records kept in `records`, at least 0.
 
     Attributes:
         payload_bytes: bytes sent since the start, by purpose: ``gradients``, ``parameters``,
@@ -67,6 +69,10 @@ class Meter:
         syncs: number of synchronizations.
         excluded: number of contributions left out of a mean.
         records: the latest synchronizations, in the order in which they ended.
+
+    Raises:
+        TypeError: if ``history`` is no whole number.
+        ValueError: if it is negative.
 
     Example:
         >>> meter = Meter()
@@ -83,6 +89,7 @@ class Meter:
     """
 
     def __init__(self, history: int = 1000) -> None:
+        history = count("history", history, "record", least=0)
         self.payload_bytes: Counter[str] = Counter()
         self.wait_seconds = 0.0
         self.syncs = 0

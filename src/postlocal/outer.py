@@ -18,11 +18,30 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from postlocal.checks import (
+    fraction,
+    function,
+    no_steps_or_more,
+    number,
+    pairs,
+    positive,
+    settle,
+    shown,
+    steps,
+    whole,
+)
+
+momentum_of = partial(number, least=0, below=1)
+"""The rule for an outer momentum."""
+_factor = partial(number, least=0)
 
 
 class Outer(Protocol):
@@ -65,6 +84,7 @@ class nesterov:
         momentum: outer momentum, at least 0 and below 1; 0 is plain SGD.
 
     Raises:
+        TypeError: if either is no number.
         ValueError: if either is out of its range.
 
     Example:
@@ -76,7 +96,7 @@ class nesterov:
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        _check(self.lr, self.momentum)
+        settle(self, lr=positive, momentum=momentum_of)
 
     def __call__(self, anchor: Sequence[Tensor]) -> Optimizer:
         return _sgd(anchor, self.lr, self.momentum)
@@ -91,6 +111,7 @@ class slow_momentum:
         momentum: slow momentum (beta), at least 0 and below 1. 0 with ``lr=1`` is averaging.
 
     Raises:
+        TypeError: if either is no number.
         ValueError: if either is out of its range.
 
     Example:
@@ -107,7 +128,7 @@ class slow_momentum:
     momentum: float = 0.6
 
     def __post_init__(self) -> None:
-        _check(self.lr, self.momentum)
+        settle(self, lr=positive, momentum=momentum_of)
 
     def __call__(self, anchor: Sequence[Tensor]) -> Optimizer:
         return SlowMomentum(anchor, self.lr, self.momentum)
@@ -122,6 +143,9 @@ class scheduled:
         factor: from the number of inner steps taken to a factor, at least 0; a pure function. At
             0 an outer step leaves the anchor where it was: what replicas did in that round is lost.
 
+    Raises:
+        TypeError: if ``inner`` is no outer optimizer, or ``factor`` no function.
+
     Example:
         >>> halved = scheduled(nesterov(), piecewise({1000: 0.5}))
         >>> [rate(halved, step) for step in (999, 1000)]
@@ -130,6 +154,9 @@ class scheduled:
 
     inner: Outer
     factor: Callable[[int], float]
+
+    def __post_init__(self) -> None:
+        settle(self, inner=is_outer, factor=partial(function, example="outer.cosine(total=1000)"))
 
     def __call__(self, anchor: Sequence[Tensor]) -> Optimizer:
         return self.inner(anchor)
@@ -150,12 +177,57 @@ def rate(outer: Outer, step: int) -> float:
     if not isinstance(outer, scheduled):
         return 1.0
     factor = outer.factor(step)
-    if not 0 <= factor < math.inf:
+    if not isinstance(factor, Real) or not 0 <= factor < math.inf:
         raise ValueError(
-            f"outer lr factor must be a finite number of at least 0, got {factor} at step {step} "
-            f"from {outer.factor}"
+            f"outer lr factor must be a finite number of at least 0, got {shown(factor)} at step "
+            f"{step} from {outer.factor}"
         )
     return factor * rate(outer.inner, step)
+
+
+def is_outer(name: str, value: Any) -> Any:
+    """The rule for an argument that takes an outer optimizer.
+
+    A class of `torch.optim` is one: it makes an optimizer of the anchor, with its own defaults.
+
+    Raises:
+        TypeError: if it cannot be called with the anchor's tensors.
+    """
+    if isinstance(value, type) and issubclass(value, Optimizer):
+        return value
+    if isinstance(value, Optimizer):
+        raise TypeError(
+            f"{name} must make an optimizer of the anchor, got one that is made already, "
+            f"{type(value).__name__}: pass functools.partial(torch.optim.SGD, lr=0.7)"
+        )
+    return function(name, value, "outer.nesterov(lr=0.7, momentum=0.9)")
+
+
+def follows_lr(outer: Outer, anchor: Sequence[Tensor]) -> bool:
+    """Whether an outer optimizer asks for the inner one's learning rate, found out by making one.
+
+    Args:
+        outer: makes it.
+        anchor: tensors in the shapes of the parameters; they stay as they are.
+
+    Raises:
+        TypeError: if what it makes is no `torch.optim.Optimizer`.
+        ValueError: if a parameter group of it has no ``"lr"``.
+
+    Example:
+        >>> anchor = [torch.zeros(2)]
+        >>> follows_lr(slow_momentum(), anchor), follows_lr(nesterov(), anchor)
+        (True, False)
+    """
+    made = outer(anchor)
+    if not isinstance(made, Optimizer):
+        raise TypeError(
+            f"outer must make a torch.optim.Optimizer of the anchor's tensors, got {shown(made)} "
+            f"from {outer!r}"
+        )
+    for group in made.param_groups:
+        number("outer lr", group.get("lr"))
+    return any("inner_lr" in group for group in made.param_groups)
 
 
 @dataclass(frozen=True)
@@ -167,7 +239,11 @@ class _Decay(ABC):
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        _check_decay(self.total, self.final, self.warmup)
+        settle(self, total=steps, final=fraction, warmup=whole)
+        if not 0 <= self.warmup < self.total:
+            raise ValueError(
+                f"warmup must be at least 0 steps and below total ({self.total}), got {self.warmup}"
+            )
 
     def __call__(self, step: int) -> float:
         done = _share(step - self.warmup, self.total - self.warmup)
@@ -190,6 +266,7 @@ class cosine(_Decay):
             least 0 and below ``total``.
 
     Raises:
+        TypeError: if an argument is of another type.
         ValueError: if an argument is out of its range.
 
     Example:
@@ -212,6 +289,7 @@ class linear(_Decay):
             least 0 and below ``total``.
 
     Raises:
+        TypeError: if an argument is of another type.
         ValueError: if an argument is out of its range.
 
     Example:
@@ -231,6 +309,7 @@ class piecewise:
         factors: step, at least 0 -> factor from there on, at least 0.
 
     Raises:
+        TypeError: if ``factors`` is no mapping of whole numbers to numbers.
         ValueError: if there are none, or one is out of its range.
 
     Example:
@@ -241,16 +320,14 @@ class piecewise:
     factors: tuple[tuple[int, float], ...]
 
     def __init__(self, factors: Mapping[int, float]) -> None:
-        object.__setattr__(self, "factors", tuple(sorted(factors.items())))
-        if not self.factors:
+        given = pairs("factors", factors, "{1000: 0.5}")
+        if not given:
             raise ValueError("factors must name at least one step, got none")
-        for step, factor in self.factors:
-            if step < 0:
-                raise ValueError(f"factors must be of steps of at least 0, got {step}")
-            if not 0 <= factor < math.inf:
-                raise ValueError(
-                    f"factors[{step}] must be a finite number of at least 0, got {factor}"
-                )
+        known = [
+            (no_steps_or_more("each step of factors", step), _factor(f"factors[{step!r}]", factor))
+            for step, factor in given
+        ]
+        object.__setattr__(self, "factors", tuple(sorted(known)))
 
     def __call__(self, step: int) -> float:
         return next((factor for start, factor in reversed(self.factors) if step >= start), 1.0)
@@ -293,22 +370,6 @@ def _sgd(anchor: Sequence[Tensor], lr: float, momentum: float = 0.0) -> Optimize
     return torch.optim.SGD(
         anchor, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused or None
     )
-
-
-def _check(lr: float, momentum: float) -> None:
-    if not lr > 0:
-        raise ValueError(f"outer lr must be above 0, got {lr}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"outer momentum must be at least 0 and below 1, got {momentum}")
-
-
-def _check_decay(total: int, final: float, warmup: int) -> None:
-    if total < 1:
-        raise ValueError(f"total must be at least 1 step, got {total}")
-    if not 0 <= final <= 1:
-        raise ValueError(f"final must be from 0 to 1, got {final}")
-    if not 0 <= warmup < total:
-        raise ValueError(f"warmup must be at least 0 steps and below total ({total}), got {warmup}")
 
 
 def _share(step: int, steps: int) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from postlocal import kinds
 from postlocal.tensors import flat_view, is_dtensor
 
 
@@ -27,11 +28,13 @@ class Replica:
 
     Raises:
         ValueError: if nothing requires grad, or tensors overlap in memory without being the same.
-        TypeError: if a parameter is sharded, complex, or has no memory yet.
+        TypeError: if a parameter is sharded, complex, or has no memory yet; see `postlocal.kinds`
+            for others, and for buffers.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._module = unwrap(model)
+        kinds.check(self._module)
         parameters = once(self._module.named_parameters())
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.frozen = {name: p for name, p in parameters.items() if not p.requires_grad}

@@ -22,8 +22,23 @@ Example:
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
+
+from postlocal.checks import (
+    count,
+    function,
+    no_steps_or_more,
+    number,
+    optional,
+    pairs,
+    positive,
+    settle,
+    shown,
+    steps,
+    text,
+)
 
 RANK = "rank"
 WORLD = "world"
@@ -41,7 +56,8 @@ class Round:
             synchronization.
 
     Raises:
-        ValueError: if ``steps`` is below 1.
+        TypeError: if ``steps`` is no whole number, or a level no string.
+        ValueError: if ``steps`` is below 1, or ``parameters`` is ``"rank"``: that is nobody.
     """
 
     steps: int
@@ -49,7 +65,7 @@ class Round:
     parameters: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least_one("steps", self.steps)
+        settle(self, steps=steps, gradients=text, parameters=optional(_meeting))
 
     @property
     def levels(self) -> frozenset[str]:
@@ -93,6 +109,7 @@ class every_step:
     """
 
     shortest = 1
+    follows_lr = False
 
     @property
     def levels(self) -> frozenset[str]:
@@ -115,7 +132,8 @@ class periodic:
         parameters: level of the synchronization.
 
     Raises:
-        ValueError: if ``period`` is below 1.
+        TypeError: if ``period`` is no whole number, or a level no string.
+        ValueError: if ``period`` is below 1, or ``parameters`` is ``"rank"``.
 
     Example:
         >>> periodic(16)(step=16, lr=0.1)
@@ -125,13 +143,14 @@ class periodic:
     period: int
     gradients: str = RANK
     parameters: str = WORLD
+    follows_lr = False
 
     def __post_init__(self) -> None:
-        _at_least_one("period", self.period)
+        settle(self, period=steps, gradients=text, parameters=_meeting)
 
     @property
     def levels(self) -> frozenset[str]:
-        return Round(self.period, self.gradients, self.parameters).levels
+        return frozenset({self.gradients, self.parameters}) - {RANK}
 
     @property
     def shortest(self) -> int:
@@ -154,7 +173,9 @@ class hierarchical:
         gradients: level at which gradients are averaged within a round.
 
     Raises:
-        ValueError: if ``periods`` is empty, below 1, unsorted or not nested.
+        TypeError: if ``periods`` is no mapping, or a level or a period of another type.
+        ValueError: if ``periods`` is empty, below 1, unsorted or not nested, has ``"rank"``, or
+            ``"world"`` before another level.
 
     Example:
         >>> when = hierarchical({"node": 4, "world": 16})
@@ -164,20 +185,11 @@ class hierarchical:
 
     periods: tuple[tuple[str, int], ...]
     gradients: str = RANK
+    follows_lr = False
 
     def __init__(self, periods: Mapping[str, int], gradients: str = RANK) -> None:
-        object.__setattr__(self, "periods", tuple(periods.items()))
-        object.__setattr__(self, "gradients", gradients)
-        if not self.periods:
-            raise ValueError("periods must name at least one level, got none")
-        for level, period in self.periods:
-            _at_least_one(f"periods[{level!r}]", period)
-        for (inner, short), (outer, long) in pairwise(self.periods):
-            if long <= short or long % short:
-                raise ValueError(
-                    f"periods must grow from level to level, each a multiple of the one before; "
-                    f"got {inner!r}: {short}, then {outer!r}: {long}"
-                )
+        object.__setattr__(self, "periods", _periods(periods))
+        object.__setattr__(self, "gradients", text("gradients", gradients))
 
     @property
     def levels(self) -> frozenset[str]:
@@ -202,6 +214,7 @@ class post_local:
         then: schedule from there on; it counts its steps from the end of the warm-up.
 
     Raises:
+        TypeError: if ``warmup`` is no whole number, or ``then`` no schedule.
         ValueError: if ``warmup`` is negative.
 
     Example:
@@ -213,8 +226,7 @@ class post_local:
     then: Schedule
 
     def __post_init__(self) -> None:
-        if self.warmup < 0:
-            raise ValueError(f"warmup must be at least 0 steps, got {self.warmup}")
+        settle(self, warmup=no_steps_or_more, then=is_schedule)
 
     @property
     def levels(self) -> frozenset[str]:
@@ -223,6 +235,10 @@ class post_local:
     @property
     def shortest(self) -> int:
         return shortest(self.then)
+
+    @property
+    def follows_lr(self) -> bool:
+        return follows_lr(self.then)
 
     def __call__(self, step: int, lr: float) -> Round:
         if step < self.warmup:
@@ -253,8 +269,9 @@ class quadratic:
         parameters: level of the synchronization.
 
     Raises:
+        TypeError: if an argument is of another type.
         ValueError: if ``alpha`` is not above 0, ``base``, ``initial`` or ``total`` is below 1,
-            or ``lr_warmup`` is negative.
+            or ``lr_warmup`` is negative; when called, if the learning rate is NaN.
 
     Example:
         >>> when = quadratic(alpha=0.02, base=4)
@@ -269,20 +286,17 @@ class quadratic:
     total: int | None = None
     gradients: str = RANK
     parameters: str = WORLD
+    follows_lr = True
 
     def __post_init__(self) -> None:
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be above 0, got {self.alpha}")
-        _at_least_one("base", self.base)
-        if self.lr_warmup < 0:
-            raise ValueError(f"lr_warmup must be at least 0 steps, got {self.lr_warmup}")
-        for name, steps in (("initial", self.initial), ("total", self.total)):
-            if steps is not None:
-                _at_least_one(name, steps)
+        settle(
+            self, alpha=positive, base=steps, lr_warmup=no_steps_or_more, initial=optional(steps),
+            total=optional(steps), gradients=text, parameters=_meeting,
+        )  # fmt: skip
 
     @property
     def levels(self) -> frozenset[str]:
-        return Round(1, self.gradients, self.parameters).levels
+        return frozenset({self.gradients, self.parameters}) - {RANK}
 
     @property
     def shortest(self) -> int:
@@ -292,6 +306,8 @@ class quadratic:
         return Round(self._period(step, lr), self.gradients, self.parameters)
 
     def _period(self, step: int, lr: float) -> int:
+        if math.isnan(lr):
+            raise ValueError(f"lr must be a number where the period follows it, got {lr}")
         if step < self.lr_warmup:
             return min(self.initial or self.base, self.lr_warmup - step)
         left = math.inf if self.total is None else max(1, self.total - step)
@@ -320,6 +336,7 @@ class growing:
         parameters: level of the synchronization.
 
     Raises:
+        TypeError: if an argument is of another type.
         ValueError: if an argument is out of its range.
 
     Example:
@@ -334,19 +351,19 @@ class growing:
     limit: int | None = None
     gradients: str = RANK
     parameters: str = WORLD
+    follows_lr = False
 
     def __post_init__(self) -> None:
-        _at_least_one("start", self.start)
-        if not 1 < self.factor < math.inf:
-            raise ValueError(f"factor must be a finite number above 1, got {self.factor}")
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1 round, got {self.every}")
+        settle(
+            self, start=steps, factor=partial(number, above=1), every=partial(count, unit="round"),
+            limit=optional(steps), gradients=text, parameters=_meeting,
+        )  # fmt: skip
         if self.limit is not None and self.limit < self.start:
             raise ValueError(f"limit must be at least start ({self.start} steps), got {self.limit}")
 
     @property
     def levels(self) -> frozenset[str]:
-        return Round(1, self.gradients, self.parameters).levels
+        return frozenset({self.gradients, self.parameters}) - {RANK}
 
     @property
     def shortest(self) -> int:
@@ -388,6 +405,7 @@ class adaptive:
         parameters: level of the synchronization.
 
     Raises:
+        TypeError: if an argument is of another type.
         ValueError: if an argument is out of its range.
 
     Example:
@@ -403,13 +421,13 @@ class adaptive:
     longest: int = 1000
     gradients: str = RANK
     parameters: str = WORLD
+    follows_lr = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.target_drift < math.inf:
-            raise ValueError(
-                f"target_drift must be a finite number above 0, got {self.target_drift}"
-            )
-        _at_least_one("shortest", self.shortest)
+        settle(
+            self, target_drift=positive, initial=steps, shortest=steps, longest=steps,
+            gradients=text, parameters=_meeting,
+        )  # fmt: skip
         if self.longest < self.shortest:
             raise ValueError(
                 f"longest must be at least shortest ({self.shortest} steps), got {self.longest}"
@@ -422,7 +440,7 @@ class adaptive:
 
     @property
     def levels(self) -> frozenset[str]:
-        return Round(1, self.gradients, self.parameters).levels
+        return frozenset({self.gradients, self.parameters}) - {RANK}
 
     def __call__(self, step: int, lr: float) -> Round:
         return Round(self.initial, self.gradients, self.parameters)
@@ -435,6 +453,24 @@ class adaptive:
         if math.isnan(drift):
             return 1.0
         return 2.0 if drift == 0 else min(max(self.target_drift / drift, 0.5), 2.0)
+
+
+def planned(schedule: Schedule, step: int, lr: float) -> Round:
+    """The round that a schedule gives.
+
+    Raises:
+        TypeError: if it gives anything else.
+
+    Example:
+        >>> planned(periodic(16), step=0, lr=0.1).steps
+        16
+    """
+    given = schedule(step, lr)
+    if not isinstance(given, Round):
+        raise TypeError(
+            f"schedule must give a Round, got {shown(given)} from {schedule} at step {step}"
+        )
+    return given
 
 
 def adapt(schedule: Schedule, planned: Round, before: Round, drift: float) -> Round:
@@ -469,6 +505,21 @@ def adapts(schedule: Schedule) -> bool:
     return isinstance(schedule, Adapting)
 
 
+def follows_lr(schedule: Schedule) -> bool:
+    """Whether a schedule asks for the learning rate.
+
+    The schedules of this module know. Any other callable is taken to, unless it has an attribute
+    ``follows_lr`` that is False.
+
+    Example:
+        >>> follows_lr(post_local(8, quadratic(0.02, 4))), follows_lr(periodic(4))
+        (True, False)
+        >>> follows_lr(lambda step, lr: Round(4))
+        True
+    """
+    return bool(getattr(schedule, "follows_lr", True))
+
+
 def nests(schedule: Schedule) -> bool:
     """Whether a schedule of this module synchronizes parameters at more than one level.
 
@@ -492,7 +543,7 @@ def shortest(schedule: Schedule) -> int:
         4
     """
     known = getattr(schedule, "shortest", None)
-    return schedule(0, 1.0).steps if known is None else int(known)
+    return planned(schedule, 0, 1.0).steps if known is None else int(known)
 
 
 def levels(schedule: Schedule) -> frozenset[str]:
@@ -505,7 +556,7 @@ def levels(schedule: Schedule) -> frozenset[str]:
         ['node', 'world']
     """
     known = getattr(schedule, "levels", None)
-    return schedule(0, 1.0).levels if known is None else frozenset(known)
+    return planned(schedule, 0, 1.0).levels if known is None else frozenset(known)
 
 
 def rollout(
@@ -522,13 +573,50 @@ def rollout(
         >>> [start for start, _ in rollout(periodic(4), steps=10)]
         [0, 4, 8]
     """
-    step = 0
-    while step < steps:
+    is_schedule("schedule", schedule)
+    end, step = no_steps_or_more("steps", steps), 0
+    while step < end:
         current = schedule(step, lr(step) if callable(lr) else lr)
-        yield step, Round(min(current.steps, steps - step), current.gradients, current.parameters)
+        yield step, Round(min(current.steps, end - step), current.gradients, current.parameters)
         step += current.steps
 
 
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1 step, got {value}")
+def is_schedule(name: str, value: Any) -> Any:
+    """The rule for an argument that takes a schedule.
+
+    Raises:
+        TypeError: if it cannot be called, or has to be called to make a schedule.
+    """
+    return function(name, value, "schedule.periodic(16)")
+
+
+def _meeting(name: str, value: Any) -> str:
+    """A level at which ranks meet."""
+    level = text(name, value)
+    if level == RANK:
+        raise ValueError(
+            f"{name} must be a level at which ranks meet, such as {WORLD!r}, got {RANK!r}, which "
+            "is a rank alone"
+        )
+    return level
+
+
+def _periods(given: Any) -> tuple[tuple[str, int], ...]:
+    periods = pairs("periods", given, '{"node": 4, "world": 16}')
+    if not periods:
+        raise ValueError("periods must name at least one level, got none")
+    for level, period in periods:
+        _meeting(f"level {shown(level)} of periods", level)
+        steps(f"periods[{level!r}]", period)
+    for (inner, short), (outer, long) in pairwise(periods):
+        if inner == WORLD:
+            raise ValueError(
+                f"periods must go from the narrowest level to the widest, got {WORLD!r} before "
+                f"{outer!r}"
+            )
+        if long <= short or long % short:
+            raise ValueError(
+                f"periods must grow from level to level, each a multiple of the one before; "
+                f"got {inner!r}: {short}, then {outer!r}: {long}"
+            )
+    return tuple((level, int(period)) for level, period in periods)

@@ -14,6 +14,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 from postlocal import codec
@@ -22,6 +23,10 @@ from postlocal import guard as guards
 from postlocal import outer as outers
 from postlocal import schedule as schedules
 from postlocal import wire as wires
+from postlocal.checks import choice, no_steps_or_more, positive, settle, shown, text, whole
+from postlocal.codec.sparse import check_kept
+from postlocal.wire.carrier import is_wire
+from postlocal.wire.feedback import decay_of
 
 OptimizerState = Literal["keep", "average", "reset"]
 
@@ -46,6 +51,7 @@ class Strategy:
         name: for tables and messages.
 
     Raises:
+        TypeError: if an axis is of another kind, such as a name instead of a value.
         ValueError: if ``optimizer_state`` is none of the three; if ``fragments`` go with nested
             levels, or their delay is as long as a round, or goes with averaged optimizer state or
             a schedule that follows the drift.
@@ -61,11 +67,11 @@ class Strategy:
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        choices = get_args(OptimizerState)
-        if self.optimizer_state not in choices:
-            raise ValueError(
-                f"optimizer_state must be one of {choices}, got {self.optimizer_state!r}"
-            )
+        settle(
+            self, schedule=schedules.is_schedule, outer=outers.is_outer, wire=is_wire,
+            gradient_wire=is_wire, fragments=parts.are_fragments, guard=guards.is_guard,
+            optimizer_state=partial(choice, choices=get_args(OptimizerState)), name=text,
+        )  # fmt: skip
         if self.streams:
             self._check_streaming()
 
@@ -97,6 +103,12 @@ class Strategy:
         """Whether the parameters last agreed on are kept, one fp32 copy of the model."""
         plain = isinstance(self.outer, outers.average)
         return not plain or self.streams or self.wire.lossy or self.guard.anchored
+
+    @property
+    def levels(self) -> frozenset[str]:
+        """The levels that its schedule and its wires name, ``"rank"`` left out."""
+        within = wires.levels(self.wire) | wires.levels(self.gradient_wire)
+        return (schedules.levels(self.schedule) | within) - {schedules.RANK}
 
     @property
     def streams(self) -> bool:
@@ -137,7 +149,7 @@ def post_local_sgd(
         outer_momentum: Nesterov momentum over rounds, which helps where local steps are noisy.
     """
     then = schedules.periodic(period, gradients)
-    outer: outers.Outer = outers.nesterov(outer_lr, outer_momentum)
+    outer: outers.Outer = _nesterov(outer_lr, outer_momentum)
     if (outer_lr, outer_momentum) == (1.0, 0.0):
         outer = outers.average()
     return Strategy(schedules.post_local(warmup, then), outer, name="post_local_sgd")
@@ -154,13 +166,15 @@ def slowmo(period: int = 12, slow_lr: float = 1.0, slow_momentum: float = 0.6) -
     The paper zeroes the inner momentum at a synchronization for SGD and keeps Adam's state;
     for the former use ``replace(slowmo(), optimizer_state="reset")``.
     """
-    outer = outers.slow_momentum(slow_lr, slow_momentum)
+    outer = outers.slow_momentum(
+        positive("slow_lr", slow_lr), outers.momentum_of("slow_momentum", slow_momentum)
+    )
     return Strategy(schedules.periodic(period), outer, name="slowmo")
 
 
 def diloco(period: int = 100, outer_lr: float = 0.7, outer_momentum: float = 0.9) -> Strategy:
     """DiLoCo: Nesterov momentum on pseudo-gradients (Douillard et al., arXiv 2311.08105)."""
-    outer = outers.nesterov(outer_lr, outer_momentum)
+    outer = _nesterov(outer_lr, outer_momentum)
     return Strategy(schedules.periodic(period), outer, name="diloco")
 
 
@@ -188,11 +202,12 @@ def streaming_diloco(
         outer_momentum: outer Nesterov momentum.
         carry: whether steps taken during the delay are kept on top of the result; not in the paper.
     """
+    count = parts.is_count("fragments", fragments)
     return Strategy(
         schedules.periodic(period),
-        outers.nesterov(outer_lr, outer_momentum),
+        _nesterov(outer_lr, outer_momentum),
         wires.quantised(codec.fp4()),
-        fragments=parts.streaming(fragments, order, delay, mix, carry=carry),
+        fragments=parts.streaming(count, order, delay, mix, carry=carry),
         name="streaming_diloco",
     )
 
@@ -216,11 +231,12 @@ def sparse_loco(
             place of outer momentum.
         outer_lr: outer learning rate.
     """
+    check_kept("top_k", whole("top_k", top_k), whole("chunk", chunk))
     wire = wires.gathered(codec.top_k(top_k, chunk, bits))
     return Strategy(
         schedules.periodic(period),
-        outers.nesterov(outer_lr, momentum=0.0),
-        wires.error_feedback(wire, feedback),
+        _nesterov(outer_lr, momentum=0.0),
+        wires.error_feedback(wire, decay_of("feedback", feedback)),
         name="sparse_loco",
     )
 
@@ -245,9 +261,10 @@ def edit(
         max_norm: greatest norm of a layer's mean pseudo-gradient.
     """
     schedule: schedules.Schedule = schedules.periodic(period)
+    warmup = no_steps_or_more("warmup", warmup)
     return Strategy(
         schedules.post_local(warmup, schedule) if warmup else schedule,
-        outers.nesterov(outer_lr, outer_momentum),
+        _nesterov(outer_lr, outer_momentum),
         guard=guards.outliers(max_norm=max_norm),
         name="edit",
     )
@@ -279,6 +296,7 @@ def named(name: str, **parameters: Any) -> Strategy:
         parameters: of that function.
 
     Raises:
+        TypeError: if the name is no string, or a value is of another type.
         ValueError: if the name or a parameter is unknown, one is missing, or a value is out of
             range.
 
@@ -299,16 +317,42 @@ def named(name: str, **parameters: Any) -> Strategy:
     return NAMED[name](**parameters)
 
 
+def is_strategy(name: str, value: Any) -> Any:
+    """The rule for an argument that takes a strategy.
+
+    Raises:
+        TypeError: if it is none, with what to pass instead.
+
+    Example:
+        >>> is_strategy("strategy", "diloco")
+        Traceback (most recent call last):
+        TypeError: strategy must be a Strategy, got 'diloco': pass strategies.diloco(period=...)...
+    """
+    if isinstance(value, Strategy):
+        return value
+    called = value if isinstance(value, str) and value in NAMED else None
+    called = called or next((key for key, made in NAMED.items() if made is value), "local_sgd")
+    example = "" if called == "ddp" else "period=..."
+    raise TypeError(
+        f"{name} must be a Strategy, got {shown(value)}: pass strategies.{called}({example}); "
+        f"there are {', '.join(NAMED)}"
+    )
+
+
 def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
     """The parameters that a named strategy takes.
 
     Raises:
+        TypeError: if the name is no string.
         ValueError: if the name is unknown.
 
     Example:
         >>> list(parameters_of("diloco"))
         ['period', 'outer_lr', 'outer_momentum']
     """
-    if name not in NAMED:
-        raise ValueError(f"strategy must be one of {', '.join(NAMED)}, got {name!r}")
-    return inspect.signature(NAMED[name]).parameters
+    return inspect.signature(NAMED[choice("strategy", name, NAMED)]).parameters
+
+
+def _nesterov(lr: Any, momentum: Any) -> outers.nesterov:
+    """Under the names that the functions above have for its arguments."""
+    return outers.nesterov(positive("outer_lr", lr), outers.momentum_of("outer_momentum", momentum))

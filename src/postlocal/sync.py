@@ -332,7 +332,7 @@ class Sync:
         return flight
 
     def _plan(self) -> Round:
-        return self.strategy.schedule(self._steps, self.inner.lr)
+        return schedule.planned(self.strategy.schedule, self._steps, self.inner.lr)
 
     def _adapt(self, planned: Round, drift: float) -> Round:
         return schedule.adapt(self.strategy.schedule, planned, self._round, drift)

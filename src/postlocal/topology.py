@@ -9,21 +9,26 @@ Example:
     {'node': ((0, 1, 2, 3), (4, 5, 6, 7)), 'world': ((0, 1, 2, 3, 4, 5, 6, 7),)}
 """
 
+import logging
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from postlocal.checks import count, made, optional, pairs, settle, shown, text, whole
 from postlocal.group import Alone, Group
 
 RANK = "rank"
 WORLD = "world"
 
 Partition = tuple[tuple[int, ...], ...]
+
+logger = logging.getLogger("postlocal")
 
 
 class Topology(Protocol):
@@ -48,6 +53,7 @@ class nested:
         sizes: level -> number of ranks in one of its groups, from the narrowest to the widest.
 
     Raises:
+        TypeError: if ``sizes`` is no mapping of strings to whole numbers.
         ValueError: if a level is named ``"rank"`` or ``"world"``, or sizes are not nested.
 
     Example:
@@ -58,17 +64,20 @@ class nested:
     sizes: tuple[tuple[str, int], ...]
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
-        object.__setattr__(self, "sizes", tuple(sizes.items()))
+        known = []
         before = 1
-        for level, size in self.sizes:
+        for level, given in pairs("sizes", sizes, '{"node": 8}'):
+            size = whole(f"sizes[{text('each level of sizes', level)!r}]", given)
             if level in (RANK, WORLD):
-                raise ValueError(f"level {level!r} is always there and cannot be given a size")
+                raise ValueError(f"sizes must name other levels: {level!r} is always there")
             if size < 1 or size % before:
                 raise ValueError(
-                    f"{level} size must be a positive multiple of the level below it "
+                    f"sizes[{level!r}] must be a positive multiple of the level below it "
                     f"({before}), got {size}"
                 )
+            known.append((level, size))
             before = size
+        object.__setattr__(self, "sizes", tuple(known))
 
     def partition(self, size: int) -> dict[str, Partition]:
         levels = {level: _blocks(size, level, block) for level, block in self.sizes}
@@ -93,6 +102,7 @@ class nodes:
         size: ranks a node; None: what the launcher says (``LOCAL_WORLD_SIZE``, as torchrun sets).
 
     Raises:
+        TypeError: if ``size`` is no whole number.
         ValueError: if ``size`` is below 1; by `partition` if it is not known or does not divide
             the world.
 
@@ -104,15 +114,28 @@ class nodes:
     size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"size must be at least 1 rank a node, got {self.size}")
+        settle(self, size=optional(partial(count, unit="rank a node")))
 
     def partition(self, size: int) -> dict[str, Partition]:
         return nested({"node": self.size or _local_world_size(size)}).partition(size)
 
 
+@dataclass(frozen=True)
+class _Groups:
+    """Levels whose groups are known, rank by rank."""
+
+    levels: tuple[tuple[str, Partition], ...]
+
+    def partition(self, size: int) -> dict[str, Partition]:
+        for level, groups in self.levels:
+            covered = sum(map(len, groups))
+            if covered != size:
+                raise ValueError(f"level {level!r} has {covered} ranks, the world has {size}")
+        return dict(self.levels) | {WORLD: (tuple(range(size)),)}
+
+
 @dataclass(frozen=True, init=False)
-class from_mesh:
+class from_mesh(_Groups):
     """The levels of a device mesh: each dimension but the outermost names a level.
 
     A level holds the ranks of its own dimension and of all inner ones; the outermost dimension
@@ -122,7 +145,9 @@ class from_mesh:
         mesh: a mesh with named dimensions, outermost first.
 
     Raises:
-        ValueError: if the dimensions of the mesh have no names.
+        TypeError: if ``mesh`` is no device mesh.
+        ValueError: if the dimensions of the mesh have no names, or an inner one is named
+            ``"rank"`` or ``"world"``.
 
     Example:
         >>> from torch.distributed.device_mesh import init_device_mesh
@@ -131,12 +156,20 @@ class from_mesh:
         ...     return from_mesh(mesh).partition(4)  # node: ((0, 1), (2, 3))
     """
 
-    levels: tuple[tuple[str, Partition], ...]
-
     def __init__(self, mesh: DeviceMesh) -> None:
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(
+                f"mesh must be a torch.distributed.device_mesh.DeviceMesh, got {shown(mesh)}"
+            )
         names = mesh.mesh_dim_names
         if not names:
             raise ValueError("mesh must have named dimensions: pass mesh_dim_names")
+        for name in names[1:]:
+            if name in (RANK, WORLD):
+                raise ValueError(
+                    f"mesh must name its inner dimensions other than {RANK!r} and {WORLD!r}, which "
+                    f"are always there, got {names}"
+                )
         ranks = mesh.mesh
         index = {rank: position for position, rank in enumerate(sorted(ranks.flatten().tolist()))}
         levels = []
@@ -145,13 +178,6 @@ class from_mesh:
             partition = tuple(tuple(index[rank] for rank in group) for group in groups)
             levels.append((names[dimension], partition))
         object.__setattr__(self, "levels", tuple(levels))
-
-    def partition(self, size: int) -> dict[str, Partition]:
-        for level, groups in self.levels:
-            covered = sum(map(len, groups))
-            if covered != size:
-                raise ValueError(f"mesh level {level!r} has {covered} ranks, the world has {size}")
-        return dict(self.levels) | {WORLD: (tuple(range(size)),)}
 
 
 @dataclass(frozen=True)
@@ -163,6 +189,7 @@ class leaders:
         level: whose groups have a leader each.
 
     Raises:
+        TypeError: if ``topology`` is none, or ``level`` no string.
         ValueError: by `partition`, if the topology lacks the level.
 
     Example:
@@ -172,6 +199,9 @@ class leaders:
 
     topology: Topology
     level: str
+
+    def __post_init__(self) -> None:
+        settle(self, topology=is_topology, level=text)
 
     def partition(self, size: int) -> dict[str, Partition]:
         levels = self.topology.partition(size)
@@ -185,29 +215,65 @@ class leaders:
 def by_node(group: Group) -> Partition:
     """The ranks of a group by machine, found out together; nodes may differ in size.
 
-    Two ranks share a machine if the launcher says so (``GROUP_RANK`` or ``LOCAL_WORLD_SIZE``, as
-    torchrun sets), or else if its name is the same.
+    Two ranks share a machine if the launcher says so (``GROUP_RANK``, or the same
+    ``LOCAL_WORLD_SIZE`` on all ranks, as torchrun sets), or else if its name is the same.
 
     Args:
         group: who asks; collective.
+
+    Raises:
+        ValueError: on every rank, if a launcher's number is none on one of them.
 
     Example:
         >>> by_node(Alone())
         ((0,),)
     """
+    rank = dist.get_rank() if dist.is_initialized() else group.rank
+    said = (os.environ.get("GROUP_RANK"), os.environ.get("LOCAL_WORLD_SIZE"), rank)
+    everyones = group.all_gather_object((*said, socket.gethostname()))
+    # Where nodes differ in size, a rank and the size of its node do not tell which node it is.
+    alike = len({size for _, size, _, _ in everyones}) == 1
     members: dict[str, list[int]] = {}
-    for rank, node in enumerate(group.all_gather_object(_node(group))):
-        members.setdefault(node, []).append(rank)
+    for member, (node, size, number, host) in enumerate(everyones):
+        if node is not None:
+            name = f"node {node}"
+        elif size is not None and alike:
+            name = f"node {number // _ranks_of_a_node(size)}"
+        else:
+            name = host
+        members.setdefault(name, []).append(member)
     return tuple(tuple(ranks) for ranks in members.values())
 
 
-def _node(group: Group) -> str:
-    if "GROUP_RANK" in os.environ:
-        return f"node {os.environ['GROUP_RANK']} of the launcher"
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        rank = dist.get_rank() if dist.is_initialized() else group.rank
-        return f"node {rank // int(os.environ['LOCAL_WORLD_SIZE'])}"
-    return socket.gethostname()
+def default(levels: Collection[str], machines: Partition, rank: int = 0) -> Topology:
+    """The levels of a run that was given no topology.
+
+    ``"node"`` is a machine, where a strategy needs that level. Where there is one machine only,
+    each rank counts as a node of its own, which rank 0 logs: with one node everybody would meet
+    everybody at every step.
+
+    Args:
+        levels: those that the strategy names.
+        machines: ranks by machine; see `by_node`.
+        rank: who asks.
+
+    Example:
+        >>> default({"node", "world"}, machines=((0, 1), (2,))).partition(3)
+        {'node': ((0, 1), (2,)), 'world': ((0, 1, 2),)}
+        >>> default({"world"}, machines=((0, 1), (2,))).partition(3)
+        {'world': ((0, 1, 2),)}
+    """
+    if "node" not in levels:
+        return world()
+    if len(machines) > 1:
+        return _Groups((("node", machines),))
+    ranks = len(machines[0])
+    if ranks > 1 and rank == 0:
+        logger.warning(
+            "all %d ranks share one machine, and no topology was given: each rank is a node of "
+            "its own; for larger nodes pass topology=topology.nodes(size=...)", ranks,
+        )  # fmt: skip
+    return nodes(size=1)
 
 
 class Layout:
@@ -256,10 +322,20 @@ class Layout:
 
 def unknown_level(level: str, known: Iterable[str]) -> str:
     """The message for a level that a schedule names and a topology lacks."""
+    example = "topology.nodes()" if level == "node" else f"topology.nested({{{level!r}: size}})"
     return (
         f"level must be one that the topology has ({', '.join(known)}), got {level!r}: pass a "
-        f"topology with it, such as topology.nested({{{level!r}: size}})"
+        f"topology with it, such as topology={example}"
     )
+
+
+def is_topology(name: str, value: Any) -> Any:
+    """The rule for an argument that takes a topology.
+
+    Raises:
+        TypeError: if it lacks what `Topology` has, or has to be called to make a topology.
+    """
+    return made(name, value, ("partition",), "topology.nodes()")
 
 
 def _lead(narrow: Partition, wide: Partition) -> Partition:
@@ -284,4 +360,13 @@ def _local_world_size(size: int) -> int:
             "nodes() needs a size: LOCAL_WORLD_SIZE is not set; launch with torchrun, or pass "
             "nodes(size=...)"
         )
-    return int(known or 1)
+    return _ranks_of_a_node(known or "1")
+
+
+def _ranks_of_a_node(said: str) -> int:
+    if not said.isdecimal() or int(said) < 1:
+        raise ValueError(
+            f"LOCAL_WORLD_SIZE must be a whole number of at least 1, got {said!r}: it is what the "
+            "launcher sets for each rank"
+        )
+    return int(said)

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from postlocal.checks import count, seconds
 from postlocal.errors import PeerError
 from postlocal.group import Alone, Done, Group, Operation, Parts, Work
 
@@ -43,12 +44,12 @@ def run(workers: int, function: Callable[[Group], Result], timeout: float = 60.0
         What the workers returned, in the order of ranks.
 
     Raises:
-        ValueError: if ``workers`` is below 1.
+        TypeError: if ``workers`` is no whole number, or ``timeout`` no number.
+        ValueError: if ``workers`` is below 1, or ``timeout`` not above 0.
         Exception: the first one that a worker raised; the others are released.
     """
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
-    room = _Room(workers, timeout)
+    workers = count("workers", workers, "worker")
+    room = _Room(workers, seconds("timeout", timeout))
 
     def work(rank: int) -> Result:
         try:

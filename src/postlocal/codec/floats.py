@@ -1,12 +1,14 @@
 """Codecs whose codes are floating point numbers of 8 or 4 bits, times a scale a block."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from postlocal.checks import flag, settle
 from postlocal.codec.blockwise import Blockwise, scales_of, zero_unless
-from postlocal.codec.layout import check_block
+from postlocal.codec.layout import block_of
 from postlocal.codec.rounding import noise
 
 
@@ -22,6 +24,7 @@ class fp8(Blockwise):
         block: elements that share a scale.
 
     Raises:
+        TypeError: if an argument is of another type.
         ValueError: if ``block`` is below 1.
 
     Example:
@@ -35,7 +38,7 @@ class fp8(Blockwise):
     block: int = 256
 
     def __post_init__(self) -> None:
-        check_block(self.block)
+        settle(self, block=block_of)
 
     def quantise(self, blocks: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
         greatest = blocks.abs().amax(dim=1, keepdim=True)
@@ -61,6 +64,7 @@ class fp4(Blockwise):
             nearest else.
 
     Raises:
+        TypeError: if an argument is of another type.
         ValueError: if ``block`` is below 1 or odd.
 
     Example:
@@ -76,7 +80,7 @@ class fp4(Blockwise):
     packed = 2
 
     def __post_init__(self) -> None:
-        check_block(self.block, self.packed)
+        settle(self, block=partial(block_of, packed=self.packed), stochastic=flag)
 
     def quantise(self, blocks: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
         greatest = blocks.abs().amax(dim=1, keepdim=True)

@@ -1,12 +1,14 @@
 """Codecs whose codes are whole numbers, evenly spaced between the extremes of a block."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from postlocal.checks import flag, optional, settle
 from postlocal.codec.blockwise import Blockwise, scales_of, zero_unless
-from postlocal.codec.layout import Layout, check_block
+from postlocal.codec.layout import Layout, block_of
 from postlocal.codec.rounding import noise, rounded_by_chance
 
 
@@ -23,6 +25,7 @@ class int8(Blockwise):
             nearest else.
 
     Raises:
+        TypeError: if an argument is of another type.
         ValueError: if ``block`` is below 1.
 
     Example:
@@ -37,7 +40,7 @@ class int8(Blockwise):
     stochastic: bool = False
 
     def __post_init__(self) -> None:
-        check_block(self.block)
+        settle(self, block=block_of, stochastic=flag)
 
     def quantise(self, blocks: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
         greatest, codes = _symmetric(blocks, 127, first, self.stochastic)
@@ -61,6 +64,7 @@ class int4(Blockwise):
             nearest else.
 
     Raises:
+        TypeError: if an argument is of another type.
         ValueError: if ``block`` is below 1 or odd.
 
     Example:
@@ -76,7 +80,7 @@ class int4(Blockwise):
     packed = 2
 
     def __post_init__(self) -> None:
-        check_block(self.block, self.packed)
+        settle(self, block=partial(block_of, packed=self.packed), stochastic=flag)
 
     def quantise(self, blocks: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
         greatest, codes = _symmetric(blocks, 7, first, self.stochastic)
@@ -102,6 +106,7 @@ class affine(Blockwise):
         channel: elements that share scale and zero point; None: all that are encoded together.
 
     Raises:
+        TypeError: if ``channel`` is no whole number.
         ValueError: if ``channel`` is below 1.
 
     Example:
@@ -117,8 +122,7 @@ class affine(Blockwise):
     compiled = False
 
     def __post_init__(self) -> None:
-        if self.channel is not None:
-            check_block(self.channel)
+        settle(self, channel=optional(block_of))
 
     @property
     def block(self) -> int:

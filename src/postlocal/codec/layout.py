@@ -1,9 +1,12 @@
 """Where parameters and codes lie in a payload."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from postlocal.checks import count
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,16 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def check_block(block: int, packed: int = 1) -> None:
-    """Refuse a block of nothing, or one that does not fill whole bytes."""
-    if block < 1:
-        raise ValueError(f"block must be at least 1 element, got {block}")
+def block_of(name: str, value: Any, packed: int = 1) -> int:
+    """The rule for a number of elements that share parameters, and fill whole bytes.
+
+    Raises:
+        TypeError: if it is no whole number.
+        ValueError: if it is below 1, or no multiple of ``packed``.
+    """
+    block = count(name, value, "element")
     if block % packed:
         raise ValueError(
-            f"block must be a multiple of {packed}, so that codes fill whole bytes, got {block}"
+            f"{name} must be a multiple of {packed}, so that codes fill whole bytes, got {block}"
         )
+    return block

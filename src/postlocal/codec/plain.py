@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from postlocal.checks import shown
 from postlocal.codec.layout import round_up
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _TILE = 2**15  # elements worked on at a time, that stay in a processor's cache
 
 
@@ -46,7 +48,11 @@ class cast:
     the range of bf16, which is that of fp32, becomes infinite there.
 
     Args:
-        dtype: a floating point dtype.
+        dtype: a floating point dtype of 16 bits or more.
+
+    Raises:
+        TypeError: if ``dtype`` is no dtype.
+        ValueError: if it is none of these.
 
     Example:
         >>> payload, values = torch.zeros(4, dtype=torch.uint8), torch.empty(2)
@@ -59,6 +65,13 @@ class cast:
 
     dtype: torch.dtype
     block = 1
+
+    def __post_init__(self) -> None:
+        rule = f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {shown(self.dtype)}"
+        if not isinstance(self.dtype, torch.dtype):
+            raise TypeError(rule)
+        if self.dtype not in _DTYPES:
+            raise ValueError(rule)
 
     def nbytes(self, numel: int, dtype: torch.dtype = torch.float32) -> int:
         return round_up(numel * self.dtype.itemsize, 4)

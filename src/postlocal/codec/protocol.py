@@ -1,9 +1,11 @@
 """What every codec can do."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from postlocal.checks import made
 
 
 class Codec(Protocol):
@@ -38,3 +40,13 @@ class Codec(Protocol):
     def accumulate(self, payload: Tensor, values: Tensor, alpha: float = 1.0) -> None:
         """Add ``alpha`` times what a payload stands for to values, shape ``(n,)``, in place."""
         ...
+
+
+def is_codec(name: str, value: Any) -> Any:
+    """The rule for an argument that takes a codec.
+
+    Raises:
+        TypeError: if it lacks what `Codec` has, or has to be called to make a codec.
+    """
+    needs = ("block", "nbytes", "encode", "decode", "accumulate")
+    return made(name, value, needs, "codec.int8(block=256)")

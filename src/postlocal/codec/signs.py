@@ -1,12 +1,14 @@
 """A codec of one bit a value."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from postlocal.checks import settle
 from postlocal.codec.blockwise import Blockwise
-from postlocal.codec.layout import check_block
+from postlocal.codec.layout import block_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class sign(Blockwise):
         block: elements that share a magnitude.
 
     Raises:
+        TypeError: if an argument is of another type.
         ValueError: if ``block`` is below 1 or no multiple of 8.
 
     Example:
@@ -36,7 +39,7 @@ class sign(Blockwise):
     packed = 8
 
     def __post_init__(self) -> None:
-        check_block(self.block, self.packed)
+        settle(self, block=partial(block_of, packed=self.packed))
 
     def quantise(self, blocks: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
         codes = torch.zeros((), dtype=torch.int32, device=blocks.device)

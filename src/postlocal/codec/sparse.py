@@ -3,10 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from postlocal.checks import count, settle, whole
 from postlocal.codec.bits import pack, packed_bytes, unpack
 from postlocal.codec.layout import round_up
 from postlocal.codec.levels import from_levels, numbers_in_fp32, to_levels
@@ -42,8 +44,8 @@ class _Sparse(ABC):
     header = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.k <= self.chunk:
-            raise ValueError(f"k must be from 1 to chunk ({self.chunk}) elements, got {self.k}")
+        settle(self, k=whole, chunk=partial(count, unit="element"), bits=whole)
+        check_kept("k", self.k, self.chunk)
         if self.bits not in (*range(2, 9), 32):
             raise ValueError(f"bits must be from 2 to 8, or 32 for exact values, got {self.bits}")
 
@@ -149,6 +151,7 @@ class top_k(_Sparse):
             the chunk keeps; 32: values as they are, in fp32.
 
     Raises:
+        TypeError: if an argument is no whole number.
         ValueError: if ``k`` is not from 1 to ``chunk``, or ``bits`` not one of these.
 
     Example:
@@ -193,6 +196,7 @@ class random_k(_Sparse):
             the chunk keeps; 32: values as they are, in fp32.
 
     Raises:
+        TypeError: if an argument is no whole number.
         ValueError: if ``k`` is not from 1 to ``chunk``, or ``bits`` not one of these.
 
     Example:
@@ -222,6 +226,16 @@ class random_k(_Sparse):
         random = (mixed(salt + mixed(column + 1)) & 0x7FFFFFFF).long()
         edges = torch.arange(run.kept + 1, device=device) * size // run.kept
         return edges[:-1] + (random * edges.diff() >> 31)
+
+
+def check_kept(name: str, kept: int, chunk: int) -> None:
+    """Refuse to keep nothing of a chunk, or more than it has.
+
+    Raises:
+        ValueError: naming the argument that says how many values are kept.
+    """
+    if not 1 <= kept <= chunk:
+        raise ValueError(f"{name} must be from 1 to chunk ({chunk}) elements, got {kept}")
 
 
 def _digest(values: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 
+from postlocal.kinds import dense
+
 
 class Memory:
     """One flat tensor a bucket, zeros at first, of which each parameter has its part."""
@@ -61,7 +63,7 @@ class Memory:
         self.load_state_dict(state)
 
     def _assemble(self, keys: Sequence[int], bucket: GradBucket, dtype: torch.dtype) -> Tensor:
-        buffer = bucket.buffer()
+        buffer = dense(bucket)
         flat = torch.zeros_like(buffer, dtype=dtype)
         sizes = [gradient.numel() for gradient in bucket.gradients()]
         for key, part in zip(keys, torch.split(flat, sizes), strict=True):

@@ -13,6 +13,7 @@ from torch.futures import Future
 
 from postlocal.courier import Courier
 from postlocal.group import Group, Processes
+from postlocal.kinds import dense
 from postlocal.wire import ChunkWire, mean_
 
 
@@ -34,7 +35,7 @@ class Route:
         self, bucket: GradBucket, wire: ChunkWire, residual: Tensor | None = None
     ) -> Future[Tensor]:
         """Start the mean of a bucket over a wire, beside the backward pass."""
-        buffer = bucket.buffer()
+        buffer = dense(bucket)
         residuals = None if residual is None else [residual]
         if bucket.index() == 0:
             self.passes += 1

@@ -23,6 +23,7 @@ from torch.futures import Future
 
 from postlocal.courier import promise
 from postlocal.group import torch_group
+from postlocal.kinds import dense
 
 __all__ = [
     "Hook",
@@ -72,7 +73,7 @@ def _compressed(
     dtype: torch.dtype, process_group: dist.ProcessGroup | None, bucket: GradBucket
 ) -> Future[Tensor]:
     group = torch_group(process_group)
-    buffer = bucket.buffer()
+    buffer = dense(bucket)
     narrow = buffer.to(dtype).div_(group.size())
     return _summed(narrow, group).then(lambda done: buffer.copy_(done.value()[0]))
 
@@ -118,7 +119,7 @@ bf16_compress_hook.__name__ = "bf16_compress"
 
 def _cast_around(hook: Hook, dtype: torch.dtype, name: str) -> Hook:
     def compress_wrapper_hook(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        buffer = bucket.buffer()
+        buffer = dense(bucket)
         bucket.set_buffer(buffer.to(dtype))
 
         def decompress(done: Future[Tensor]) -> Tensor:

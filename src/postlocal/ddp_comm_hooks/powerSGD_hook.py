@@ -33,6 +33,7 @@ from postlocal.courier import promise
 from postlocal.ddp_comm_hooks._memory import Memory
 from postlocal.ddp_comm_hooks.default_hooks import allreduce_hook
 from postlocal.group import Processes, torch_group
+from postlocal.kinds import dense
 
 __all__ = ["PowerSGDState", "batched_powerSGD_hook", "powerSGD_hook"]
 
@@ -283,6 +284,7 @@ def _hook(
     bucket: GradBucket,
     plan: _Plan,
 ) -> Future[Tensor]:
+    dense(bucket)  # from the first pass on, not only when compression starts
     if state.iter < state.start_powerSGD_iter:
         state._memory.keys(bucket)  # so that parameters count from the first pass on
         state.maybe_increase_iter(bucket)

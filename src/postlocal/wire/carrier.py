@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from postlocal.checks import made
 from postlocal.group import Group
 from postlocal.topology import Layout
 from postlocal.wire.cargo import Terms
@@ -107,6 +108,16 @@ class Wire(Protocol):
             staging: memory for what travels, which several carriers can share.
         """
         ...
+
+
+def is_wire(name: str, value: Any) -> Any:
+    """The rule for an argument that takes a wire.
+
+    Raises:
+        TypeError: if it lacks what `Wire` has, or has to be called to make a wire.
+    """
+    example = f"wire.named({value!r})" if isinstance(value, str) else "wire.bf16()"
+    return made(name, value, ("lossy", "payload_bytes", "open"), example)
 
 
 def weight_of(name: str, weights: Weights | None) -> float:

@@ -2,20 +2,25 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from postlocal.checks import number, settle
 from postlocal.group import Group
 from postlocal.topology import Layout
 from postlocal.wire.cargo import Terms
-from postlocal.wire.carrier import Carrier, Forgetful, Weights, Wire, weight_of
+from postlocal.wire.carrier import Carrier, Forgetful, Weights, Wire, is_wire, weight_of
 from postlocal.wire.chunks import Parcel
 from postlocal.wire.exchange import ChunkWire, Divisor
 from postlocal.wire.mean import carry_
 from postlocal.wire.memory import Memory
 from postlocal.wire.staging import Staging
+
+decay_of = partial(number, above=0, most=1)
+"""The rule for the share of what was lost that is kept."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class error_feedback:
         decay: share of what was lost that is kept, above 0 and at most 1.
 
     Raises:
+        TypeError: if ``inner`` is no wire, or ``decay`` no number.
         ValueError: if ``decay`` is out of its range, or ``inner`` loses nothing, or keeps what it
             loses itself.
 
@@ -49,8 +55,7 @@ class error_feedback:
     lossy = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay must be above 0 and at most 1, got {self.decay}")
+        settle(self, inner=is_wire, decay=decay_of)
         if not self.inner.lossy:
             raise ValueError(
                 f"inner must be a wire that loses something, got {self.inner!r}: use it as it is"

@@ -3,12 +3,14 @@
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from postlocal import powersgd as mathematics
+from postlocal.checks import count, positive, settle, whole
 from postlocal.group import Group
 from postlocal.tensors import flat_view, weigh_
 from postlocal.topology import Layout
@@ -39,6 +41,7 @@ class powersgd:
         seed: of the first factors, the same on all ranks.
 
     Raises:
+        TypeError: if an argument is of another type.
         ValueError: if ``rank`` is below 1, or ``min_compression`` not above 0.
 
     Example:
@@ -56,10 +59,7 @@ class powersgd:
     lossy = True
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1 column, got {self.rank}")
-        if not self.min_compression > 0:
-            raise ValueError(f"min_compression must be above 0, got {self.min_compression}")
+        settle(self, rank=partial(count, unit="column"), min_compression=positive, seed=_seed)
 
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
         side = round(numel**0.5)
@@ -224,6 +224,13 @@ class _LowRank:
         generator = torch.Generator().manual_seed(seed)
         shape = (1, m, min(n, m, self._wire.rank))
         return mathematics.random_start(shape, generator, matrix.values)
+
+
+def _seed(name: str, value: Any) -> int:
+    seed = whole(name, value)
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{name} must be a number of 64 bits, got {seed}")
+    return seed
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 
 from postlocal import codec
+from postlocal.checks import choice
 from postlocal.wire.carrier import Wire
 from postlocal.wire.feedback import error_feedback
 from postlocal.wire.low_rank import powersgd
@@ -111,6 +112,19 @@ def codecs(wire: Wire) -> Iterator[codec.Codec]:
             yield from codecs(getattr(wire, within))
 
 
+def levels(wire: Wire) -> frozenset[str]:
+    """The levels that a wire needs beside the one that it is opened at.
+
+    Example:
+        >>> from postlocal.wire import relayed
+        >>> levels(relayed(bf16(), level="node")), levels(bf16())
+        (frozenset({'node'}), frozenset())
+    """
+    own = {wire.level} if hasattr(wire, "level") else set()
+    within = (getattr(wire, name, None) for name in ("inner", "between"))
+    return frozenset(own).union(*(levels(inner) for inner in within if inner is not None))
+
+
 def named(name: str) -> Wire:
     """A wire by name.
 
@@ -118,12 +132,11 @@ def named(name: str) -> Wire:
         name: one of `NAMED`.
 
     Raises:
+        TypeError: if the name is no string.
         ValueError: if the name is unknown.
 
     Example:
         >>> named("sign") == error_feedback(sign())
         True
     """
-    if name not in NAMED:
-        raise ValueError(f"wire must be one of {', '.join(NAMED)}, got {name!r}")
-    return NAMED[name]()
+    return NAMED[choice("wire", name, NAMED)]()

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from postlocal.checks import settle
 from postlocal.codec import Codec, cast, exact
+from postlocal.codec.protocol import is_codec
 from postlocal.group import Group
 from postlocal.topology import Layout
 from postlocal.wire.carrier import Carrier, Forgetful
@@ -64,6 +66,9 @@ class Coded(_Forgetting):
     codec: Codec
     lossy = True
 
+    def __post_init__(self) -> None:
+        settle(self, codec=is_codec)
+
     def sent_bytes(
         self, numel: int, rank: int, size: int, dtype: torch.dtype = torch.float32
     ) -> int:
@@ -92,6 +97,9 @@ class Gathered(_Forgetting):
 
     codec: Codec
     lossy = True
+
+    def __post_init__(self) -> None:
+        settle(self, codec=is_codec)
 
     def sent_bytes(
         self, numel: int, rank: int, size: int, dtype: torch.dtype = torch.float32
@@ -152,6 +160,9 @@ def quantised(codec: Codec) -> Coded:
     Args:
         codec: one of `postlocal.codec`.
 
+    Raises:
+        TypeError: if ``codec`` is none.
+
     Example:
         >>> from postlocal import codec
         >>> quantised(codec.int8(block=256)).payload_bytes(numel=2**20, size=2)
@@ -168,6 +179,9 @@ def gathered(codec: Codec) -> Gathered:
 
     Args:
         codec: one of `postlocal.codec`.
+
+    Raises:
+        TypeError: if ``codec`` is none.
 
     Example:
         >>> from postlocal import codec

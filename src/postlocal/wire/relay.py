@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from postlocal.checks import settle, text
 from postlocal.group import Group, Work
 from postlocal.tensors import weigh_
 from postlocal.topology import Layout
 from postlocal.wire.cargo import Terms
-from postlocal.wire.carrier import Carrier, Forgetful, Weights, Wire, weight_of
+from postlocal.wire.carrier import Carrier, Forgetful, Weights, Wire, is_wire, weight_of
 from postlocal.wire.chunks import Chunk, Parcel, travels_as
 from postlocal.wire.direct import Direct
 from postlocal.wire.exchange import Divisor, Exchange
@@ -42,6 +43,9 @@ class relayed:
         between: how values travel between the first ranks of groups.
         level: whose groups are summed in fp32.
 
+    Raises:
+        TypeError: if ``between`` is no wire, or ``level`` no string.
+
     Example:
         >>> from postlocal.wire import bf16
         >>> relayed(bf16(), level="node").lossy
@@ -50,6 +54,9 @@ class relayed:
 
     between: Wire
     level: str = "node"
+
+    def __post_init__(self) -> None:
+        settle(self, between=is_wire, level=text)
 
     @property
     def lossy(self) -> bool:
