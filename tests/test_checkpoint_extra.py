@@ -2,10 +2,10 @@
 
 import datetime
 import random
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -18,6 +18,11 @@ from postlocal.packing import pack, unpack
 from tests.models import mlp, sgd
 
 Ranks = Callable[..., list[Any]]
+
+
+class Point(NamedTuple):
+    x: int
+    y: int
 
 
 def clock() -> postlocal.Sync:
@@ -98,7 +103,7 @@ PLAIN = {
     "an integer of 128 bits": 2**127 + 1,
     "keys of several kinds": {0: "a", "0": "b", (1, None): "c", 2.5: "d", b"k": "e"},
     "an ordered dict": OrderedDict(b=1, a=2),
-    "a named tuple": namedtuple("Point", "x y")(1, 2),
+    "a named tuple": Point(1, 2),
     "a size": torch.Size([2, 3]),
     "infinity": float("inf"),
 }

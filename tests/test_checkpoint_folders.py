@@ -64,7 +64,7 @@ def test_one_of_several_is_chosen_by_its_step_or_by_its_path(tmp_path: Path) -> 
         (2, {"folder": tmp_path / "step-00000002"}),
         (3, {"folder": str(tmp_path / "step-00000003"), "step": 3}),
     ):
-        restored = checkpoint.restore(sync=sync, **arguments)  # type: ignore[arg-type]
+        restored = checkpoint.restore(sync=sync, **arguments)
         assert restored is not None
         assert (restored.step, restored.extra["step"], sync.steps) == (chosen,) * 3
     with pytest.raises(ValueError, match="step must be the one of the checkpoint"):
