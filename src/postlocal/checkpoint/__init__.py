@@ -27,6 +27,7 @@ from uuid import uuid4
 from postlocal.agreement import check, together
 from postlocal.checkpoint import reading, writing
 from postlocal.checkpoint.folder import Damaged, Layout, Place, locate
+from postlocal.checkpoint.ranks import on_all_ranks
 from postlocal.errors import CheckpointError, PeerError
 from postlocal.group import Alone, Group, Processes
 from postlocal.packing import pack
@@ -86,8 +87,8 @@ def save(
             processes nor alone.
         TypeError: if ``extra`` holds what cannot be stored; the message names where.
         DisagreementError: if that is so on another rank, or ranks differ in steps or arguments.
-        CheckpointError: on every rank, if any could not write its part, or does not see what rank
-            0 writes.
+        CheckpointError: on every rank, if any could not write its part, does not see what rank 0
+            writes, or changed the model so that it cannot be synchronized.
         PeerError: if a rank does not call it within the timeout given to `attach`.
 
     Example:
@@ -105,6 +106,7 @@ def save(
     """
     group = sync.layout[WORLD]
     _meet(sync, "save", f"the checkpoint after step {sync.steps}")
+    on_all_ranks(group, lambda: writing.follow_model(sync), "cannot save the model:")
     with together(group):
         _check_choices(group, keep, layout)
         packed = {
@@ -209,10 +211,11 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _meet(sync: Sync, function: str, place: str) -> None:
-    """Wait for all ranks before the first collective: the others may never begin it."""
+    """Wait for all ranks, and for what is under way, before the first collective."""
     try:
         sync.layout[WORLD].meet(sync.steps, place)
     except PeerError as error:
         raise PeerError(
             f"{error}: checkpoint.{function} is collective, call it on every rank"
         ) from None
+    sync.state_dict()  # a thread may still exchange fragments over the same group

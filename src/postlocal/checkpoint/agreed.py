@@ -84,6 +84,7 @@ def restarted(
         "steps": clock["steps"],
         "work": clock["work"],
         "meter": clock["meter"],
+        "moving": clock["moving"],
         "lr": sync.inner.lr,
         "drift": math.nan,
         "agreed_at": clock["steps"],

@@ -31,7 +31,7 @@ def describe(sync: Sync) -> dict[str, Any]:
         },
         "optimizer": _class_of(sync.inner.optimizer),
         "groups": [
-            [names.get(id(p), f"one of {tuple(p.shape)} that is not the model's") for p in params]
+            [names.get(id(p), f"another of shape {tuple(p.shape)}") for p in params]
             for params in (group["params"] for group in sync.inner.optimizer.param_groups)
         ],
         "strategy": outline(sync.strategy),

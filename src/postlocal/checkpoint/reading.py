@@ -15,6 +15,7 @@ from postlocal.checkpoint import agreed, matching, tensors
 from postlocal.checkpoint import folder as folders
 from postlocal.checkpoint.folder import INDEX, Place, Seen
 from postlocal.checkpoint.ranks import by_words, on_all_ranks
+from postlocal.checkpoint.writing import follow_model
 from postlocal.errors import CheckpointError
 from postlocal.group import Group
 from postlocal.packing import keys, unpack
@@ -102,6 +103,7 @@ def apply(sync: Sync, saved: Saved, change: bool) -> None:
     """
     group, world, state = sync.layout[WORLD], saved.world, saved.state
     name = f"checkpoint {saved.place}"
+    on_all_ranks(group, lambda: follow_model(sync), f"{name} cannot be loaded:")
     words = on_all_ranks(group, lambda: _differences(sync, saved, change), name)
     changed = any(group.all_gather_object(words is not None))
     model = state["model"]

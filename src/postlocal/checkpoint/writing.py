@@ -31,6 +31,17 @@ def local_state(sync: Sync, extra: Mapping[Any, Any] | None) -> dict[str, Any]:
     }
 
 
+def follow_model(sync: Sync) -> None:
+    """Look at the model as it is now: buffers may have been assigned anew since they were met.
+
+    Raises:
+        CheckpointError: if it is no longer what `attach` was given.
+    """
+    problem = sync.replica.refresh() or sync.inner.refresh()
+    if problem is not None:
+        raise CheckpointError(problem)
+
+
 class Writing:
     """One checkpoint on its way to disk.
 
