@@ -318,6 +318,20 @@ def test_a_call_on_one_rank_only_is_found_when_the_others_went_on(
     assert f"rank 0 (last seen at {place})" in others
 
 
+def at_different_steps(rank: int, folder: Path) -> tuple[str, float]:
+    sync = trained(rank, steps=1 + rank)
+    return words_of(lambda: checkpoint.save(folder, sync))
+
+
+def test_ranks_that_save_at_different_steps_do_not_wait_for_each_other(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    (words, seconds), (others, more) = ranks(2, at_different_steps, tmp_path)
+    assert "missing at the checkpoint after step 1: rank 1 (last seen at the checkpoint" in words
+    assert "missing at the checkpoint after step 2: rank 0 (last seen at the checkpoint" in others
+    assert max(seconds, more) < 10
+
+
 def never(rank: int, folder: Path) -> tuple[str, float]:
     model = mlp()
     sync = postlocal.attach(model, sgd(model), strategies.local_sgd(4), timeout=2)

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from threading import Thread
@@ -81,6 +81,7 @@ class Roll:
             if late or pause > _LOOK_SECONDS / 2:
                 problem = self._report(meeting, members, late)
                 if problem is not None:
+                    _answer(lambda: self._store.set(self._left(dist.get_rank(), place), ""))
                     return problem
             time.sleep(pause)
             pause = min(2 * pause, _LOOK_SECONDS)
@@ -98,11 +99,21 @@ class Roll:
         seen = _answer(lambda: self._absent(meeting, members))
         if seen is None:
             return f"the store of the process group is out of reach at {self._place}"
-        went_on = any(word is not None and word[0] > self._step for word in seen.values())
-        if not seen or not (late or went_on):
+        if not (seen and (late or _answer(lambda: self._went_on(seen)))):
             return None
         missing = ", ".join(_name(rank, word) for rank, word in seen.items())
         return f"missing at {self._place}: {missing}"
+
+    def _went_on(self, seen: Mapping[int, tuple[int, str] | None]) -> bool:
+        """Whether one of the ranks seen is at a later step, or gave up where it waited."""
+        return any(
+            word[0] > self._step or self._store.check([self._left(rank, word[1])])
+            for rank, word in seen.items()
+            if word is not None
+        )
+
+    def _left(self, rank: int, place: str) -> str:
+        return f"left/{place}/{rank}"
 
     def _absent(self, meeting: str, members: Sequence[int]) -> dict[int, tuple[int, str] | None]:
         absent = [rank for rank in members if not self._store.check([f"{meeting}/{rank}"])]

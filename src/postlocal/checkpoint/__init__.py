@@ -109,6 +109,7 @@ def save(
     on_all_ranks(group, lambda: writing.follow_model(sync), "cannot save the model:")
     with together(group):
         _check_choices(group, keep, layout)
+        place = Place(Path(folder), sync.steps, layout)
         packed = {
             part: pack(state, part) for part, state in writing.local_state(sync, extra).items()
         }
@@ -116,7 +117,6 @@ def save(
         group,
         {"steps": [str(sync.steps)], "keep": [str(keep)], "layout of the checkpoint": [layout]},
     )
-    place = Place(Path(folder), sync.steps, layout)
     token = group.all_gather_object(uuid4().hex[:12])[0]
     writing.Writing(place, group, token).write(packed, sync.strategy.fingerprint, keep)
     return place.folder(group.rank)
