@@ -243,20 +243,14 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_strategy_is_refused(tmp_path: Path) -> None:
     two_checkpoints(tmp_path)
     _, sync = solo(Strategy(schedule.periodic(2)))
-    with pytest.raises(CheckpointError, match="of strategy"):
+    with pytest.raises(CheckpointError, match=r"schedule.period: 4 saved, 2 here"):
         checkpoint.restore(tmp_path, sync)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     _, sync = solo(strategies.diloco(4))
-    with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*rank 0"):
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*file/step-00000003"):
         checkpoint.save(tmp_path / "file", sync)
     with pytest.raises(ValueError, match="keep must be at least 1"):
         checkpoint.save(tmp_path, sync, keep=0)
-
-
-def test_extra_that_cannot_be_kept_is_named(tmp_path: Path) -> None:
-    _, sync = solo(strategies.diloco(4))
-    with pytest.raises(TypeError, match="cannot hold a object"):
-        checkpoint.save(tmp_path, sync, {"thing": object()})

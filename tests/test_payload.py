@@ -58,6 +58,9 @@ class Counting:
     def arrive(self, step: int) -> None:
         return None
 
+    def meet(self, step: int, place: str) -> None:
+        return None
+
 
 class nested:
     """Pairs within fours; the last ones may be smaller."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from postlocal import DisagreementError, wire
 from postlocal.meter import SyncRecord
@@ -24,6 +25,7 @@ from postlocal.train import make_config, train
 from postlocal.train.data import Corpus, Share, Windows, find_files
 from postlocal.train.model import SIZES, Transformer
 from postlocal.train.plots import plot
+from postlocal.train.run import WEIGHTS, save_weights
 from postlocal.train.sample import sample
 from postlocal.train.stop import Stop
 from tests.launcher import free_port
@@ -262,6 +264,16 @@ def test_a_run_that_replaces_an_earlier_one_keeps_what_it_compares_with(tmp_path
         assert Summary.read(tmp_path / "out" / "compare" / "ddp").strategy == "ddp"
     with pytest.raises(ValueError, match="out must not hold an earlier run"):
         train(config.model_copy(update={"overwrite": False}))
+
+
+def test_weights_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_weights(nn.Linear(2, 1), config_of(tmp_path), tmp_path / WEIGHTS)
+    finally:
+        os.umask(before)
+    assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS]
+    assert (tmp_path / WEIGHTS).stat().st_mode & 0o777 == 0o640
 
 
 def train_differently(rank: int, folder: Path, port: int) -> str:

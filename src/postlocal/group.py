@@ -81,6 +81,18 @@ class Group(Protocol):
         """Leave word that this rank came to the synchronization after ``step`` (0: to attach)."""
         ...
 
+    def meet(self, step: int, place: str) -> None:
+        """Wait for all ranks at a place that some may not come to, such as a checkpoint.
+
+        Args:
+            step: number of steps that this rank took.
+            place: for messages.
+
+        Raises:
+            PeerError: if a rank does not come in time, or went on without; the message names it.
+        """
+        ...
+
 
 class Done:
     """Work that was complete when its call returned."""
@@ -115,6 +127,9 @@ class Alone:
         return self
 
     def arrive(self, step: int) -> None:
+        return None
+
+    def meet(self, step: int, place: str) -> None:
         return None
 
 
@@ -211,6 +226,13 @@ class Processes:
 
     def arrive(self, step: int) -> None:
         self._roll.arrive(step)
+
+    def meet(self, step: int, place: str) -> None:
+        members = dist.get_process_group_ranks(self.process_group)
+        limit = self._timeout or distributed_c10d.default_pg_timeout
+        problem = self._roll.meet(step, place, members, limit)
+        if problem is not None:
+            raise PeerError(problem)
 
     def _launch(self, collective: Callable[[], dist.Work | None]) -> Work:
         with self._naming_the_missing():

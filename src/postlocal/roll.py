@@ -2,8 +2,9 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from threading import Thread
 from typing import ClassVar, TypeVar
 
@@ -14,6 +15,7 @@ from torch.distributed import distributed_c10d
 Value = TypeVar("Value")
 _LATER_SECONDS = 2.0  # how much later than this rank others may see that a collective failed
 _ANSWER_SECONDS = 3.0  # how long a store may take to answer
+_LOOK_SECONDS = 1.0  # how often a rank that waits looks where the others are
 
 
 class Roll:
@@ -36,11 +38,86 @@ class Roll:
         prefix = f"postlocal/{name}/{Roll._opened[name]}/"
         self._store = PrefixStore(prefix, distributed_c10d._get_default_store())
         self._step = 0
+        self._place = _place(0)
+        self._meetings: Counter[str] = Counter()
+        self._met: str | None = None
 
-    def arrive(self, step: int) -> None:
-        """Leave word that this rank begins the synchronization after ``step`` steps."""
+    def arrive(self, step: int, place: str | None = None) -> None:
+        """Leave word that this rank is at a place.
+
+        Args:
+            step: number of steps that it took.
+            place: what it begins; None: the synchronization after these steps.
+        """
         self._step = step
-        self._store.set(str(dist.get_rank()), str(step))
+        self._place = place or _place(step)
+        self._store.set(str(dist.get_rank()), f"{step} {self._place}")
+
+    def meet(self, step: int, place: str, members: Sequence[int], limit: timedelta) -> str | None:
+        """Wait until all members are at a place where no collective has begun yet.
+
+        A collective that some ranks never begin pairs with another one of theirs, and gloo aborts.
+        So ranks meet here where a caller may have forgotten some of them.
+
+        Args:
+            step: number of steps that this rank took.
+            place: what it begins, for messages.
+            members: who must come, by their number in the world.
+            limit: how long to wait for them.
+
+        Returns:
+            None once all are here; else what is to be reported: who is missing, after ``limit`` or
+            as soon as one of them is seen at a later step.
+        """
+        self.arrive(step, place)
+        self._meetings[place] += 1
+        meeting = f"met/{place}/{self._meetings[place]}"
+        self._store.set(f"{meeting}/{dist.get_rank()}", "")
+        keys = [f"{meeting}/{rank}" for rank in members]
+        deadline = time.monotonic() + limit.total_seconds()
+        pause = 0.001
+        while not _answer(lambda: self._store.check(keys)):
+            late = time.monotonic() > deadline
+            if late or pause > _LOOK_SECONDS / 2:
+                problem = self._report(meeting, members, late)
+                if problem is not None:
+                    _answer(lambda: self._store.set(self._left(dist.get_rank(), place), ""))
+                    return problem
+            time.sleep(pause)
+            pause = min(2 * pause, _LOOK_SECONDS)
+        self._leave(meeting)
+        return None
+
+    def _leave(self, meeting: str) -> None:
+        """Remove this rank's word of the meeting before: all who are at this one have left it."""
+        before, self._met = self._met, meeting
+        if before is not None:
+            _answer(lambda: self._store.delete_key(f"{before}/{dist.get_rank()}"))
+
+    def _report(self, meeting: str, members: Sequence[int], late: bool) -> str | None:
+        """Who is missing at a meeting, if it is late or one of them went on without it."""
+        seen = _answer(lambda: self._absent(meeting, members))
+        if seen is None:
+            return f"the store of the process group is out of reach at {self._place}"
+        if not (seen and (late or _answer(lambda: self._went_on(seen)))):
+            return None
+        missing = ", ".join(_name(rank, word) for rank, word in seen.items())
+        return f"missing at {self._place}: {missing}"
+
+    def _went_on(self, seen: Mapping[int, tuple[int, str] | None]) -> bool:
+        """Whether one of the ranks seen is at a later step, or gave up where it waited."""
+        return any(
+            word[0] > self._step or self._store.check([self._left(rank, word[1])])
+            for rank, word in seen.items()
+            if word is not None
+        )
+
+    def _left(self, rank: int, place: str) -> str:
+        return f"left/{place}/{rank}"
+
+    def _absent(self, meeting: str, members: Sequence[int]) -> dict[int, tuple[int, str] | None]:
+        absent = [rank for rank in members if not self._store.check([f"{meeting}/{rank}"])]
+        return {rank: self._last_seen(rank) for rank in absent}
 
     def explain(self, error: RuntimeError, members: Sequence[int]) -> str:
         """What a failed collective is to be reported as, within seconds.
@@ -50,7 +127,7 @@ class Roll:
             members: ranks that took part in it, by their number in the world.
         """
         reason = str(error).splitlines()[0]
-        place = _place(self._step)
+        place = self._place
         missing = _answer(lambda: self._behind(members))
         if missing is None:
             return f"{place} failed and the store of the process group is out of reach: {reason}"
@@ -65,9 +142,7 @@ class Roll:
         self._store.set(self._failure(dist.get_rank()), "")
         seen = {rank: self._last_seen(rank) for rank in members}
         return [
-            f"rank {rank} ({'never seen' if step is None else f'last seen at {_place(step)}'})"
-            for rank, step in seen.items()
-            if step is None or step < self._step
+            _name(rank, word) for rank, word in seen.items() if word is None or word[0] < self._step
         ]
 
     def _silent(self, members: Sequence[int]) -> list[str]:
@@ -80,15 +155,23 @@ class Roll:
             time.sleep(0.05)
 
     def _failure(self, rank: int) -> str:
-        return f"failed/{self._step}/{rank}"
+        return f"failed/{self._place}/{rank}"
 
-    def _last_seen(self, rank: int) -> int | None:
+    def _last_seen(self, rank: int) -> tuple[int, str] | None:
+        """Steps that a rank took, and the place where it was."""
         key = str(rank)
-        return int(self._store.get(key)) if self._store.check([key]) else None
+        if not self._store.check([key]):
+            return None
+        step, place = self._store.get(key).decode().split(" ", 1)
+        return int(step), place
 
 
 def _place(step: int) -> str:
     return f"the synchronization after step {step}" if step else "attach"
+
+
+def _name(rank: int, word: tuple[int, str] | None) -> str:
+    return f"rank {rank} ({'never seen' if word is None else f'last seen at {word[1]}'})"
 
 
 def _answer(ask: Callable[[], Value]) -> Value | None:

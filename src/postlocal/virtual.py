@@ -112,6 +112,9 @@ class Threads:
     def arrive(self, step: int) -> None:
         return None
 
+    def meet(self, step: int, place: str) -> None:
+        return None
+
 
 class _Room:
     """Where threads meet: each puts a value down, and all pick up all of them."""

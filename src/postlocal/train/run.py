@@ -374,11 +374,14 @@ def save_weights(model: nn.Module, config: TrainConfig, path: Path) -> None:
     """Write parameters as safetensors, whole or not at all."""
     aside = path.with_name(f".{path.name}.partial")
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    aside.touch()
+    mode = aside.stat().st_mode & 0o777  # what the umask gives; safetensors does not ask it
     save_file(
         tensors,
         aside,
         {"model": config.model, "sequence_length": str(config.sequence_length)},
     )
+    aside.chmod(mode)
     aside.rename(path)
 
 

@@ -1,0 +1,221 @@
+"""Checkpoints that appear whole or not at all, and resume to the bit.
+
+One folder a checkpoint, named after its step::
+
+    step-00000400/
+        checkpoint.json     what it is; written last
+        rank-00000.json     state of rank 0, with a key in place of each tensor
+        tensors/            torch.distributed.checkpoint; a tensor's key is made from its content
+
+As keys come from contents, what several ranks have in common (the anchor, outer state, replicas
+that agree) is stored once, and damage to a tensor shows when it is read. A checkpoint is written
+under another name and renamed when all of it is on disk. Nothing in it is unpickled but torch's
+index of tensors, and that only as far as it consists of torch's own plain classes.
+
+`save` and `restore` are collective: every rank calls them. Ranks that see one folder save
+together. Where each machine has only its own disks, ``save(..., layout="per-rank")`` has each rank
+write a folder of its own, ``rank-00000/step-00000400/`` and so on, with the same files in it.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+from uuid import uuid4
+
+from postlocal.agreement import check, together
+from postlocal.checkpoint import reading, writing
+from postlocal.checkpoint.folder import Damaged, Layout, Place, locate
+from postlocal.checkpoint.ranks import on_all_ranks
+from postlocal.errors import CheckpointError, PeerError
+from postlocal.group import Alone, Group, Processes
+from postlocal.packing import pack
+from postlocal.schedule import WORLD
+from postlocal.sync import Sync
+
+__all__ = ["Restored", "restore", "save"]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What `restore` found.
+
+    Attributes:
+        path: the checkpoint's folder; that of this rank, where each has its own.
+        step: steps taken when it was saved.
+        world: number of ranks that saved it.
+        extra: what the caller had saved along; on another number of ranks, that of saved rank
+            ``rank % world``.
+    """
+
+    path: Path
+    step: int
+    world: int
+    extra: dict[str, Any]
+
+
+def save(
+    folder: str | Path,
+    sync: Sync,
+    extra: Mapping[Any, Any] | None = None,
+    keep: int = 3,
+    *,
+    layout: Layout = "shared",
+) -> Path:
+    """Save a run; collective: every rank calls it, after the same step.
+
+    Model, optimizer, clock and anchor of all ranks are saved; training goes on as if they had not
+    been. A checkpoint of the same step is replaced. Those of later steps, from which training went
+    back, are renamed to ``superseded-step-...``.
+
+    Args:
+        folder: where checkpoints of this run go; made if missing.
+        sync: the clock, which knows the model and the optimizer.
+        extra: more to save for this rank: nested dicts, lists, tuples and sets of tensors, numpy
+            arrays, numbers, strings, bytes, paths and None. The states of the random numbers of
+            torch, numpy and Python are of these. A subclass comes back as the plain type.
+        keep: number of newest checkpoints kept, at least 1.
+        layout: ``"shared"``: all ranks see the folder; ``"per-rank"``: they need not, and each
+            writes a checkpoint of its own below it.
+
+    Returns:
+        The checkpoint's folder; that of this rank, where each has its own.
+
+    Raises:
+        ValueError: if ``keep`` or ``layout`` is out of its range, or the group is neither
+            processes nor alone.
+        TypeError: if ``extra`` holds what cannot be stored; the message names where.
+        DisagreementError: if that is so on another rank, or ranks differ in steps or arguments.
+        CheckpointError: on every rank, if any could not write its part, does not see what rank 0
+            writes, or changed the model so that it cannot be synchronized.
+        PeerError: if a rank does not call it within the timeout given to `attach`.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> import postlocal
+        >>> from postlocal import checkpoint
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sync = postlocal.attach(model, optimizer, postlocal.strategies.diloco(period=8))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = checkpoint.save(folder, sync, extra={"rng": torch.get_rng_state()})
+        ...     path.name, list(checkpoint.restore(folder, sync).extra)
+        ('step-00000000', ['rng'])
+    """
+    group = sync.layout[WORLD]
+    _meet(sync, "save", f"the checkpoint after step {sync.steps}")
+    on_all_ranks(group, lambda: writing.follow_model(sync), "cannot save the model:")
+    with together(group):
+        _check_choices(group, keep, layout)
+        place = Place(Path(folder), sync.steps, layout)
+        packed = {
+            part: pack(state, part) for part, state in writing.local_state(sync, extra).items()
+        }
+    check(
+        group,
+        {"steps": [str(sync.steps)], "keep": [str(keep)], "layout of the checkpoint": [layout]},
+    )
+    token = group.all_gather_object(uuid4().hex[:12])[0]
+    writing.Writing(place, group, token).write(packed, sync.strategy.fingerprint, keep)
+    return place.folder(group.rank)
+
+
+def restore(
+    folder: str | Path,
+    sync: Sync,
+    *,
+    step: int | None = None,
+    missing: Literal["start", "raise"] = "start",
+    on_strategy_change: Literal["refuse", "restart"] = "refuse",
+) -> Restored | None:
+    """Load a checkpoint; collective: every rank calls it, with a freshly attached clock.
+
+    The newest one that is whole is loaded; damaged ones are skipped with a warning. Model,
+    optimizer and strategy are compared before anything is changed, on all ranks.
+
+    On as many ranks as saved it, training continues bit for bit, also in the middle of a round.
+    On another number it starts a new round from the parameters last agreed on: the anchor, or,
+    where the strategy keeps none, the mean of the saved replicas. Outer state is taken over, and
+    inner optimizer state comes from saved rank ``rank % world``. Learning rates and other values
+    of param groups come from the checkpoint, as in torch.
+
+    Args:
+        folder: where checkpoints of this run are, or the folder of one of them.
+        sync: a freshly attached clock.
+        step: load the checkpoint of this step, and no other; None: the newest.
+        missing: what to do where the folder does not exist or is empty: ``"start"`` logs a warning
+            and returns None, so that training starts anew; ``"raise"`` is safe against a mistyped
+            path.
+        on_strategy_change: what to do with a checkpoint of another strategy or topology:
+            ``"restart"`` starts a new round of the one given from the parameters last agreed on;
+            outer state is taken over if the outer optimizer is the same.
+
+    Returns:
+        What was loaded; None if there was nothing to load and ``missing`` is ``"start"``.
+
+    Raises:
+        ValueError: if an argument is bad.
+        CheckpointError: on every rank: if the folder is there, and no checkpoint in it can be
+            loaded; if a checkpoint asked for is not there; if it is of another model, optimizer or
+            strategy, or was saved in another format; if ranks see different folders.
+        DisagreementError: if ranks differ in arguments.
+        PeerError: if a rank does not call it within the timeout given to `attach`.
+    """
+    group = sync.layout[WORLD]
+    _meet(sync, "restore", f"restore after step {sync.steps}")
+    with together(group):
+        _check_choice("missing", missing, ("start", "raise"))
+        _check_choice("on_strategy_change", on_strategy_change, ("refuse", "restart"))
+        base, wanted = locate(Path(folder), step)
+    check(
+        group,
+        {
+            "step of the checkpoint": [str(wanted)],
+            "missing": [missing],
+            "on_strategy_change": [on_strategy_change],
+        },
+    )
+    must_exist = missing == "raise" or wanted is not None
+    problems = []
+    for place in reading.find(base, wanted, group, must_exist):
+        try:
+            saved = reading.read(place, group)
+            reading.apply(sync, saved, change=on_strategy_change == "restart")
+        except Damaged as problem:
+            problems.append(str(problem))
+            if group.rank == 0:
+                warnings.warn(f"skipped {problem}", stacklevel=2)
+            continue
+        path = place.folder(group.rank % saved.world)
+        return Restored(path, place.step, saved.world, saved.state["extra"])
+    if problems:
+        raise CheckpointError(f"no checkpoint in {base} can be loaded: {'; '.join(problems)}")
+    return None
+
+
+def _check_choices(group: Group, keep: object, layout: object) -> None:
+    if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
+        raise ValueError(f"keep must be at least 1 checkpoint, a whole number, got {keep!r}")
+    _check_choice("layout", layout, get_args(Layout))
+    if not isinstance(group, Alone | Processes):
+        raise ValueError(
+            "sync must be of processes or of one rank alone to be saved, got one of threads"
+        )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def _meet(sync: Sync, function: str, place: str) -> None:
+    """Wait for all ranks, and for what is under way, before the first collective."""
+    try:
+        sync.layout[WORLD].meet(sync.steps, place)
+    except PeerError as error:
+        raise PeerError(
+            f"{error}: checkpoint.{function} is collective, call it on every rank"
+        ) from None
+    sync.state_dict()  # a thread may still exchange fragments over the same group

@@ -1,0 +1,291 @@
+"""Where checkpoints are: their names, what a rank sees of them, and how one appears whole."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from postlocal.errors import CheckpointError
+from postlocal.packing import digest
+
+logger = logging.getLogger("postlocal")
+
+FORMAT = 2
+INDEX = "checkpoint.json"
+TENSORS = "tensors"
+Layout = Literal["shared", "per-rank"]
+
+_STEP = re.compile(r"step-(\d{8,})")
+_RANK = re.compile(r"rank-\d{5,}")
+_LEFTOVERS = ".step-*.partial"
+_NOTHING = {"lost+found"}  # what an empty file system has
+_SEEN_SECONDS = 5.0  # how much later than its writer another rank may see a folder
+
+
+class Damaged(CheckpointError):
+    """A checkpoint that cannot be read, where an earlier one may do."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the parts of one checkpoint are.
+
+    Args:
+        base: the folder of all checkpoints of a run.
+        step: steps taken when it was saved.
+        layout: ``"shared"``: all parts are in one folder; ``"per-rank"``: each in its own.
+    """
+
+    base: Path
+    step: int
+    layout: Layout
+
+    def home(self, rank: int) -> Path:
+        """The folder that holds the checkpoints that a rank has a part in."""
+        return self.base if self.layout == "shared" else self.base / rank_name(rank)
+
+    def folder(self, rank: int) -> Path:
+        """The folder that holds the part of a rank."""
+        return self.home(rank) / step_name(self.step)
+
+    def partial(self, rank: int, token: str) -> Path:
+        """The folder where that part is written; no other attempt has the name."""
+        return self.home(rank) / f".{step_name(self.step)}.{token}.partial"
+
+    def __str__(self) -> str:
+        middle = "" if self.layout == "shared" else "rank-*/"
+        return f"{self.base}/{middle}{step_name(self.step)}"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one rank sees in a folder.
+
+    Args:
+        problem: why it can hold no checkpoint; None: it can, or does not exist.
+        exists: whether it does.
+        shared: steps of checkpoints that all ranks saved together.
+        own: steps of checkpoints that this rank saved for itself.
+        others: names of what else is there.
+    """
+
+    problem: str | None = None
+    exists: bool = False
+    shared: frozenset[int] = frozenset()
+    own: frozenset[int] = frozenset()
+    others: tuple[str, ...] = ()
+
+
+def step_name(step: int) -> str:
+    """Name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
+def rank_name(rank: int) -> str:
+    """Name of the folder of a rank's own checkpoints, and of the file of its state."""
+    return f"rank-{rank:05d}"
+
+
+def locate(folder: Path, step: int | None) -> tuple[Path, int | None]:
+    """The folder of all checkpoints, and the step asked for, where a path may be of one of them.
+
+    Raises:
+        ValueError: if the path is that of another step.
+    """
+    match = _STEP.fullmatch(folder.name)
+    if match is None or _steps(folder):
+        return folder, step
+    named = int(match[1])
+    if step not in (None, named):
+        raise ValueError(
+            f"step must be the one of the checkpoint, or be left out, got step {step} of {folder}"
+        )
+    per_rank = _RANK.fullmatch(folder.parent.name) and _layout_of(folder) == "per-rank"
+    return folder.parent.parent if per_rank else folder.parent, named
+
+
+def look(base: Path, rank: int) -> Seen:
+    """What a rank sees in a folder."""
+    try:
+        if not base.is_dir():
+            above = next(path for path in (base, *base.absolute().parents) if path.exists())
+            return Seen(None if above.is_dir() else f"{above} is a file")
+        names = sorted(path.name for path in base.iterdir())
+        own = _steps(base / rank_name(rank))
+        if not own:  # another number of ranks may have saved them
+            own = {step for name in names if _RANK.fullmatch(name) for step in _steps(base / name)}
+        return Seen(
+            exists=True,
+            shared=frozenset(_steps(base)),
+            own=frozenset(own),
+            others=tuple(name for name in names if _is_foreign(base / name)),
+        )
+    except OSError as error:
+        return Seen(f"{base} cannot be read ({error.strerror})")
+
+
+def await_steps(base: Path, rank: int, shared: frozenset[int]) -> Seen:
+    """What a rank sees when it sees these steps, or has looked for them for some seconds."""
+    deadline = time.monotonic() + _SEEN_SECONDS
+    while True:
+        seen = look(base, rank)
+        if shared <= seen.shared or time.monotonic() > deadline:
+            return seen
+        time.sleep(0.1)
+
+
+def appears(path: Path) -> bool:
+    """Whether a folder that another rank made is seen here, within some seconds."""
+    deadline = time.monotonic() + _SEEN_SECONDS
+    while not path.is_dir():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def prepare(final: Path, partial: Path) -> None:
+    """Remove what earlier attempts left, and make the folder to write to.
+
+    Raises:
+        CheckpointError: if there is something else under the checkpoint's own name.
+    """
+    if final.exists() and not _is_ours(final):
+        raise CheckpointError(f"{final} exists and is no checkpoint: move it away")
+    for leftover in leftovers(final.parent):
+        shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a folder that is written its name; one that had it before goes."""
+    replaced = partial.with_name(f"{partial.name.removesuffix('.partial')}.replaced.partial")
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def tidy(home: Path, step: int, keep: int) -> None:
+    """Remove checkpoints but the newest, and set those of later steps aside.
+
+    Later ones are of a run that went on from where this one went back to. What cannot be removed
+    is logged.
+    """
+    try:
+        for later in sorted(found for found in _steps(home) if found > step):
+            _set_aside(home / step_name(later))
+        complete = [s for s in _steps(home) if (home / step_name(s) / INDEX).is_file()]
+        for old in sorted(complete, reverse=True)[keep:]:
+            shutil.rmtree(home / step_name(old))
+    except OSError as error:
+        logger.warning("cannot remove old checkpoints in %s: %s", home, error)
+
+
+def leftovers(home: Path) -> list[Path]:
+    """Folders of checkpoints that were never finished."""
+    return sorted(home.glob(_LEFTOVERS))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file, and have it on disk."""
+    with path.open("w") as file:
+        json.dump(value, file, indent=1 if path.name == INDEX else None)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json(path: Path, digests: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Read a file.
+
+    Args:
+        path: the file.
+        digests: name -> digest; None: nothing is known of it.
+
+    Raises:
+        Damaged: if it is missing, or not what was written.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        words = "is missing" if missing else f"cannot be read ({error.strerror})"
+        raise Damaged(f"{path.name} {words}") from None
+    if digests is not None and digests.get(path.name) != digest(content):
+        raise Damaged(f"{path.name} is damaged")
+    try:
+        read: dict[str, Any] = json.loads(content)
+    except ValueError:
+        raise Damaged(f"{path.name} is damaged") from None
+    return read
+
+
+def read_index(place: Place, rank: int) -> dict[str, Any]:
+    """What a checkpoint says of itself, as a rank has it.
+
+    Raises:
+        Damaged: if it cannot be read.
+        CheckpointError: if it is of another format, or lies in a folder of another layout.
+    """
+    path = place.folder(rank) / INDEX
+    if place.layout == "per-rank" and not path.exists():  # another number of ranks saved it
+        path = min(place.base.glob(f"rank-*/{step_name(place.step)}/{INDEX}"), default=path)
+    index = read_json(path)
+    if index.get("format") != FORMAT:
+        saved = index.get("versions", {}).get("postlocal", "another version")
+        raise CheckpointError(
+            f"its format is {index.get('format')!r}, of postlocal {saved}; this version reads "
+            f"format {FORMAT}: resume with the version that saved it"
+        )
+    if index["layout"] != place.layout:
+        raise CheckpointError(
+            f"it was saved with layout {index['layout']!r} and does not lie where such a one does: "
+            "give the folder that was given to save"
+        )
+    return index
+
+
+def _steps(home: Path) -> set[int]:
+    """Steps of the checkpoints in a folder; none where it does not exist."""
+    if not home.is_dir():
+        return set()
+    matches = [(path, _STEP.fullmatch(path.name)) for path in home.iterdir()]
+    return {int(match[1]) for path, match in matches if match and path.is_dir()}
+
+
+def _is_foreign(path: Path) -> bool:
+    if path.name.startswith(".") or path.name in _NOTHING:
+        return False
+    ours = _STEP.fullmatch(path.name) or _RANK.fullmatch(path.name)
+    return not (ours and path.is_dir())
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is, or was, a checkpoint; an empty one may become one."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return not names or bool(names & {INDEX, TENSORS})
+
+
+def _layout_of(folder: Path) -> object:
+    try:
+        return read_json(folder / INDEX).get("layout")
+    except Damaged:
+        return None
+
+
+def _set_aside(later: Path) -> None:
+    aside = later.with_name(f"superseded-{later.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    later.rename(aside)
+    logger.warning(
+        "checkpoint %s is of a later step than the one now saved: training went back and took "
+        "another way; renamed to %s", later, aside.name,
+    )  # fmt: skip

@@ -1,0 +1,163 @@
+"""What must be equal between a checkpoint and the run that it is loaded into."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import zip_longest
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from postlocal.packing import pack
+from postlocal.sync import Sync
+
+_MOST = 5  # differences in a message
+_LONGEST = 60  # characters of a value in a message
+_FOLLOWS_THE_STEP = ("params", "lr", "initial_lr")
+
+Outline = str | Mapping[str, Any]
+
+
+def describe(sync: Sync) -> dict[str, Any]:
+    """Model, optimizer, strategy and levels as plain values, to be compared and to be read."""
+    replica = sync.replica
+    names = {id(tensor): name for name, tensor in replica.tensors.items()}
+    return {
+        "tensors": {
+            name: f"{tuple(tensor.shape)} of {tensor.dtype}"
+            + ("" if tensor.requires_grad or name in replica.buffers else ", not trained")
+            for name, tensor in replica.tensors.items()
+        },
+        "optimizer": _class_of(sync.inner.optimizer),
+        "groups": [
+            [names.get(id(p), f"another of shape {tuple(p.shape)}") for p in params]
+            for params in (group["params"] for group in sync.inner.optimizer.param_groups)
+        ],
+        "strategy": outline(sync.strategy),
+        "levels": {level: sync.layout[level].size for level in sync.layout.levels},
+    }
+
+
+def model_difference(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """The first tensor that differs between two descriptions, in words."""
+    there, present = saved["tensors"], here["tensors"]
+    for name in [*present, *there]:
+        if there.get(name) != present.get(name):
+            return (
+                f"is of another model: {name!r} is {there.get(name, 'missing')} there, "
+                f"{present.get(name, 'missing')} here"
+            )
+    return None
+
+
+def optimizer_difference(
+    saved: Mapping[str, Any], here: Mapping[str, Any], state: Mapping[str, Any], present: Optimizer
+) -> str | None:
+    """The first thing of the optimizer that differs and cannot be loaded, in words.
+
+    Args:
+        saved: description of the saved run.
+        here: description of this one.
+        state: the saved optimizer's state.
+        present: this run's optimizer.
+    """
+    differences = (
+        _both(saved["optimizer"], here["optimizer"]),
+        _group_difference(saved["groups"], here["groups"]),
+        _state_difference(state["state"], present.state_dict()["state"]),
+    )
+    return next((f"is of another optimizer: {words}" for words in differences if words), None)
+
+
+def changed_values(state: Mapping[str, Any], present: Optimizer) -> Iterator[str]:
+    """Entries of param groups that differ, in words, but those that schedulers set."""
+    for number, (saved, here) in enumerate(
+        zip(state["param_groups"], present.param_groups, strict=True)
+    ):
+        for key in sorted({*saved} & {*here} - {*_FOLLOWS_THE_STEP}):
+            if pack(saved[key])[0] != pack(here[key])[0]:
+                yield f"{key} of param group {number}: {_both(saved[key], here[key])}"
+
+
+def strategy_differences(
+    saved: Mapping[str, Any], here: Mapping[str, Any], same_world: bool
+) -> str | None:
+    """Fields of the strategy that differ, and levels, in words.
+
+    Args:
+        saved: description of the saved run.
+        here: description of this one.
+        same_world: whether as many ranks saved it; levels differ otherwise.
+    """
+    found = list(_differences("", saved["strategy"], here["strategy"]))
+    if same_world:
+        there, present = (_levels(about["levels"]) for about in (saved, here))
+        found += [f"topology: {_both(there, present)}"] * (there != present)
+    more = [f"and {len(found) - _MOST} more"] if len(found) > _MOST else []
+    return "; ".join(found[:_MOST] + more) or None
+
+
+def outline(value: Any) -> Outline:
+    """A frozen value as nested plain ones, field by field; others as text without addresses."""
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    if not is_dataclass(value) or isinstance(value, type):
+        return text
+    inner = {field.name: outline(getattr(value, field.name)) for field in fields(value)}
+    return {"text": text, "class": type(value).__name__, "fields": inner}
+
+
+def _differences(path: str, saved: Outline, here: Outline) -> Iterator[str]:
+    if saved == here:
+        return
+    if isinstance(saved, str) or isinstance(here, str) or saved["class"] != here["class"]:
+        texts = [value if isinstance(value, str) else value["text"] for value in (saved, here)]
+        yield f"{path or 'strategy'}: {_both(*texts)}"
+        return
+    for name in {**here["fields"], **saved["fields"]}:
+        inner = f"{path}.{name}" if path else name
+        there, present = (value["fields"].get(name, "missing") for value in (saved, here))
+        yield from _differences(inner, there, present)
+
+
+def _levels(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{level} of {size}" for level, size in sizes.items())
+
+
+def _both(saved: Any, here: Any) -> str | None:
+    if isinstance(saved, Tensor) or isinstance(here, Tensor) or saved != here:
+        return f"{_short(saved)} saved, {_short(here)} here"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def _class_of(optimizer: Optimizer) -> str:
+    kind = type(optimizer)
+    # A script's own class has another module when the script is run than when it is imported.
+    module = f"{kind.__module__}." if kind.__module__.startswith("torch.") else ""
+    return f"{module}{kind.__qualname__}"
+
+
+def _group_difference(saved: Sequence[Sequence[str]], here: Sequence[Sequence[str]]) -> str | None:
+    if len(saved) != len(here):
+        return f"{len(saved)} param groups saved, {len(here)} here"
+    for number, (there, present) in enumerate(zip(saved, here, strict=True)):
+        for index, (mine, other) in enumerate(zip_longest(present, there, fillvalue="none")):
+            if mine != other:
+                return f"parameter {index} of param group {number}: {_both(other, mine)}"
+    return None
+
+
+def _state_difference(saved: Mapping[Any, Any], here: Mapping[Any, Any]) -> str | None:
+    """Entries of the state of one parameter that differ, where both have some."""
+    for index in here:
+        there, present = (
+            ", ".join(sorted(map(str, state.get(index, {})))) for state in (saved, here)
+        )
+        if there and present and there != present:
+            return f"state of parameter {index}: {_both(there, present)}"
+    return None

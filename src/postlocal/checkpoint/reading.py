@@ -1,0 +1,305 @@
+"""Finding checkpoints, reading one, and loading it if it fits."""
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from postlocal.checkpoint import agreed, matching, tensors
+from postlocal.checkpoint import folder as folders
+from postlocal.checkpoint.folder import INDEX, Place, Seen
+from postlocal.checkpoint.ranks import by_words, on_all_ranks
+from postlocal.checkpoint.writing import follow_model
+from postlocal.errors import CheckpointError
+from postlocal.group import Group
+from postlocal.packing import keys, unpack
+from postlocal.schedule import WORLD
+from postlocal.sync import Sync
+
+logger = logging.getLogger("postlocal")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was read.
+
+    Args:
+        place: where from.
+        world: number of ranks that saved it.
+        state: of this rank or, on another number of ranks, of saved rank ``rank % world``.
+    """
+
+    place: Place
+    world: int
+    state: Mapping[str, Any]
+
+
+def find(base: Path, step: int | None, group: Group, must_exist: bool) -> list[Place]:
+    """Checkpoints in a folder that all ranks have, newest first; collective.
+
+    Args:
+        base: the folder, which may be another one on each rank.
+        step: the only one to look for; None: all.
+        group: all ranks.
+        must_exist: whether an empty or missing folder is an error.
+
+    Raises:
+        CheckpointError: if there is none and there should be, or ranks see different folders.
+    """
+    everyones = _look_together(base, group)
+    common = frozenset.intersection(*(seen.own for seen in everyones))
+    places = [Place(base, found, "shared") for found in everyones[0].shared]
+    places += [Place(base, found, "per-rank") for found in common]
+    places.sort(key=lambda place: place.step, reverse=True)
+    if group.rank == 0:
+        _warn_of_unfinished(base, group.rank)
+    if step is not None:
+        return _of_step(base, step, places)
+    if not places:
+        _check_start(base, everyones, group, must_exist)
+    return places
+
+
+def read(place: Place, group: Group) -> Saved:
+    """Read this rank's part of a checkpoint; collective.
+
+    Raises:
+        Damaged: if any rank cannot.
+        CheckpointError: if it is of another format, or is not one and the same on all ranks, or
+            parts of it are elsewhere.
+    """
+    problem = f"checkpoint {place}:"
+    index = on_all_ranks(group, lambda: folders.read_index(place, group.rank), problem)
+    ids = group.all_gather_object(index["id"])
+    strangers = [str(rank) for rank, theirs in enumerate(ids) if theirs != ids[0]]
+    if strangers:
+        raise CheckpointError(
+            f"{problem} ranks see different ones of this step: that of rank {', '.join(strangers)} "
+            "was not saved together with rank 0's"
+        )
+    world = index["world"]
+    if world != group.size:
+        on_all_ranks(group, lambda: _check_parts(place, world, group), problem)
+    state = on_all_ranks(group, lambda: _read_part(place, group.rank % world), problem)
+    return Saved(place, world, state)
+
+
+def apply(sync: Sync, saved: Saved, change: bool) -> None:
+    """Load what was read into model, optimizer and clock, once all of it fits on all ranks.
+
+    Args:
+        sync: the clock.
+        saved: what was read.
+        change: whether another strategy is taken over into a new round.
+
+    Raises:
+        CheckpointError: if it does not fit; nothing was changed.
+    """
+    group, world, state = sync.layout[WORLD], saved.world, saved.state
+    name = f"checkpoint {saved.place}"
+    on_all_ranks(group, lambda: follow_model(sync), f"{name} cannot be loaded:")
+    words = on_all_ranks(group, lambda: _differences(sync, saved, change), name)
+    changed = any(group.all_gather_object(words is not None))
+    model = state["model"]
+    if changed or world != group.size:
+        model = agreed.mean(
+            lambda rank: model_of(saved, rank, group),
+            world,
+            sync,
+            lambda part: on_all_ranks(group, part, f"{name}:"),
+        )
+    if changed:
+        model = model | agreed.anchor(state["sync"])
+    if group.rank == 0:
+        _log(sync, saved, words)
+    with torch.no_grad():
+        _load_optimizer(sync.inner.optimizer, state["optimizer"])
+        for tensor_name, tensor in sync.replica.tensors.items():
+            tensor.copy_(model[tensor_name])
+        if changed:
+            keep = _same_outer(sync, saved)
+            sync.restart(agreed.restarted(sync, state["sync"], model, keep))
+        elif world != group.size:
+            sync.restart(state["sync"])
+        else:
+            sync.load_state_dict(state["sync"])
+
+
+def model_of(saved: Saved, rank: int, group: Group) -> Mapping[str, Tensor]:
+    """The tensors of a saved rank."""
+    if rank == group.rank % saved.world:
+        own: Mapping[str, Tensor] = saved.state["model"]
+        return own
+    others: Mapping[str, Tensor] = _read_part(saved.place, rank, "model")["model"]
+    return others
+
+
+def _look_together(base: Path, group: Group) -> list[Seen]:
+    """What ranks see, which must be the same where they share a folder."""
+    everyones = group.all_gather_object(folders.look(base, group.rank))
+    every = frozenset().union(*(seen.shared for seen in everyones))
+    if any(seen.shared != every for seen in everyones):  # a network's file system may be late
+        everyones = group.all_gather_object(folders.await_steps(base, group.rank, every))
+    problems = {r: seen.problem for r, seen in enumerate(everyones) if seen.problem is not None}
+    if problems:
+        raise CheckpointError(f"no checkpoint can be in {base}: {by_words(problems, group.size)}")
+    lacking = {
+        rank: f"{_list(every - seen.shared)} not there"
+        for rank, seen in enumerate(everyones)
+        if every - seen.shared
+    }
+    if lacking:
+        raise CheckpointError(
+            f"ranks see different folders at {base}: {by_words(lacking, group.size)}; give one "
+            'that they share, or what was saved with layout="per-rank"'
+        )
+    _compare_own(base, everyones, group)
+    return everyones
+
+
+def _compare_own(base: Path, everyones: Sequence[Seen], group: Group) -> None:
+    """Name ranks that lack checkpoints which others saved for themselves."""
+    every = frozenset().union(*(seen.own for seen in everyones))
+    common = frozenset.intersection(*(seen.own for seen in everyones))
+    newer = {step for step in every if step > max(common, default=-1)}
+    lacking = {
+        rank: f"{_list(newer - seen.own)} not there"
+        for rank, seen in enumerate(everyones)
+        if newer - seen.own
+    }
+    if not lacking:
+        return
+    words = (
+        f"ranks do not all have the newest checkpoints in {base}: {by_words(lacking, group.size)}"
+    )
+    if not common and not everyones[0].shared:
+        raise CheckpointError(f"{words}; no step is there on all of them")
+    if group.rank == 0:
+        logger.warning("%s", words)
+
+
+def _of_step(base: Path, step: int, places: Sequence[Place]) -> list[Place]:
+    chosen = [place for place in places if place.step == step]
+    if not chosen:
+        there = _list(place.step for place in places) if places else "there is none at all"
+        raise CheckpointError(f"no checkpoint of step {step} in {base}: {there}")
+    return chosen
+
+
+def _check_start(base: Path, everyones: Sequence[Seen], group: Group, must_exist: bool) -> None:
+    """That a folder without checkpoint may be that of a run that has not started yet."""
+    others = {
+        rank: f"holds {', '.join(seen.others[:5])}{', ...' * (len(seen.others) > 5)}"
+        for rank, seen in enumerate(everyones)
+        if seen.others
+    }
+    if others:
+        raise CheckpointError(
+            f"no checkpoint in {base}, which {by_words(others, group.size)}: give the folder that "
+            "checkpoints were saved to, or an empty one to start anew"
+        )
+    state = "is empty" if everyones[0].exists else "does not exist"
+    if must_exist:
+        raise CheckpointError(f"no checkpoint in {base.absolute()}, which {state}")
+    if group.rank == 0:
+        logger.warning(
+            "no checkpoint in %s, which %s: training starts anew", base.absolute(), state
+        )
+
+
+def _warn_of_unfinished(base: Path, rank: int) -> None:
+    for home in (base, base / folders.rank_name(rank)):
+        for unfinished in folders.leftovers(home):
+            warnings.warn(f"skipped checkpoint {unfinished}: it is unfinished", stacklevel=4)
+
+
+def _list(steps: Any) -> str:
+    return ", ".join(folders.step_name(step) for step in sorted(steps))
+
+
+def _check_parts(place: Place, world: int, group: Group) -> None:
+    """That this rank sees the parts it needs, on another number of ranks than saved them."""
+    needed = {group.rank % world, *range(group.rank, world, group.size)}
+    missing = [r for r in sorted(needed) if not (place.folder(r) / INDEX).exists()]
+    if missing and place.layout == "per-rank":
+        raise CheckpointError(
+            f"it was saved by {world} ranks, each for itself: to resume on {group.size}, copy all "
+            f"of its rank-* folders into one that all ranks see; missing here: "
+            f"{', '.join(folders.rank_name(rank) for rank in missing)}"
+        )
+
+
+def _read_part(place: Place, rank: int, *names: str) -> dict[str, Any]:
+    """Some of the state of a saved rank, or all of it."""
+    folder, index = place.folder(rank), folders.read_index(place, rank)
+    packed = folders.read_json(folder / f"{folders.rank_name(rank)}.json", index["files"])
+    chosen = {name: packed[name] for name in names or packed}
+    found = tensors.read(folder / folders.TENSORS, keys(list(chosen.values())))
+    return {name: unpack(plain, found) for name, plain in chosen.items()}
+
+
+def _differences(sync: Sync, saved: Saved, change: bool) -> str | None:
+    """How the strategy differs, where that is allowed.
+
+    Raises:
+        CheckpointError: if something differs that must not.
+    """
+    there, here = saved.state["about"], matching.describe(sync)
+    fault = matching.model_difference(there, here) or matching.optimizer_difference(
+        there, here, saved.state["optimizer"], sync.inner.optimizer
+    )
+    if fault is not None:
+        raise CheckpointError(fault)
+    same_world = saved.world == sync.layout[WORLD].size
+    words = matching.strategy_differences(there, here, same_world)
+    if words is not None and not change:
+        raise CheckpointError(
+            f"is of another strategy: {words}; resume with that one, or pass on_strategy_change="
+            '"restart" to start a new round of this one from the parameters last agreed on'
+        )
+    return words
+
+
+def _same_outer(sync: Sync, saved: Saved) -> bool:
+    there = saved.state["about"]["strategy"]["fields"]["outer"]
+    same: bool = there == matching.outline(sync.strategy.outer)
+    return same
+
+
+def _log(sync: Sync, saved: Saved, words: str | None) -> None:
+    """Say what is not as it was."""
+    values = list(matching.changed_values(saved.state["optimizer"], sync.inner.optimizer))
+    if values:
+        logger.warning("values of the checkpoint are used: %s", "; ".join(values))
+    size = sync.layout[WORLD].size
+    if saved.world == size and words is None:
+        return
+    clock = saved.state["sync"]
+    anchored = bool(agreed.anchor(clock))
+    how = [f"was saved by {saved.world} ranks and is resumed on {size}"] * (saved.world != size)
+    how += [f"is of another strategy ({words})"] * (words is not None)
+    logger.warning(
+        "checkpoint %s %s: training starts from the agreed parameters (%s) with a new round%s",
+        saved.place, " and ".join(how),
+        "the anchor" if anchored else "the mean of the saved replicas",
+        "" if words is None or not anchored
+        else "; outer state is taken over" if _same_outer(sync, saved)
+        else "; outer state starts anew",
+    )  # fmt: skip
+
+
+def _load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load state as it was: torch casts it to the dtype of the parameters."""
+    optimizer.load_state_dict(dict(state))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, saved in state["state"].items():
+        held = optimizer.state[parameters[index]]
+        for key, value in saved.items():
+            if isinstance(value, Tensor) and held[key].dtype != value.dtype:
+                held[key] = value.to(held[key].device)
