@@ -17,7 +17,7 @@ from benchmarks.training import Worker, held_out_loss
 from postlocal import Strategy, strategies, virtual
 from postlocal.group import Group
 from postlocal.train import TrainConfig
-from postlocal.train.run import open_data
+from postlocal.train.data import open_data
 from postlocal.wire import fp32
 
 

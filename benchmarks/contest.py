@@ -20,7 +20,7 @@ from benchmarks.network import traffic
 from benchmarks.training import held_out_loss
 from postlocal.replica import unwrap
 from postlocal.train import TrainConfig
-from postlocal.train.run import open_data
+from postlocal.train.data import open_data
 
 
 @dataclass

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from postlocal.train import TrainConfig
-from postlocal.train.data import Batch, Windows
+from postlocal.train.data import Batch, Windows, open_data
 from postlocal.train.model import SIZES, Transformer
-from postlocal.train.run import cross_entropy, make_optimizer, open_data
+from postlocal.train.run import cross_entropy, make_optimizer
 
 
 class Worker:

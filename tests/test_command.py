@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ import pytest
 from safetensors import safe_open
 
 from postlocal.cli import main
+from tests.calling import calling
 
 POSTLOCAL = (sys.executable, "-m", "postlocal")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 STEPS = 120
+TRAIN = sys.modules["postlocal.cli.train"]  # the name in the package is the command
 
 
 @contextmanager
@@ -154,7 +157,9 @@ def test_a_signal_saves_and_the_resumed_run_ends_bit_identical(
     assert f"checkpoint in {tmp_path}" in output
     stopped = newest(tmp_path)
     assert stopped < STEPS
-    code, output = run(*command, "--resume")
+    # The first form gives no setting, the second all of them again.
+    again = ["train", "--out", str(tmp_path)] if number == signal.SIGINT else command[3:]
+    code, output = run(*POSTLOCAL, *again, "--resume")
     assert code == 0, output
     assert f"resumed after step {stopped} " in output
     assert weights(tmp_path) == weights(undisturbed)
@@ -250,6 +255,10 @@ BAD = {
         ["--strategy", "hierarchical", "--periods", "rack=4"],
         "level must be one that the topology has",
     ),
+    "no folder": (["--out", ""], "out must name a folder, got ''"),
+    "both": (["--resume", "--overwrite"], "resume and overwrite must not be given together"),
+    "nothing to resume": (["--resume"], "out must hold a run to resume"),
+    "compared with itself": (["--compare", "post_local_sgd"], "compare must differ from the run"),
     "nodes that do not fit": (["--node-size", "3"], "node size must divide the world size 4"),
 }
 
@@ -289,10 +298,25 @@ def test_an_earlier_run_is_not_overwritten_unasked(
     assert weights(undisturbed)
 
 
-def test_a_checkpoint_of_another_model_is_one_line(undisturbed: Path, data: Path) -> None:
-    command = [*POSTLOCAL, *arguments(undisturbed, data, "--workers", "2", "--resume")]
+def test_settings_that_are_not_those_of_the_run_are_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, undisturbed: Path
+) -> None:
+    words = ["train", "--resume", "--out", str(undisturbed)]
+    code, error = command_line(capsys, monkeypatch, *words, "--model", "small", "--lr", "1")
+    assert code == 2
+    assert error.count("\n") == 1
+    assert "got lr: 0.003 kept, 1.0 given; model: tiny kept, small given" in error
+
+
+def test_a_checkpoint_of_another_model_is_one_line(
+    undisturbed: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()  # of a run from before settings were kept
+    command = [*POSTLOCAL, *arguments(tmp_path / "run", data, "--workers", "2", "--resume")]
     code, output = run(*command, "--model", "small")
     assert code == 2
+    assert "has no config.json: all settings are taken as given here" in " ".join(output.split())
     assert "is of another model: 'embedding.weight' is (256, 128)" in output
     assert "Traceback" not in output
 
@@ -309,8 +333,37 @@ def test_sample_without_weights_is_one_line(
     assert "cannot be read" in error
 
 
+def test_without_a_command_there_is_the_help_and_no_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, error = calling()(capsys, monkeypatch)
+    assert code == 2
+    assert "Usage: " in out + error
+    assert "error" not in out + error
+
+
+def test_the_first_lines_are_there_before_workers_start(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[int] = []
+
+    def launch(workers: int, arguments: list[str]) -> int:
+        started.append(workers)
+        return 0
+
+    monkeypatch.setattr(TRAIN, "launch", launch)
+    words = ["train", "--workers", "3", "--out", str(tmp_path), "--period", "64"]
+    code, out, _ = calling(*words)(capsys, monkeypatch)
+    assert (code, started) == (0, [3])
+    assert out.splitlines()[0].endswith("100 steps, 3 workers")
+    assert "Python's standard library" in out
+    assert "post_local_sgd(warmup=30, period=64, " in out
+    assert str(tmp_path) in out
+
+
 def test_version_and_help() -> None:
     code, output = run(*POSTLOCAL, "train", "--help")
     assert code == 0
     assert "--outer-momentum" in output
+    assert "May be given anew" in " ".join(output.split())
     assert run(*POSTLOCAL, "--version") == (0, f"{version('postlocal')}\n")

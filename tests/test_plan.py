@@ -16,10 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from typer.core import TyperGroup
+from typer.main import get_command
 
 import postlocal
 from postlocal import Strategy, outer, schedule, strategies, topology, virtual, wire
-from postlocal.cli import main
+from postlocal.cli import app, main
 from postlocal.cli.units import by_level, parse_bandwidth, parse_count, parse_latency
 from postlocal.fragments import streaming
 from postlocal.group import Group
@@ -510,6 +512,43 @@ def test_the_command_lists_every_strategy_and_the_mildest(
     assert (tmp_path / "share.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_command_says_what_it_assumed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "--strategy diloco --outer-lr 0.3 --wire int4 --workers 16 --node-size 8 --dtype bf16"
+    links = "--bandwidth node=100Gbit,world=200Mbit --latency world=20ms"
+    code, out, _ = command(capsys, monkeypatch, *words.split(), *links.split())
+    assert code == 0
+    for said in (
+        "16 workers, 8 a node",
+        "node 100 Gbit/s, 0 ms one way; world 200 Mbit/s, 20 ms one way",
+        "1,000,000,000 parameters in bf16 with 8 bytes of optimizer state each",
+        "200 steps of 1 s computing",
+        "behind 67% of a step; peak learning rate 0.003",
+        "parameters as int4, gradients as bf16",
+        "diloco(period=100, outer_lr=0.3, outer_momentum=0.9)",
+        "docs/strategies.md",
+    ):
+        assert said in out
+
+
+@pytest.mark.parametrize("name", ["plan", "simulate"])
+def test_what_looks_ahead_takes_the_options_of_strategies_that_train_takes(name: str) -> None:
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    options, train = (
+        {option for parameter in group.commands[each].params for option in parameter.opts}
+        for each in (name, "train")
+    )
+    of_strategies = {
+        f"--{parameter.replace('_', '-')}"
+        for strategy in strategies.NAMED
+        for parameter in strategies.parameters_of(strategy)
+    } - {"--lr-warmup", "--total"}  # of the trainer's learning rate and steps
+    assert of_strategies <= train
+    assert of_strategies | {"--workers", "--bandwidth", "--latency", "--node-size"} <= options
+
+
 def test_json_of_the_command_is_the_planners_own(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -551,6 +590,9 @@ WRONG = {
     "foreign parameter": (["--strategy", "ddp", "--period", "4"], "period is not a parameter"),
     "no such wire": (["--wire", "int1"], "wire must be one of fp32"),
     "no such dtype": (["--dtype", "int1"], "dtype must be one of fp32, bf16, got 'int1'"),
+    "no folder": (["--plot", "/dev/null/x.png"], "plot must be a file in a folder that exists"),
+    "no drawing": (["--plot", "x.foo"], "plot must be a file ending in .png, .pdf, .svg"),
+    "garbled periods": (["--periods", "a"], "periods must be level=steps pairs"),
     "no such level": (["--bandwidth", "rack=1Gbit"], "links must be of levels of the topology"),
     "no link": (["--node-size", "2"], "got none for 'node'"),
     "latency of no link": (["--latency", "node=1ms"], "bandwidth must be given for each level"),
@@ -559,6 +601,11 @@ WRONG = {
     "half a budget": (["--token-budget", "1B"], "must be given together"),
     "no launcher": (["--measure"], "measure needs the workers of a launcher"),
     "parameters": (["--parameters", "big"], "parameters must be a number such as"),
+    "no parameters": (["--parameters", ""], "parameters must be a number such as"),
+    "no step": (["--step-seconds", "inf"], "step time must be finite, got inf"),
+    "no deviation": (["--step-deviation", "inf"], "deviation must be finite, got inf"),
+    "no end": (["--parameters", "1e400"], "parameters must be at most 1e+18, got '1e400'"),
+    "no memory": (["--optimizer-bytes", "inf"], "optimizer_bytes must be finite, got inf"),
 }
 
 

@@ -300,19 +300,19 @@ command = calling("simulate", "--steps", "60")
 def test_the_command_shows_every_strategy_and_draws(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    words = ["--replicas", "1,20,400", "--mtbf", "1d", "--plot", str(tmp_path / "scale.png")]
+    words = ["--workers", "1,20,400", "--mtbf", "1d", "--plot", str(tmp_path / "scale.png")]
     code, out, _ = command(capsys, monkeypatch, *words)
     assert code == 0
     assert all(out.count(name) >= 2 for name in strategies.NAMED)
-    assert "of 400 replicas" in out
+    assert "of 400 workers" in out
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_json_of_the_command_is_the_simulations_own(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = "--strategy diloco --period 20 --replicas 16 --node-size 2 --speed-deviation 0.1"
-    more = "--uplinks 1Gbit:0.5,100Mbit:0.5 --latency 10ms --mtbf 2h --tokens-a-step 100 --json"
+    words = "--strategy diloco --period 20 --workers 16 --node-size 2 --speed-deviation 0.1"
+    more = "--bandwidth 1Gbit:0.5,100Mbit:0.5 --latency 10ms --mtbf 2h --tokens-a-worker 100 --json"
     code, out, _ = command(capsys, monkeypatch, *words.split(), *more.split(), "--seed", "3")
     assert code == 0
     fleet = Fleet(
@@ -333,10 +333,12 @@ def test_json_of_the_command_is_the_simulations_own(
 
 WRONG = {
     "no duration": (["--mtbf", "30"], "mtbf must have a unit"),
-    "no bandwidth": (["--uplinks", "fast:1"], "bandwidth must be above 0 and have a unit"),
-    "shares": (["--uplinks", "1Gbit:0.5,1Mbit:0.4"], "must be above 0 and sum to 1"),
+    "no bandwidth": (["--bandwidth", "fast:1"], "bandwidth must be above 0 and have a unit"),
+    "shares": (["--bandwidth", "1Gbit:0.5,1Mbit:0.4"], "must be above 0 and sum to 1"),
     "no such strategy": (["--strategy", "foo"], "strategy must be one of ddp,"),
-    "nodes": (["--node-size", "8", "--replicas", "12"], "multiple of the node size 8, got 12"),
+    "no folder": (["--plot", "/dev/null/x.png"], "plot must be a file in a folder that exists"),
+    "foreign parameter": (["--strategy", "ddp", "--period", "4"], "period is not a parameter"),
+    "nodes": (["--node-size", "8", "--workers", "12"], "multiple of the node size 8, got 12"),
 }
 
 

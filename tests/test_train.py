@@ -1,8 +1,10 @@
 """The trainer's parts: data, model, settings, stopping and report."""
 
+import io
 import json
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import nn
 
 from postlocal import DisagreementError, wire
@@ -24,10 +27,13 @@ from postlocal.strategies import streaming_diloco
 from postlocal.train import make_config, train
 from postlocal.train.data import Corpus, Share, Windows, find_files
 from postlocal.train.model import SIZES, Transformer
+from postlocal.train.opening import WEIGHTS, open_run
 from postlocal.train.plots import plot
-from postlocal.train.run import WEIGHTS, save_weights
+from postlocal.train.run import save_weights
 from postlocal.train.sample import sample
+from postlocal.train.saved import SavedRun, Text, changes, settle
 from postlocal.train.stop import Stop
+from postlocal.train.view import View
 from tests.launcher import free_port
 
 Ranks = Callable[..., list[Any]]
@@ -40,6 +46,11 @@ def write(folder: Path, *texts: bytes) -> list[Path]:
     return files
 
 
+def text(repeats: int) -> bytes:
+    """256 bytes so many times over, none of them NUL."""
+    return (bytes(range(1, 256)) + b"x") * repeats
+
+
 def test_a_corpus_reads_across_files_and_skips_empty_ones(tmp_path: Path) -> None:
     corpus = Corpus(write(tmp_path, b"abc", b"", b"defg", b"h"))
     assert len(corpus) == 8
@@ -49,9 +60,9 @@ def test_a_corpus_reads_across_files_and_skips_empty_ones(tmp_path: Path) -> Non
 
 
 def test_the_default_data_is_the_standard_library() -> None:
-    names = {file.name for file in find_files([])}
-    assert {"argparse.py", "zipfile.py"} & names
-    assert len(Corpus(find_files([]))) > 3_000_000
+    found = find_files([])
+    assert {"argparse.py", "zipfile.py"} & {file.name for file in found.texts}
+    assert len(Corpus(found.texts)) > 3_000_000
 
 
 def test_data_takes_files_folders_and_globs(tmp_path: Path) -> None:
@@ -59,11 +70,48 @@ def test_data_takes_files_folders_and_globs(tmp_path: Path) -> None:
     nested = tmp_path / "below" / "c.md"
     nested.parent.mkdir()
     nested.write_bytes(b"c")
-    assert find_files([str(files[0])]) == [files[0]]
-    assert find_files([str(tmp_path)]) == [*files, nested]
-    assert find_files([str(tmp_path / "*.txt")]) == files
-    with pytest.raises(ValueError, match=r"data must be .* that exist, got '.*nowhere'"):
-        find_files([str(tmp_path / "nowhere")])
+    assert find_files([str(files[0])]).texts == (files[0],)
+    assert find_files([str(tmp_path)]).texts == (*files, nested)
+    assert find_files([str(tmp_path / "*.txt")]).texts == tuple(files)
+
+
+def test_files_with_a_nul_byte_are_skipped_and_named(tmp_path: Path) -> None:
+    text, binary, late = write(tmp_path, b"abc", b"ab\0c", b"a" * 8192 + b"\0")
+    found = find_files([str(tmp_path)])
+    assert found.texts == (text, late)
+    assert found.binary == (binary,)
+    with pytest.raises(ValueError, match=r"data must hold text, got 1 binary file, first .*1.txt"):
+        find_files([str(binary)])
+
+
+def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, rule in {
+        str(tmp_path / "nowhere"): r"data must be .* that exist, got '.*nowhere'",
+        str(tmp_path / "empty"): r"data must hold files, got '.*empty', a folder without any",
+        "": "data must be files, folders or globs, got an empty name ''",
+        "x" * 300: r"data must be readable, got 'xxx.*File name too long",
+    }.items():
+        with pytest.raises(ValueError, match=rule):
+            find_files([name])
+
+
+def test_a_digest_tells_texts_apart_whatever_files_they_are_in(tmp_path: Path) -> None:
+    one, two, same, other = write(tmp_path, b"abc", b"def", b"abcdef", b"abcdeg")
+    assert Corpus([one, two]).digest == Corpus([same]).digest
+    assert Corpus([same]).digest != Corpus([other]).digest
+    assert Corpus([same]).digest != Corpus([one]).digest
+
+
+def test_of_a_long_text_blocks_are_digested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("postlocal.train.data._BLOCK", 4)
+    monkeypatch.setattr("postlocal.train.data._BLOCKS", 3)
+    texts = write(tmp_path, b"a" * 50, b"a" * 49 + b"b", b"a" * 10 + b"b" + b"a" * 39)
+    whole, last, between = (Corpus([text]).digest for text in texts)
+    assert whole != last
+    assert whole == between
 
 
 def test_targets_are_inputs_one_byte_on(tmp_path: Path) -> None:
@@ -89,8 +137,8 @@ def test_shares_cover_the_training_windows_once_an_epoch(
 
 
 def test_a_batch_depends_on_seed_rank_and_step_alone(tmp_path: Path) -> None:
-    text = np.random.default_rng(0).integers(0, 256, 9_000, dtype=np.uint8).tobytes()
-    windows = Windows(Corpus(write(tmp_path, text)), 16)
+    noise = np.random.default_rng(0).integers(0, 256, 9_000, dtype=np.uint8).tobytes()
+    windows = Windows(Corpus(write(tmp_path, noise)), 16)
     whole = Share(windows, 1, 2, 4, seed=5)
     batches = [whole.batch(step)[0] for step in range(200)]
     resumed = Share(windows, 1, 2, 4, seed=5)
@@ -168,6 +216,34 @@ def test_a_wire_is_the_one_named_or_the_strategys_own_or_bf16() -> None:
     assert streaming.make_strategy().gradient_wire == wire.bf16()
 
 
+def test_a_compared_run_takes_the_options_that_its_strategy_has() -> None:
+    given: dict[str, Any] = {
+        "strategy": "diloco",
+        "parameters": {"period": 5, "outer_lr": 0.5},
+        "wire": "int4",
+        "optimizer_state": "average",
+    }
+    slowmo = make_config(**given, compare="slowmo")
+    other = slowmo.compared()
+    assert (other.parameters, other.wire) == ({"period": 5}, "int4")
+    assert other.optimizer_state == "average"
+    assert slowmo.not_compared == ["outer-lr"]
+    ddp = make_config(**given, compare="ddp")
+    assert (ddp.compared().wire, ddp.compared().gradient_wire) == ("fp32", "fp32")
+    assert ddp.not_compared == ["period", "outer-lr", "wire", "optimizer-state"]
+    assert list(ddp.runs()) == ["ddp", "diloco"]
+
+
+def test_a_strategy_compared_with_itself_takes_its_defaults_under_another_name() -> None:
+    config = make_config(strategy="diloco", parameters={"period": 5}, compare="diloco")
+    assert list(config.runs()) == ["diloco (defaults)", "diloco"]
+    assert config.compared().strategy_parameters["period"] == 100
+    assert config.compared().out != config.out
+    assert config.not_compared == ["period"]
+    with pytest.raises(ValueError, match=r"compare must differ from the run itself, got 'diloco'"):
+        make_config(strategy="diloco", compare="diloco")
+
+
 BAD_SETTINGS = [
     ({"steps": 0}, "steps must be greater than or equal to 1, got 0"),
     ({"lr": math.nan}, "lr must be .*, got nan"),
@@ -180,7 +256,12 @@ BAD_SETTINGS = [
     ({"strategy": "qsr"}, "qsr needs the parameter alpha"),
     ({"wire": "int3"}, "wire must be one of fp32, .*, got 'int3'"),
     ({"gradient_wire": "int3"}, "wire must be one of fp32, .*, got 'int3'"),
+    ({"lr_warmup": 101}, "lr-warmup must be at most the 100 steps of the run, got 101"),
     ({"colour": 1}, "colour must be .*"),
+    ({"workers": 10**30}, "workers must be less than or equal to 1000000, got 1"),
+    ({"seed": 2**63}, "seed must be less than 9223372036854775808, got 9"),
+    ({"timeout": math.inf}, "timeout must be less than or equal to 10000000, got inf"),
+    ({"weight_decay": math.inf}, "weight-decay must be a finite number, got inf"),
 ]
 
 
@@ -238,7 +319,7 @@ def config_of(folder: Path, **changes: Any) -> Any:
 
 
 def test_one_process_alone_trains_too_and_accumulation_does_not_change_it(tmp_path: Path) -> None:
-    write(tmp_path, bytes(range(256)) * 20)
+    write(tmp_path, text(20))
     losses = []
     for accumulate in (1, 2):
         config = config_of(
@@ -256,7 +337,7 @@ def test_one_process_alone_trains_too_and_accumulation_does_not_change_it(tmp_pa
 
 
 def test_a_run_that_replaces_an_earlier_one_keeps_what_it_compares_with(tmp_path: Path) -> None:
-    write(tmp_path, bytes(range(256)) * 20)
+    write(tmp_path, text(20))
     config = config_of(tmp_path, strategy="local_sgd", compare="ddp", overwrite=True)
     for _ in range(2):
         train(config)
@@ -276,6 +357,198 @@ def test_weights_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
     assert (tmp_path / WEIGHTS).stat().st_mode & 0o777 == 0o640
 
 
+def test_both_of_two_runs_of_one_strategy_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, text(20))
+    changes = {"strategy": "diloco", "parameters": {"period": 5}, "compare": "diloco"}
+    train(config_of(tmp_path, **changes))
+    lines = capsys.readouterr().out.splitlines()
+    assert any("diloco (defaults)" in line and "│ diloco " in line for line in squeezed(lines))
+    here, there = (Summary.read(f) for f in (tmp_path / "out", tmp_path / "out/compare/diloco"))
+    assert "period=5," in here.strategy_details
+    assert "period=100," in there.strategy_details
+
+
+def squeezed(lines: list[str]) -> list[str]:
+    return [line.replace("┃", "│") for line in lines]
+
+
+def test_a_resumed_run_takes_its_settings_from_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, text(20))
+    train(config_of(tmp_path, lr=0.01, seed=3, strategy="diloco", parameters={"period": 4}))
+    out = tmp_path / "out"
+    capsys.readouterr()
+    train(make_config(out=out, resume=True, steps=20))
+    printed = capsys.readouterr().out
+    assert "changed   steps: 12 -> 20" in printed
+    assert "resumed after step 12" in printed
+    summary = Summary.read(out)
+    assert (summary.strategy, summary.seed, summary.steps) == ("diloco", 3, 20)
+    kept = SavedRun.read(out)
+    assert kept is not None
+    assert kept.settings.lr == 0.01
+    assert kept.settings.steps == 20
+    assert kept.settings.data == (str(tmp_path / "0.txt"),)
+    assert not list(out.glob(".config*"))
+
+
+def test_a_run_is_not_made_shorter_than_it_is(tmp_path: Path) -> None:
+    write(tmp_path, text(20))
+    train(config_of(tmp_path))
+    before = (tmp_path / "out" / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"steps must be at least the 12 that .* done, got 10"):
+        train(make_config(out=tmp_path / "out", resume=True, steps=10))
+    assert (tmp_path / "out" / "config.json").read_text() == before
+
+
+def saved_run(folder: Path, **settings: Any) -> SavedRun:
+    write(folder, text(20))
+    config = config_of(folder, **{"lr": 0.01, "seed": 3, "strategy": "diloco"} | settings)
+    saved = SavedRun.of(config, Text.of(config.data), workers=2)
+    (folder / "out").mkdir(exist_ok=True)
+    saved.write(folder / "out")
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"lr": 0.003}, "lr: 0.01 kept, 0.003 given"),
+        ({"lr": 0.003, "seed": 4}, "lr: 0.01 kept, 0.003 given; seed: 3 kept, 4 given"),
+        ({"strategy": "slowmo"}, "strategy: diloco kept, slowmo given"),
+        ({"parameters": {"outer_lr": 0.3}}, "outer-lr: 0.7 kept, 0.3 given"),
+        ({"wire": "int4"}, "wire: None kept, int4 given"),
+        ({"lr_warmup": 7}, "lr-warmup: 1 kept, 7 given"),
+    ],
+)
+def test_settings_that_contradict_those_kept_are_named(
+    tmp_path: Path, given: dict[str, Any], words: str
+) -> None:
+    saved = saved_run(tmp_path)
+    config = make_config(out=tmp_path / "out", resume=True, **given)
+    with pytest.raises(ValueError, match=rf"got {words}: leave them out"):
+        settle(config, saved)
+
+
+def test_settings_given_again_agree_if_they_come_to_the_same(tmp_path: Path) -> None:
+    saved = saved_run(tmp_path)
+    given: dict[str, Any] = {"wire": "bf16", "parameters": {"period": 100}, "lr_warmup": 1}
+    config = make_config(out=tmp_path / "out", resume=True, workers=3, keep=7, **given)
+    settled = settle(config, saved)
+    assert (settled.workers, settled.keep, settled.seed, settled.lr) == (3, 7, 3, 0.01)
+    assert changes(saved.settings, settled) == ["keep: 3 -> 7", "workers: 2 -> 3"]
+
+
+def test_a_longer_run_keeps_its_warm_ups(tmp_path: Path) -> None:
+    saved = saved_run(tmp_path, strategy="post_local_sgd")
+    longer = settle(make_config(out=tmp_path / "out", resume=True, steps=24), saved)
+    assert longer.make_strategy() == saved.settings.make_strategy()
+    assert longer.rising_steps == 1
+    qsr = saved_run(tmp_path, strategy="qsr", parameters={"alpha": 0.01})
+    with pytest.raises(ValueError, match="steps: 12 kept, 24 given"):
+        settle(make_config(out=tmp_path / "out", resume=True, steps=24), qsr)
+
+
+def test_other_text_under_the_same_path_is_named(tmp_path: Path) -> None:
+    saved_run(tmp_path)
+    config = make_config(out=tmp_path / "out", resume=True)
+    assert open_run(config).config.seed == 3
+    (tmp_path / "0.txt").write_bytes(text(20)[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"data must be the text that .*out was started with"):
+        open_run(config)
+
+
+def test_a_folder_without_a_run_is_not_resumed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"out must hold a run to resume, got .*none"):
+        open_run(make_config(out=tmp_path / "none", resume=True))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"out must hold a config.json that can be read"):
+        open_run(make_config(out=tmp_path, resume=True))
+
+
+def lines_of(folder: Path, **settings: Any) -> list[str]:
+    write(folder, text(20))
+    return list(open_run(config_of(folder, **settings)).lines(workers=2))
+
+
+def test_a_run_says_first_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "b.bin").write_bytes(b"\0")
+    settings: dict[str, Any] = {"data": (str(tmp_path),), "strategy": "diloco", "compare": "ddp"}
+    lines = lines_of(tmp_path, **settings, parameters={"period": 4})
+    assert lines[0] == "training  tiny model of 853,120 parameters, 12 steps, 2 workers"
+    assert any(line.startswith("data      1 file, 5.1") for line in lines)
+    together = " ".join(line.strip() for line in lines)
+    assert "1 file skipped for NUL bytes, the first is " in together
+    assert "strategy  diloco(period=4, outer_lr=0.7, outer_momentum=0.9), " in together
+    assert "with ddp(), parameters as fp32, gradients as fp32" in together
+    assert "it does not take: period" in together
+    assert not [line for line in lines if len(line) >= 80 and str(tmp_path) not in line]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "parameters", "late"),
+    [
+        ("local_sgd", {"period": 1000}, True),
+        ("local_sgd", {"period": 12}, False),
+        ("streaming_diloco", {"period": 1000}, True),
+        ("streaming_diloco", {"period": 24}, False),
+        ("post_local_sgd", {"period": 10}, True),
+        ("ddp", {}, False),
+    ],
+)
+def test_a_round_longer_than_the_run_is_said_at_the_start(
+    tmp_path: Path, strategy: str, parameters: dict[str, Any], late: bool
+) -> None:
+    lines = lines_of(tmp_path, strategy=strategy, parameters=parameters)
+    warned = [line for line in lines if line.startswith("warning")]
+    assert bool(warned) == late
+    assert all(f"{strategy} synchronizes all workers only at the end" in line for line in warned)
+
+
+def test_a_warm_up_as_long_as_the_run_is_said_at_the_start(tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, strategy="post_local_sgd", parameters={"warmup": 12})
+    assert (
+        "warning   post_local_sgd reduces gradients of all workers at each of the 12" in lines[-2]
+    )
+
+
+def test_progress_is_short_lines_where_there_is_no_terminal() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    entry = {
+        "loss": 2.5134, "payload_bytes": 493_000, "ddp_payload_bytes": 10**7,
+        "wait_seconds": 1.0, "train_seconds": 10.0,
+    }  # fmt: skip
+    with View(console, "diloco", 100, shown=True) as view:
+        view.start(20)
+        for step in (30, 40):
+            view.advance(step)
+            view.step(step, entry)
+            view.evaluated(2.61)
+        view.advance(100)
+        view.step(100, entry)
+    assert isinstance(console.file, io.StringIO)
+    first, second, last = console.file.getvalue().splitlines()
+    assert re.fullmatch(r"diloco   30/100  loss 2\.513  16\.4 kB/step  0:\d\d left", first)
+    assert re.fullmatch(
+        r"diloco   40/100  loss 2\.513  held-out 2\.610  12\.3 kB/step  0:\d\d left", second
+    )
+    assert last == "diloco  100/100  loss 2.513  held-out 2.610  4.93 kB/step"
+
+
+def test_progress_is_a_bar_on_a_terminal() -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=True)
+    with View(console, "diloco", 100, shown=True) as view:
+        view.start(0)
+        view.advance(50)
+    assert "━" in file.getvalue()
+    assert "50/100" in file.getvalue()
+    assert "left" in file.getvalue()
+
+
 def train_differently(rank: int, folder: Path, port: int) -> str:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -285,9 +558,24 @@ def train_differently(rank: int, folder: Path, port: int) -> str:
 
 
 def test_ranks_with_different_arguments_are_told_so(ranks: Ranks, tmp_path: Path) -> None:
-    write(tmp_path, bytes(range(256)) * 20)
+    write(tmp_path, text(20))
     expected = "ranks differ in arguments: rank 0 has 'steps: 12', rank 1 has 'steps: 13'"
     assert ranks(2, train_differently, tmp_path, free_port(), join=False) == [expected] * 2
+
+
+def train_on_other_text(rank: int, folder: Path, port: int) -> str:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with pytest.raises(DisagreementError) as error:
+        train(config_of(folder, data=(str(folder / f"{rank}.txt"),)))
+    return str(error.value)
+
+
+def test_ranks_with_different_text_are_told_so(ranks: Ranks, tmp_path: Path) -> None:
+    write(tmp_path, text(20), text(21))
+    first, second = ranks(2, train_on_other_text, tmp_path, free_port(), join=False)
+    assert first == second
+    assert first.startswith("ranks differ in data: rank 0 has '5,120 bytes with digest ")
 
 
 def test_metrics_drop_what_an_interrupted_run_logged_after_its_checkpoint(tmp_path: Path) -> None:

@@ -63,14 +63,11 @@ def main() -> None:
         _say(f"error: {error}", everywhere=True)
         code = 1
     except typer.TyperException as error:
-        _say(f"error: {_message(error)}", everywhere=False)
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        if message:  # where no command was given, the help has been shown
+            _say(f"error: {message} (see postlocal --help)", everywhere=False)
         code = 2
     sys.exit(code or 0)
-
-
-def _message(error: typer.TyperException) -> str:
-    message = error.format_message() if hasattr(error, "format_message") else str(error)
-    return f"{message} (see postlocal --help)"
 
 
 def _say(text: str, everywhere: bool) -> None:

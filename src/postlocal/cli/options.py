@@ -1,6 +1,9 @@
-"""What the commands that look ahead have in common: options, and strategies made from them."""
+"""Options that several commands take, and settings of the trainer made from them."""
 
-from collections.abc import Mapping
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +18,8 @@ from postlocal.wire import NAMED as WIRES
 
 ALL = "all"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_PERIOD = 16  # of strategies that have no default of their own
+_PERIOD = 16  # between nodes of hierarchical, which has no default of its own
+_DRAWINGS = (".png", ".pdf", ".svg")
 
 
 def option(panel: str, text: str, *names: str, **settings: Any) -> Any:
@@ -29,23 +33,107 @@ of_output = partial(option, "Output")
 
 PeakLr = Annotated[float, of_job("Peak learning rate, for strategies that follow it.")]
 Dtype = Annotated[str, of_job(f"Of parameters: {', '.join(DTYPES)}.")]
-Period = Annotated[
-    int | None, of_strategy("Steps a round.", show_default="the strategy's own, or 16")
-]
-Warmup = Annotated[
-    int | None, of_strategy("Synchronous steps of post_local_sgd.", show_default="three tenths")
-]
 WireName = Annotated[
     str | None,
     of_strategy(f"How parameters travel: {', '.join(WIRES)}.", show_default="its own, or bf16"),
 ]
 GradientWire = Annotated[
-    str | None, of_strategy("How gradients travel, as above.", show_default="bf16")
+    str | None,
+    of_strategy("How gradients travel, as above.", show_default="its own, or bf16"),
 ]
-FragmentCount = Annotated[int | None, of_strategy("Parts that streaming_diloco sends.")]
-Delay = Annotated[
-    int | None, of_strategy("Steps that streaming_diloco goes on before a result is applied.")
-]
+
+_OPTIONS: Mapping[str, Any] = {
+    "period": Annotated[
+        int | None, of_strategy("Steps a round.", show_default="the strategy's own")
+    ],
+    "warmup": Annotated[
+        int | None,
+        of_strategy(
+            "Synchronous steps before the first round (post_local_sgd, edit).",
+            show_default="three tenths of the run; edit: 0",
+        ),
+    ],
+    "gradients": Annotated[
+        str | None,
+        of_strategy("Level at which gradients are averaged in a round: rank, node, world."),
+    ],
+    "outer_lr": Annotated[
+        float | None,
+        of_strategy("Outer learning rate (diloco, streaming_diloco, sparse_loco, edit)."),
+    ],
+    "outer_momentum": Annotated[
+        float | None, of_strategy("Outer momentum (diloco, streaming_diloco, edit).")
+    ],
+    "fragments": Annotated[
+        int | None, of_strategy("Parts sent one after the other (streaming_diloco).")
+    ],
+    "delay": Annotated[
+        int | None,
+        of_strategy("Steps between sending a part and applying the mean (streaming_diloco)."),
+    ],
+    "mix": Annotated[
+        float | None, of_strategy("Share of its own value that a worker keeps (streaming_diloco).")
+    ],
+    "carry": Annotated[
+        bool | None,
+        of_strategy("Keep the steps taken during a delay above 0 (streaming_diloco)."),
+    ],
+    "order": Annotated[
+        str | None, of_strategy("Layers of a part: strided, sequential (streaming_diloco).")
+    ],
+    "top_k": Annotated[int | None, of_strategy("Values sent of each chunk (sparse_loco).")],
+    "chunk": Annotated[int | None, of_strategy("Values in a chunk (sparse_loco).")],
+    "bits": Annotated[int | None, of_strategy("Bits a value (sparse_loco).")],
+    "feedback": Annotated[
+        float | None,
+        of_strategy("Share of what was not sent that is added next time (sparse_loco)."),
+    ],
+    "max_norm": Annotated[
+        float | None, of_strategy("Greatest norm of a layer's move in a round (edit).")
+    ],
+    "slow_lr": Annotated[float | None, of_strategy("Outer learning rate (slowmo).")],
+    "slow_momentum": Annotated[float | None, of_strategy("Outer momentum (slowmo).")],
+    "alpha": Annotated[float | None, of_strategy("Growth of the period (qsr).")],
+    "base": Annotated[int | None, of_strategy("Shortest period (qsr).")],
+    "periods": Annotated[
+        str | None, of_strategy("Period of each level, such as node=4,world=16 (hierarchical).")
+    ],
+}
+"""Options of strategies, by the name of the parameter."""
+
+
+def takes_strategy(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of strategies; it gets those given as its argument ``given``."""
+
+    @functools.wraps(command)
+    def called(**values: Any) -> None:
+        options = {name: values.pop(name) for name in _OPTIONS}
+        given = {name: value for name, value in options.items() if value is not None}
+        if "periods" in given:
+            given["periods"] = _parse_periods(given["periods"])
+        command(**values, given=given)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    added = [
+        inspect.Parameter(name, kind, default=None, annotation=option)
+        for name, option in _OPTIONS.items()
+    ]
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        parameters += added if parameter.name == "given" else [parameter.replace(kind=kind)]
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {each.name: each.annotation for each in parameters}
+    return called
+
+
+def _parse_periods(text: str) -> dict[str, int]:
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {level.strip(): int(steps) for level, steps in pairs}
+    except ValueError:
+        raise ValueError(
+            f"periods must be level=steps pairs such as node=4,world=16, got {text!r}"
+        ) from None
 
 
 def parse_dtype(text: str) -> torch.dtype:
@@ -67,6 +155,13 @@ def check_plot(plot: Path | None) -> None:
     """
     if plot is None:
         return
+    if plot.suffix not in _DRAWINGS:
+        raise ValueError(f"plot must be a file ending in {', '.join(_DRAWINGS)}, got {str(plot)!r}")
+    writable = plot.parent.is_dir() and os.access(plot.parent, os.W_OK)
+    if plot.is_dir() or not writable:
+        raise ValueError(
+            f"plot must be a file in a folder that exists and can be written, got {str(plot)!r}"
+        )
     try:
         drawing.require()
     except ImportError as error:
@@ -78,20 +173,18 @@ def configure(base: Mapping[str, Any], given: Mapping[str, Any], strict: bool) -
 
     Args:
         base: settings of all.
-        given: parameters of strategies; None: not given.
+        given: parameters of strategies.
         strict: whether a parameter that the strategy does not take is an error.
     """
     taken = parameters_of(base["strategy"])
-    period = given["period"] or _PERIOD
-    wanted = {name: value for name, value in given.items() if value is not None}
-    if "periods" in taken:
-        inner = max(1, period // 4)
+    wanted = dict(given)
+    if "periods" in taken and "periods" not in given:
+        inner = max(1, wanted.pop("period", _PERIOD) // 4)
         wanted["periods"] = {"node": inner, "world": 4 * inner}
-        wanted.pop("period", None)
     if "alpha" in taken:
         # The ratio of the paper, whose first rounds are the shortest: QSR has no other default.
-        wanted["alpha"] = 0.0175 / 0.008 * base["lr"]
+        wanted.setdefault("alpha", 0.0175 / 0.008 * base["lr"])
         if "period" in wanted:
-            wanted["base"] = wanted.pop("period")
+            wanted.setdefault("base", wanted.pop("period"))
     parameters = {name: value for name, value in wanted.items() if strict or name in taken}
     return make_config(**base, parameters=parameters)

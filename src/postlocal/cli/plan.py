@@ -3,25 +3,23 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from postlocal.cli.options import (
     ALL,
-    Delay,
+    DTYPES,
     Dtype,
-    FragmentCount,
     GradientWire,
     PeakLr,
-    Period,
-    Warmup,
     WireName,
     check_plot,
     configure,
@@ -30,8 +28,14 @@ from postlocal.cli.options import (
     of_strategy,
     option,
     parse_dtype,
+    takes_strategy,
 )
-from postlocal.cli.units import by_level, parse_bandwidth, parse_count, parse_latency
+from postlocal.cli.units import (
+    by_level,
+    parse_bandwidth,
+    parse_count,
+    parse_latency,
+)
 from postlocal.meter import human_bytes
 from postlocal.planning import Cluster, Job, Link, Plan, best, draw, normal, quantiles
 from postlocal.planning import plan as plan_strategy
@@ -40,12 +44,15 @@ from postlocal.strategies import NAMED, Strategy
 from postlocal.topology import nodes
 from postlocal.train.config import TrainConfig, make_config
 from postlocal.train.measure import Measured, measure
+from postlocal.train.view import human_rate
 from postlocal.train.world import launched
 from postlocal.wire import NAMED as WIRES
 
 _where = partial(option, "The cluster")
+_LOSS = "What a strategy costs in loss is not planned: docs/strategies.md has what was measured."
 
 
+@takes_strategy
 def plan(
     workers: Annotated[int, _where("Number of workers; under torchrun its own count.")] = 8,
     node_size: Annotated[int, _where("Workers in a node, who share its link to the world.")] = 1,
@@ -77,12 +84,10 @@ def plan(
     / 3,
     model: Annotated[str, of_job("Size of the trainer's model that --measure times.")] = "tiny",
     strategy: Annotated[str, of_strategy(f"{ALL}, or one of {', '.join(NAMED)}.")] = ALL,
-    period: Period = None,
-    warmup: Warmup = None,
+    *,
+    given: Mapping[str, Any],
     wire: WireName = None,
     gradient_wire: GradientWire = None,
-    fragments: FragmentCount = None,
-    delay: Delay = None,
     share: Annotated[
         float, of_output("Share of time computing to look for the mildest strategy of.")
     ] = 0.95,
@@ -97,9 +102,6 @@ def plan(
     the cost model in docs/plan.md.
     """
     check_plot(plot)
-    given = {
-        "period": period, "warmup": warmup, "fragments": fragments, "delay": delay,
-    }  # fmt: skip
     steps = _steps(steps, tokens_a_step, token_budget)
     base: dict[str, Any] = {
         "workers": workers,
@@ -127,10 +129,9 @@ def plan(
     )
     links = _links(bandwidth, latency) if seen is None else seen.links
     cluster = Cluster(base["workers"], links, nodes(node_size))
-    chosen = {config.strategy: config.make_strategy() for config in configs}
     if int(os.environ.get("RANK", "0")):
         return  # all ranks measure, one speaks
-    _Answer(chosen, job, cluster, share).give(as_json, plot)
+    _Answer(configs, job, cluster, share).give(as_json, plot)
 
 
 @dataclass
@@ -138,30 +139,61 @@ class _Answer:
     """What the command has to say.
 
     Attributes:
-        chosen: strategies by name.
+        configs: settings of the trainer, for each strategy.
         job: what is trained.
         cluster: where.
         share: of time computing, that the mildest strategy has to reach.
     """
 
-    chosen: Mapping[str, Strategy]
+    configs: Sequence[TrainConfig]
     job: Job
     cluster: Cluster
     share: float
 
     def give(self, as_json: bool, plot: Path | None) -> None:
-        plans = [plan_strategy(each, self.job, self.cluster) for each in self.chosen.values()]
+        chosen = {config.strategy: config.make_strategy() for config in self.configs}
+        plans = [plan_strategy(each, self.job, self.cluster) for each in chosen.values()]
         found = best(self.job, self.cluster, self.share)
         if plot is not None:
-            draw(self.chosen, self.job, self.cluster, plot)
+            draw(chosen, self.job, self.cluster, plot)
         if as_json:
             typer.echo(json.dumps(self._values(plans, found), indent=1))
             return
         console = Console()
+        for line in self._assumed():
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
         console.print(_table(plans))
         console.print(self._sentence(found), highlight=False, soft_wrap=True)
+        console.print(_LOSS, highlight=False, soft_wrap=True)
         if plot is not None:
             console.print(f"Drawn in {plot}.", markup=False, highlight=False, soft_wrap=True)
+
+    def _assumed(self) -> Iterator[str]:
+        """What the answer rests on, given or not."""
+        workers, node_size = self.cluster.workers, self.configs[0].node_size
+        links = "; ".join(
+            f"{level} {human_rate(link.bandwidth)}, {link.latency * 1000:g} ms one way"
+            for level, link in self.cluster.links
+        )
+        yield f"Assumed: {workers:,} workers, {node_size:,} a node; {links};"
+        yield (
+            f"{self.job.numel:,} parameters in {_name_of(self.job.dtype)} with "
+            f"{self.job.optimizer_bytes:g} bytes of optimizer state each;"
+        )
+        step = self.job.step_time
+        yield (
+            f"{self.job.steps:,} steps of {step.mean:.3g} s computing, {step.slowest(workers):.3g} "
+            f"s on the slowest of {workers:,};"
+        )
+        yield (
+            f"gradients hidden behind {self.job.gradient_overlap:.0%} of a step; peak learning "
+            f"rate {self.configs[0].lr:g};"
+        )
+        wires = [config.describe_wires() for config in self.configs]
+        most = max(wires, key=wires.count)
+        yield f"{most}{', except where noted' if len(set(wires)) > 1 else ''}; and"
+        for config, its in zip(self.configs, wires, strict=True):
+            yield f"  {config.describe_strategy()}" + (f", {its}" if its != most else "")
 
     def _values(self, plans: Sequence[Plan], found: tuple[Strategy, Plan] | None) -> dict[str, Any]:
         step = self.job.step_time
@@ -176,6 +208,15 @@ class _Answer:
             "steps": self.job.steps,
             "step_seconds": step.mean,
             "step_seconds_of_the_slowest": step.slowest(self.cluster.workers),
+            "node_size": self.configs[0].node_size,
+            "dtype": _name_of(self.job.dtype),
+            "optimizer_bytes": self.job.optimizer_bytes,
+            "overlap": self.job.gradient_overlap,
+            "lr": self.configs[0].lr,
+            "strategies": {
+                each.strategy: f"{each.describe_strategy()}, {each.describe_wires()}"
+                for each in self.configs
+            },
             "plans": [each.to_dict() for each in plans],
             "share": self.share,
             "best": found and {"options": _flags(found[0])} | found[1].to_dict(),
@@ -189,6 +230,10 @@ class _Answer:
             f"The mildest that computes {self.share:.0%} of the time: {_flags(strategy)}\n"
             f"({planned.share_computing:.1%}, {human_bytes(planned.payload_bytes_a_day)} a day)"
         )
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, each in DTYPES.items() if each == dtype)
 
 
 def _flags(strategy: Strategy) -> str:
@@ -236,7 +281,7 @@ def _steps(steps: int | None, tokens_a_step: str | None, token_budget: str | Non
 
 def _parameters(text: str | None, seen: Measured | None) -> int:
     if text is not None or seen is None:
-        return parse_count(text or "1e9", "parameters")
+        return parse_count("1e9" if text is None else text, "parameters")
     return seen.parameters
 
 

@@ -15,13 +15,9 @@ from rich.table import Table
 
 from postlocal.cli.options import (
     ALL,
-    Delay,
     Dtype,
-    FragmentCount,
     GradientWire,
     PeakLr,
-    Period,
-    Warmup,
     WireName,
     check_plot,
     configure,
@@ -30,6 +26,7 @@ from postlocal.cli.options import (
     of_strategy,
     option,
     parse_dtype,
+    takes_strategy,
 )
 from postlocal.cli.units import (
     parse_bandwidth,
@@ -55,56 +52,55 @@ from postlocal.strategies import NAMED
 _who = partial(option, "The fleet")
 
 
+@takes_strategy
 def simulate(
-    replicas: Annotated[
-        str, _who("Numbers of replicas, such as 8,64,512; all multiples of the node size.")
+    workers: Annotated[
+        str,
+        _who(
+            "Numbers of workers, such as 8,64,512: each a multiple of the node size, or below it."
+        ),
     ] = "1,10,100,1000,10000",
-    node_size: Annotated[int, _who("Replicas in a host, who share its uplink and its fate.")] = 1,
-    uplinks: Annotated[
-        str, _who("Bandwidth of hosts, or shares of them: 10Mbit:0.1,100Mbit:0.9.")
+    node_size: Annotated[int, _who("Workers in a node, who share its link and its fate.")] = 1,
+    bandwidth: Annotated[
+        str, _who("Of nodes' links to the world, or shares of them: 10Mbit:0.1,100Mbit:0.9.")
     ] = "1Gbit",
-    latency: Annotated[str, _who("One way, between hosts.")] = "0",
-    node_bandwidth: Annotated[str, _who("Between replicas of a host.")] = "400Gbit",
+    latency: Annotated[str, _who("One way, between nodes.")] = "0",
+    node_bandwidth: Annotated[str, _who("Between workers of a node.")] = "400Gbit",
     speed_deviation: Annotated[
-        float, _who("Standard deviation of replicas' own, lasting factors on the time of a step.")
+        float, _who("Standard deviation of workers' own, lasting factors on the time of a step.")
     ] = 0.0,
     mtbf: Annotated[
-        str | None, _who("Mean time between failures of a host: 30d.", show_default="no failures")
+        str | None, _who("Mean time between failures of a node: 30d.", show_default="no failures")
     ] = None,
-    away: Annotated[str, _who("Until a lost host is back.")] = "30m",
+    away: Annotated[str, _who("Until a lost node is back.")] = "30m",
     restart: Annotated[str, _who("To come back to a checkpoint, where all have to.")] = "2m",
     saving: Annotated[str, _who("That they stop for a checkpoint.")] = "10s",
     parameters: Annotated[str, of_job("Of the model, such as 350M or 1e9.")] = "1e9",
-    step_seconds: Annotated[float, of_job("Seconds that a replica computes for a step.")] = 1.0,
+    step_seconds: Annotated[float, of_job("Seconds that a worker computes for a step.")] = 1.0,
     step_deviation: Annotated[
         float, of_job("Standard deviation of these seconds, from step to step.")
     ] = 0.0,
     steps: Annotated[int, of_job("Optimizer steps.")] = 2000,
-    tokens_a_step: Annotated[str, of_job("Tokens of one replica in a step.")] = "8192",
+    tokens_a_worker: Annotated[str, of_job("Tokens of one worker in a step.")] = "8192",
     lr: PeakLr = 3e-3,
     dtype: Dtype = "fp32",
     strategy: Annotated[
         str, of_strategy(f"{ALL}, or some of {', '.join(NAMED)}: ddp,diloco.")
     ] = ALL,
-    period: Period = None,
-    warmup: Warmup = None,
+    *,
+    given: Mapping[str, Any],
     wire: WireName = None,
     gradient_wire: GradientWire = None,
-    fragments: FragmentCount = None,
-    delay: Delay = None,
     seed: Annotated[int, of_output("Of speeds, steps and failures.")] = 0,
-    plot: Annotated[Path | None, of_output("PNG file to draw efficiency over replicas in.")] = None,
+    plot: Annotated[Path | None, of_output("PNG file to draw efficiency over workers in.")] = None,
     as_json: Annotated[bool, of_output("Print JSON instead of tables.", "--json")] = False,
 ) -> None:
-    """Tell how each strategy scales to thousands of uneven replicas that fail.
+    """Tell how each strategy scales to thousands of uneven workers that fail.
 
     Rounds and bytes are those of `postlocal plan`; docs/scale.md tells what is drawn, what a
     failure costs, and what is left out.
     """
     check_plot(plot)
-    given = {
-        "period": period, "warmup": warmup, "fragments": fragments, "delay": delay,
-    }  # fmt: skip
     base = {
         "steps": steps, "lr": lr, "wire": wire, "gradient_wire": gradient_wire, "seed": seed,
     }  # fmt: skip
@@ -118,11 +114,11 @@ def simulate(
         configs[0].lr_at,
         parse_dtype(dtype),
     )
-    counts = [parse_count(each, "replicas") for each in replicas.split(",")]
+    counts = [parse_count(each, "workers") for each in workers.split(",")]
     delayed = parse_latency(latency)
     fleet = Fleet(
         node_size,
-        [(share, Link(bits, delayed)) for bits, share in parse_shares(uplinks, parse_bandwidth)],
+        [(share, Link(bits, delayed)) for bits, share in parse_shares(bandwidth, parse_bandwidth)],
         exponential_tail(1.0, speed_deviation),
         Failures(
             float("inf") if mtbf is None else parse_duration(mtbf, "mtbf"),
@@ -142,7 +138,7 @@ def simulate(
         transient=True,
         disable=not Console(stderr=True).is_terminal,
     )
-    _Answer(list(results), parse_count(tokens_a_step, "tokens-a-step")).give(as_json, plot)
+    _Answer(list(results), parse_count(tokens_a_worker, "tokens-a-worker")).give(as_json, plot)
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,7 @@ class _Answer:
 
     Attributes:
         results: strategy by strategy.
-        tokens: of a replica in a step.
+        tokens: of a worker in a step.
     """
 
     results: Sequence[tuple[str, Simulated]]
@@ -164,9 +160,9 @@ class _Answer:
             typer.echo(json.dumps([self._values(each) for _, each in self.results], indent=1))
             return
         console = Console()
-        console.print("Efficiency, by replicas", style="bold")
+        console.print("Efficiency, by workers", style="bold")
         console.print(self._efficiencies())
-        console.print(f"What time goes into, of {self._most:,} replicas", style="bold")
+        console.print(f"What time goes into, of {self._most:,} workers", style="bold")
         console.print(self._causes())
         if plot is not None:
             console.print(f"Drawn in {plot}.", markup=False, highlight=False, soft_wrap=True)

@@ -1,36 +1,32 @@
 """``postlocal train``."""
 
 import sys
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from postlocal.cli.options import GradientWire, WireName, of_strategy, option, takes_strategy
 from postlocal.cli.units import parse_bandwidth
 from postlocal.strategies import NAMED
 from postlocal.train import make_config
 from postlocal.train import train as run
 from postlocal.train.config import TrainConfig
 from postlocal.train.model import SIZES
-from postlocal.train.run import check_before_launch
+from postlocal.train.opening import check_before_launch, open_run
+from postlocal.train.saved import CHANGEABLE
 from postlocal.train.world import launch, launched
-from postlocal.wire import NAMED as WIRES
 
-
-def _option(panel: str, text: str, *names: str, **settings: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
-
-
-_run = partial(_option, "The run")
-_axis = partial(_option, "The strategy")
-_fit = partial(_option, "Training")
-_kept = partial(_option, "Output")
+_run = partial(option, "The run")
+_fit = partial(option, "Training")
+_kept = partial(option, "Output")
 _D = TrainConfig()
-_OWN_WIRE = "the strategy's own, or bf16"
 
 
+@takes_strategy
 def train(
+    ctx: typer.Context,
     workers: Annotated[
         int, _run("Workers to start on this machine; under torchrun its own count.")
     ] = _D.workers,
@@ -40,14 +36,18 @@ def train(
     data: Annotated[
         list[str] | None,
         _run(
-            "File, folder or glob of text; may be repeated.",
+            "File, folder or glob of text; may be repeated. Files with NUL bytes are skipped.",
             show_default="Python's standard library",
         ),
     ] = None,
     model: Annotated[str, _run(f"Size: {', '.join(SIZES)}.")] = _D.model,
     seed: Annotated[int, _run("Of data order and initialization.")] = _D.seed,
     compare: Annotated[
-        str | None, _run("Train under this strategy too, first, such as ddp.")
+        str | None,
+        _run(
+            "Train under this strategy too, first. It takes the options given that it has, ddp "
+            "fp32 wires; the same strategy takes its defaults."
+        ),
     ] = None,
     link: Annotated[
         str | None,
@@ -57,55 +57,13 @@ def train(
             show_default="none",
         ),
     ] = None,
-    strategy: Annotated[str, _axis(f"One of {', '.join(NAMED)}.")] = _D.strategy,
-    period: Annotated[int | None, _axis("Steps a round.")] = None,
-    warmup: Annotated[
-        int | None,
-        _axis(
-            "Synchronous steps of post_local_sgd (three tenths) and edit (none).",
-            show_default=False,
-        ),
-    ] = None,
-    gradients: Annotated[
-        str | None, _axis("Level at which gradients meet in a round: rank, node.")
-    ] = None,
-    outer_lr: Annotated[float | None, _axis("Of the DiLoCo family.")] = None,
-    outer_momentum: Annotated[float | None, _axis("Of the DiLoCo family.")] = None,
-    fragments: Annotated[int | None, _axis("Parts that streaming_diloco sends.")] = None,
-    delay: Annotated[
-        int | None, _axis("Steps that streaming_diloco goes on before a result is applied.")
-    ] = None,
-    mix: Annotated[
-        float | None, _axis("Share of its own value that a worker of streaming_diloco keeps.")
-    ] = None,
-    carry: Annotated[
-        bool | None,
-        _axis("Whether a worker of streaming_diloco keeps what it did during a delay above 0."),
-    ] = None,
-    order: Annotated[
-        str | None, _axis("Of layers in streaming_diloco: strided, sequential.")
-    ] = None,
-    top_k: Annotated[int | None, _axis("Values that sparse_loco sends of each chunk.")] = None,
-    chunk: Annotated[int | None, _axis("Values in a chunk of sparse_loco.")] = None,
-    bits: Annotated[int | None, _axis("Bits a value of sparse_loco.")] = None,
-    feedback: Annotated[
-        float | None, _axis("Share of what sparse_loco did not send that it adds next time.")
-    ] = None,
-    max_norm: Annotated[float | None, _axis("Greatest norm of a layer's move in edit.")] = None,
-    slow_lr: Annotated[float | None, _axis("Of slowmo.")] = None,
-    slow_momentum: Annotated[float | None, _axis("Of slowmo.")] = None,
-    alpha: Annotated[float | None, _axis("Growth coefficient of qsr.")] = None,
-    base: Annotated[int | None, _axis("Shortest period of qsr.")] = None,
-    periods: Annotated[str | None, _axis("Of hierarchical, such as node=4,world=16.")] = None,
-    wire: Annotated[
-        str | None,
-        _axis(f"How parameters travel: {', '.join(WIRES)}.", show_default=_OWN_WIRE),
-    ] = None,
-    gradient_wire: Annotated[
-        str | None, _axis("How gradients travel, as above.", show_default=_OWN_WIRE)
-    ] = None,
+    strategy: Annotated[str, of_strategy(f"One of {', '.join(NAMED)}.")] = _D.strategy,
+    *,
+    given: Mapping[str, Any],
+    wire: WireName = None,
+    gradient_wire: GradientWire = None,
     optimizer_state: Annotated[
-        str, _axis("At a synchronization: keep, average or reset.")
+        str, of_strategy("At a synchronization: keep, average or reset.")
     ] = _D.optimizer_state,
     steps: Annotated[int, _fit("Optimizer steps.")] = _D.steps,
     batch_size: Annotated[int, _fit("Sequences a step for each worker.")] = _D.batch_size,
@@ -121,8 +79,15 @@ def train(
     weight_decay: Annotated[float, _fit("Of AdamW.")] = _D.weight_decay,
     clip: Annotated[float, _fit("Largest gradient norm.")] = _D.clip,
     timeout: Annotated[float, _fit("Seconds to wait for a missing worker.")] = _D.timeout,
-    out: Annotated[Path, _kept("Folder for all that the run leaves.")] = _D.out,
-    resume: Annotated[bool, _kept("Go on from the newest checkpoint.", "--resume")] = False,
+    out: Annotated[str, _kept("Folder for all that the run leaves.")] = str(_D.out),
+    resume: Annotated[
+        bool,
+        _kept(
+            "Go on from the newest checkpoint, with the settings of the run. May be given anew: "
+            f"{', '.join(sorted(name.replace('_', '-') for name in CHANGEABLE))}.",
+            "--resume",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, _kept("Replace an earlier run in the folder.", "--overwrite")
     ] = False,
@@ -138,37 +103,33 @@ def train(
 ) -> None:
     """Train a language model on bytes of text, with workers that communicate seldom.
 
-    Alone it starts its own workers; under torchrun it joins that world. It leaves metrics.jsonl,
-    summary.json, loss.png, checkpoints and model.safetensors in the output folder.
+    Alone it starts its own workers; under torchrun it joins that world. It leaves config.json,
+    metrics.jsonl, summary.json, loss.png, checkpoints and model.safetensors in the output folder.
     """
     settings = dict(locals())
-    given = {name: settings.pop(name) for name in _PARAMETERS}
-    parameters = {name: value for name, value in given.items() if value is not None}
-    if periods is not None:
-        parameters["periods"] = _parse_periods(periods)
+    if not out:
+        raise ValueError("out must name a folder, got ''")
+    if resume and overwrite:
+        raise ValueError("resume and overwrite must not be given together: one keeps what is there")
     settings["link"] = None if link is None else parse_bandwidth(link, "link")
-    config = make_config(**settings | {"data": tuple(data or ()), "parameters": parameters})
-    if launched() or workers == 1:
+    # Only what was given is passed on, so that a resumed run knows it from defaults.
+    config = make_config(
+        **{name: value for name, value in settings.items() if _was_given(ctx, name)},
+        parameters=dict(given),
+    )
+    if launched():
         run(config)
         return
-    check_before_launch(config)
-    code = launch(workers, sys.argv[1:])
-    if code:
+    opening = open_run(config)
+    check_before_launch(opening.config)
+    for line in opening.lines(opening.config.workers):
+        typer.echo(line)
+    if opening.config.workers == 1:
+        run(config, announce=False)
+    elif code := launch(opening.config.workers, sys.argv[1:]):
         raise typer.Exit(code)
 
 
-_PARAMETERS = (
-    "period", "warmup", "gradients", "outer_lr", "outer_momentum", "fragments", "delay", "mix",
-    "carry", "order", "top_k", "chunk", "bits", "feedback", "max_norm", "slow_lr", "slow_momentum",
-    "alpha", "base", "periods",
-)  # fmt: skip
-
-
-def _parse_periods(text: str) -> dict[str, int]:
-    try:
-        pairs = [part.split("=") for part in text.split(",")]
-        return {level.strip(): int(steps) for level, steps in pairs}
-    except ValueError:
-        raise ValueError(
-            f"periods must be level=steps pairs such as node=4,world=16, got {text!r}"
-        ) from None
+def _was_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

@@ -7,6 +7,7 @@ _THOUSANDS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _BITS = {"bit": 1.0, "b": 1.0, "B": 8.0}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 _DURATIONS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+_MOST = 1e18
 _NUMBER = r"(\d+\.?\d*(?:e[+-]?\d+)?)\s*"
 
 
@@ -23,7 +24,10 @@ def parse_count(text: str, name: str) -> int:
     found = re.fullmatch(_NUMBER + "([kKmMgGbBtT]?)", text.strip())
     if not found:
         raise ValueError(f"{name} must be a number such as 1e9, 350M or 7B, got {text!r}")
-    return round(float(found[1]) * _THOUSANDS[found[2].lower()])
+    count = float(found[1]) * _THOUSANDS[found[2].lower()]
+    if count > _MOST:
+        raise ValueError(f"{name} must be at most {_MOST:g}, got {text!r}")
+    return round(count)
 
 
 def parse_bandwidth(text: str, name: str = "bandwidth") -> float:

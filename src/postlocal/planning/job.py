@@ -51,8 +51,9 @@ class Job:
     def __post_init__(self) -> None:
         for name, least in (("parameters", 1), ("steps", 1), ("optimizer_bytes", 0)):
             value = getattr(self, name)
-            if not isinstance(value, nn.Module) and not value >= least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if not isinstance(value, nn.Module) and not least <= value < math.inf:
+                rule = "finite" if value == math.inf else f"at least {least}"
+                raise ValueError(f"{name} must be {rule}, got {value}")
         for name in ("gradient_overlap", "parameter_overlap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(

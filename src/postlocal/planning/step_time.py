@@ -87,8 +87,9 @@ class normal:
 
     def __post_init__(self) -> None:
         _check_mean(self.mean)
-        if not self.deviation >= 0:
-            raise ValueError(f"deviation must be at least 0 seconds, got {self.deviation}")
+        if not 0 <= self.deviation < math.inf:
+            rule = "finite" if self.deviation == math.inf else "at least 0 seconds"
+            raise ValueError(f"deviation must be {rule}, got {self.deviation}")
 
     def slowest(self, workers: int) -> float:
         return self.mean + self.deviation * _highest_of_normal(workers)
@@ -184,5 +185,6 @@ def _highest_of_normal(count: int) -> float:
 
 
 def _check_mean(mean: float) -> None:
-    if not mean > 0:
-        raise ValueError(f"step time must be above 0 seconds, got {mean}")
+    if not 0 < mean < math.inf:
+        rule = "finite" if mean == math.inf else "above 0 seconds"
+        raise ValueError(f"step time must be {rule}, got {mean}")

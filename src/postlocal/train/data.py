@@ -4,9 +4,11 @@ All files of a corpus count as one string of bytes, cut into windows of the sequ
 twentieth stretch of windows is held out for validation; the others are dealt out to the ranks.
 """
 
+import hashlib
 import sysconfig
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from glob import glob
 from itertools import accumulate
 from pathlib import Path
@@ -16,37 +18,82 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from postlocal.train.config import TrainConfig
+
 _HELD_OUT = 20
 _LONGEST_STRETCH = 64
+_HEAD = 8192  # bytes of a file that are looked at for NUL
+_BLOCK = 2**16
+_BLOCKS = 2**10  # digested at most
 
 Batch = tuple[Tensor, Tensor]
 
 
-def find_files(data: Sequence[str]) -> list[Path]:
-    """Files that paths, folders and globs stand for, sorted; folders are searched below too.
+@dataclass(frozen=True)
+class Found:
+    """Files that data stands for.
+
+    Attributes:
+        texts: files to train on, sorted.
+        binary: files with a NUL byte among their first 8192 bytes, which are skipped; sorted.
+    """
+
+    texts: tuple[Path, ...]
+    binary: tuple[Path, ...] = ()
+
+
+def find_files(data: Sequence[str]) -> Found:
+    """Files that paths, folders and globs stand for; folders are searched below too.
 
     Args:
         data: paths, folders or globs; empty: the Python standard library's own sources.
 
     Raises:
-        ValueError: if an entry matches nothing.
+        ValueError: if an entry matches no file, a file cannot be read, or none of them is text.
     """
     if not data:
-        return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    files: set[Path] = set()
-    for entry in data:
-        matches = [Path(match) for match in glob(entry, recursive=True)] or [Path(entry)]
+        return Found(tuple(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))))
+    files = sorted({file for entry in data for file in _matching(entry)})
+    binary = tuple(file for file in files if _is_binary(file))
+    texts = tuple(file for file in files if file not in set(binary))
+    if not texts:
+        count = "1 binary file" if len(files) == 1 else f"{len(files)} binary files"
+        raise ValueError(
+            f"data must hold text, got {count}, first {binary[0]}, which has a NUL byte among its "
+            f"first {_HEAD} bytes"
+        )
+    return Found(texts, binary)
+
+
+def _matching(entry: str) -> list[Path]:
+    if not entry:
+        raise ValueError("data must be files, folders or globs, got an empty name ''")
+    matches = [Path(match) for match in glob(entry, recursive=True)] or [Path(entry)]
+    try:
         found = [file for match in matches for file in _files_of(match)]
-        if not found:
-            raise ValueError(f"data must be files, folders or globs that exist, got {entry!r}")
-        files.update(found)
-    return sorted(files)
+    except OSError as error:
+        raise ValueError(f"data must be readable, got {entry!r} ({error.strerror})") from None
+    if not found:
+        if Path(entry).is_dir():
+            raise ValueError(f"data must hold files, got {entry!r}, a folder without any")
+        raise ValueError(f"data must be files, folders or globs that exist, got {entry!r}")
+    return found
 
 
 def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
         return [file for file in path.rglob("*") if file.is_file()]
     return [path] if path.is_file() else []
+
+
+def _is_binary(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return b"\0" in opened.read(_HEAD)
+    except OSError as error:
+        raise ValueError(
+            f"data must be files that can be read, got {file} ({error.strerror})"
+        ) from None
 
 
 class Corpus:
@@ -67,6 +114,23 @@ class Corpus:
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    @property
+    def digest(self) -> str:
+        """What tells this text from another: its length and bytes, in 16 hexadecimal digits.
+
+        Of more than 64 MiB, 1024 evenly spaced blocks of 64 KiB are digested.
+        """
+        digest = hashlib.blake2b(str(len(self)).encode(), digest_size=8)
+        for start in self._blocks():
+            digest.update(self.read(start, min(_BLOCK, len(self) - start)).tobytes())
+        return digest.hexdigest()
+
+    def _blocks(self) -> Iterator[int]:
+        if len(self) <= _BLOCK * _BLOCKS:
+            yield from range(0, len(self), _BLOCK)
+        else:
+            yield from np.linspace(0, len(self) - _BLOCK, _BLOCKS).astype(int).tolist()
 
     def read(self, start: int, length: int) -> NDArray[np.uint8]:
         """``length`` bytes from ``start`` on, across files where need be."""
@@ -165,3 +229,13 @@ class Share:
             self._order = generator.permutation(self._own)
             self._epoch = epoch
         return int(self._order[index])
+
+
+def open_data(config: TrainConfig, rank: int, world: int) -> tuple[Windows, Share]:
+    """The corpus, and one rank's share of it.
+
+    Raises:
+        ValueError: if there is no data, or too little.
+    """
+    windows = Windows(Corpus(find_files(config.data).texts), config.sequence_length)
+    return windows, Share(windows, rank, world, config.batch_size, config.seed)

@@ -1,13 +1,12 @@
 """The training run itself, on one rank."""
 
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,24 +17,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from postlocal import agreement, checkpoint, group
-from postlocal.attachment import attach, check_levels
+from postlocal import agreement, group
+from postlocal.attachment import attach
 from postlocal.group import Group
 from postlocal.packing import key_of
 from postlocal.replica import unwrap
-from postlocal.report import METRICS, PLOT, SUMMARY, Metrics, Summary
+from postlocal.report import PLOT, SUMMARY, Metrics, Summary
 from postlocal.train import view
 from postlocal.train.config import TrainConfig
-from postlocal.train.data import Corpus, Share, Windows, find_files
+from postlocal.train.data import open_data
 from postlocal.train.link import Link, linked
 from postlocal.train.model import SIZES, Transformer
+from postlocal.train.opening import CHECKPOINTS, WEIGHTS, Opening, open_run, prepare_folder
 from postlocal.train.plots import plot
+from postlocal.train.saved import CONFIG, SavedRun, Text, settle
 from postlocal.train.stop import Stop
-from postlocal.train.world import joined, restarted, store
+from postlocal.train.world import announced, joined, restarted, store
 from postlocal.wire import fp32
 
-CHECKPOINTS = "checkpoints"
-WEIGHTS = "model.safetensors"
+if TYPE_CHECKING:
+    from postlocal.checkpoint import Restored
 
 
 class Interrupted(Exception):
@@ -46,18 +47,22 @@ class Interrupted(Exception):
         self.signal = signal
 
 
-def train(config: TrainConfig) -> Summary:
+def train(config: TrainConfig, announce: bool = True) -> Summary:
     """Train as configured, in the world that the launcher prepared, or alone.
 
     Args:
-        config: the settings, the same on all ranks.
+        config: the settings, the same on all ranks. Of a run that is resumed they are taken from
+            its folder, but for those given (``model_fields_set``), which must agree or be
+            changeable.
+        announce: whether rank 0 says first what is run.
 
     Returns:
         What came out, on every rank.
 
     Raises:
         ValueError: if data or the output folder do not fit.
-        DisagreementError: if ranks were given different settings, or one of them cannot go on.
+        DisagreementError: if ranks were given different settings or other text, or one of them
+            cannot go on.
         PeerError: if a rank is lost.
         Interrupted: after SIGINT or SIGTERM to any rank, when a checkpoint is saved.
     """
@@ -65,31 +70,75 @@ def train(config: TrainConfig) -> Summary:
         everyone = group.resolve(None, None)
         agreement.check(everyone, {"arguments": config.describe()})
         with Stop(everyone.rank, everyone.size, store()) as stop:
-            runs = [config] if config.compare is None else [config.compared(), config]
+            opening = _open(config, everyone)
+            runs = opening.config.runs()
             with agreement.together(everyone):
                 if everyone.rank == 0:
-                    for run in reversed(runs):  # the outer folder first: it holds the other one
-                        prepare_folder(run.out, _resumes(run), run.overwrite)
-            summaries = {run.strategy: _Run(run, everyone, device, stop).run() for run in runs}
+                    _prepare(opening, everyone.size)
+            if announce and everyone.rank == 0 and not announced():
+                _announce(opening, everyone.size)
+            summaries = {
+                label: _Run(label, run, everyone, device, stop, opening.text).run()
+                for label, run in runs.items()
+            }
         if everyone.rank == 0:
-            _present(config, summaries)
-    return summaries[config.strategy]
+            _present(opening.config, summaries)
+    return summaries[opening.config.strategy]
+
+
+def _open(config: TrainConfig, everyone: Group) -> Opening:
+    """What rank 0 settled, on all ranks; each looks at the text where its own data is."""
+    found = None
+    with agreement.together(everyone):
+        if everyone.rank == 0:
+            found = open_run(_resumed_by_launcher(config), everyone.size)
+    opening = everyone.all_gather_object(found)[0]
+    assert opening is not None
+    if everyone.rank:
+        own = {"out": config.out} | ({"data": config.data} if config.data else {})
+        opening = replace(opening, config=opening.config.model_copy(update=own))
+    with agreement.together(everyone):
+        text = Text.of(opening.config.data) if everyone.rank else opening.text
+    agreement.check(everyone, {"data": [text.identity]})
+    return opening
+
+
+def _resumed_by_launcher(config: TrainConfig) -> TrainConfig:
+    """The same, to be resumed if torchrun started the workers anew and the run had begun."""
+    begun = restarted() and (config.out / CONFIG).exists()
+    return config.model_copy(update={"resume": True}) if begun else config
+
+
+def _prepare(opening: Opening, workers: int) -> None:
+    runs = list(opening.config.runs().values())
+    for run in reversed(runs):  # the outer folder first: it holds the other one
+        prepare_folder(run.out, run.resume, run.overwrite)
+    for run in runs:
+        if run.resume and (kept := SavedRun.read(run.out)) is not None:
+            settle(run, kept, workers)  # a run to compare with has kept settings of its own
+        else:
+            SavedRun.of(run, opening.text, workers).write(run.out)
+
+
+def _announce(opening: Opening, workers: int) -> None:
+    for line in opening.lines(workers):
+        _print_line(Console(), line)
 
 
 def _present(config: TrainConfig, summaries: dict[str, Summary]) -> None:
     console = Console()
-    folders = {config.strategy: config.out}
+    named = {label: replace(each, strategy=label) for label, each in summaries.items()}
+    console.print(view.results(named))
+    sentences = [f"Plot: {_draw(config)}", f"Summary: {config.out / SUMMARY}"]
     if config.compare is not None:
-        folders = {config.compare: config.compared().out} | folders
-    console.print(view.results(summaries))
-    sentences = [
-        f"Plot: {_draw(folders, config.out / PLOT)}",
-        f"Summary: {config.out / SUMMARY}",
-    ]
-    if config.compare is not None:
-        sentences += _compare(config, summaries[config.strategy], summaries[config.compare])
+        other, own = named.values()
+        sentences += _compare(config, own, other)
     for sentence in sentences:
-        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        _print_line(console, sentence)
+
+
+def _print_line(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _compare(config: TrainConfig, run: Summary, other: Summary) -> list[str]:
@@ -102,10 +151,11 @@ def _compare(config: TrainConfig, run: Summary, other: Summary) -> list[str]:
     return [view.verdict(run, other), view.race(run, other, loss, seconds, others)]
 
 
-def _draw(folders: dict[str, Path], to: Path) -> str:
+def _draw(config: TrainConfig) -> str:
     """Where the plot is, or why there is none: a run does not fail for its plot."""
+    to = config.out / PLOT
     try:
-        plot(folders, to)
+        plot({label: run.out for label, run in config.runs().items()}, to)
     except ImportError as error:
         return f"none, {error}"
     return str(to)
@@ -115,9 +165,17 @@ class _Run:
     """One run: model, data, clock, and what is logged of them."""
 
     def __init__(
-        self, config: TrainConfig, everyone: Group, device: torch.device, stop: Stop
+        self,
+        label: str,
+        config: TrainConfig,
+        everyone: Group,
+        device: torch.device,
+        stop: Stop,
+        text: Text,
     ) -> None:
+        self.label = label
         self.config = config
+        self.text = text
         self.everyone = everyone
         self.device = device
         self.stop = stop
@@ -145,7 +203,7 @@ class _Run:
         """Train to the end, from the newest checkpoint if the run is one to resume."""
         console = Console()
         with view.View(
-            console, self.config.strategy, self.config.steps, self.everyone.rank == 0
+            console, self.label, self.config.steps, self.everyone.rank == 0
         ) as self.view:
             self._restore()
             while self.sync.steps < self.config.steps:
@@ -162,19 +220,33 @@ class _Run:
 
     def _restore(self) -> None:
         restored = None
-        if _resumes(self.config):
+        if self.config.resume:
+            from postlocal import checkpoint  # takes most of a second, which the command has not
+
             restored = checkpoint.restore(self.config.out / CHECKPOINTS, self.sync)
         if restored is None:
-            if _resumes(self.config):
-                self.view.note("no checkpoint to resume from: starting at step 0")
+            if self.config.resume:
+                self.view.note(f"{self.label}: no checkpoint to resume from: starting at step 0")
         else:
-            self.train_seconds = restored.extra["train_seconds"]
-            self.losses = restored.extra["losses"]
-            self.next_eval = restored.extra["next_eval"]
-            self.view.note(f"resumed after step {restored.step} from {restored.path}")
+            self._take_over(restored)
         self.logged_syncs = self.sync.meter.syncs
+        self.view.start(self.sync.steps)
         if self.everyone.rank == 0:
+            SavedRun.of(self.config, self.text, self.everyone.size).write(self.config.out)
             self.metrics.start(self.sync.steps)
+
+    def _take_over(self, restored: "Restored") -> None:
+        if restored.step > self.config.steps:
+            raise ValueError(
+                f"steps must be at least the {restored.step} that {restored.path} has done, got "
+                f"{self.config.steps}"
+            )
+        self.train_seconds = restored.extra["train_seconds"]
+        self.losses = restored.extra["losses"]
+        self.next_eval = restored.extra["next_eval"]
+        self.view.note(f"{self.label}: resumed after step {restored.step} from {restored.path}")
+        if restored.step == self.config.steps:
+            self.view.note(f"{self.label}: all {restored.step} steps are done: nothing to train")
 
     def _step(self) -> None:
         start = time.perf_counter()
@@ -232,7 +304,6 @@ class _Run:
         new = self.sync.meter.syncs - self.logged_syncs
         self.logged_syncs = self.sync.meter.syncs
         for record in list(records)[len(records) - new :]:
-            self.view.sync(record.drift)
             if self.everyone.rank == 0:
                 self.metrics.add_sync(record)
 
@@ -289,6 +360,8 @@ class _Run:
             "losses": self.losses,
             "next_eval": self.next_eval,
         }
+        from postlocal import checkpoint
+
         return checkpoint.save(self.config.out / CHECKPOINTS, self.sync, extra, self.config.keep)
 
     def _finish(self) -> Summary:
@@ -345,10 +418,6 @@ class _Run:
         return self.sync.steps * fp32().payload_bytes(self._parameters(), self.everyone.size)
 
 
-def _resumes(config: TrainConfig) -> bool:
-    return config.resume or restarted()
-
-
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW of a model's parameters, with no weight decay of vectors."""
     parameters = list(model.parameters())
@@ -383,56 +452,3 @@ def save_weights(model: nn.Module, config: TrainConfig, path: Path) -> None:
     )
     aside.chmod(mode)
     aside.rename(path)
-
-
-def open_data(config: TrainConfig, rank: int, world: int) -> tuple[Windows, Share]:
-    """The corpus, and one rank's share of it.
-
-    Raises:
-        ValueError: if there is no data, or too little.
-    """
-    windows = Windows(Corpus(find_files(config.data)), config.sequence_length)
-    return windows, Share(windows, rank, world, config.batch_size, config.seed)
-
-
-def check_before_launch(config: TrainConfig) -> None:
-    """Find what would go wrong in the workers while there are none yet.
-
-    Raises:
-        ValueError: if data, levels, fragments or the output folder do not fit.
-    """
-    strategy = config.make_strategy()
-    check_levels(strategy, config.make_topology().partition(config.workers))
-    with torch.device("meta"):
-        model = Transformer(SIZES[config.model])
-    strategy.fragments.split(model, {name: p.nbytes for name, p in model.named_parameters()})
-    open_data(config, 0, config.workers)
-    prepare_folder(config.out, config.resume, config.overwrite)
-
-
-def prepare_folder(folder: Path, resumes: bool, overwrite: bool) -> None:
-    """Make the output folder; an earlier run in it is resumed, removed if asked for, or kept.
-
-    Raises:
-        ValueError: if it cannot be written, or holds a run that is neither resumed nor to go.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"out must be a folder that can be written, got {folder} ({error.strerror})"
-        ) from None
-    if resumes or not (folder / METRICS).exists():
-        return
-    if not overwrite:
-        raise ValueError(
-            f"out must not hold an earlier run, got {folder}: pass --resume to continue it, "
-            "--overwrite to replace it, or another folder"
-        )
-    for name in (METRICS, SUMMARY, PLOT, WEIGHTS):
-        (folder / name).unlink(missing_ok=True)
-    for name in (CHECKPOINTS, "compare"):
-        shutil.rmtree(folder / name, ignore_errors=True)

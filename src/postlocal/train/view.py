@@ -1,18 +1,20 @@
-"""What a training run shows while it goes on: a live panel on a terminal, plain lines elsewhere."""
+"""What a training run shows while it goes on: a bar on a terminal, short lines elsewhere."""
 
+import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from postlocal.meter import human_bytes
 from postlocal.report import Summary
 
-_HEADINGS = ("loss", "held-out loss", "tokens/s", "sent/step", "of DDP's", "waiting", "drift")
+_BAR = 40  # columns
 
 
 class View:
@@ -30,15 +32,9 @@ class View:
         self._label = label
         self._steps = steps
         self._shown = shown
-        self._latest = dict.fromkeys(_HEADINGS, "-")
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._progress.add_task(label, total=steps)
+        self._fields: dict[str, str] = {}
+        self._first = self._done = 0
+        self._began = time.monotonic()
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> "View":
@@ -55,43 +51,69 @@ class View:
         if self._live.is_started:
             self._live.stop()
 
+    def start(self, step: int) -> None:
+        """Show that ``step`` steps were done before, and count time from here."""
+        self._first = self._done = step
+        self._began = time.monotonic()
+
     def advance(self, step: int) -> None:
         """Show that ``step`` steps are done."""
-        self._progress.update(self._task, completed=step)
+        self._done = step
 
     def step(self, step: int, entry: Mapping[str, Any]) -> None:
         """Show the fields of a ``step`` line of the metrics."""
-        seconds = max(entry["train_seconds"], 1e-9)
         sent, ddp = entry["payload_bytes"], entry["ddp_payload_bytes"]
-        self._latest["loss"] = f"{entry['loss']:.3f}"
-        self._latest["tokens/s"] = f"{entry['tokens_per_second']:,.0f}"
-        self._latest["sent/step"] = human_bytes(sent / max(step, 1))
-        self._latest["of DDP's"] = f"{100 * sent / ddp:.1f} %" if ddp else "-"
-        self._latest["waiting"] = f"{100 * entry['wait_seconds'] / seconds:.1f} %"
-        self._line(step)
-
-    def sync(self, drift: float) -> None:
-        """Show the drift of the latest synchronization."""
-        self._latest["drift"] = f"{drift:.4f}"
+        self._fields["loss"] = f"loss {entry['loss']:.3f}"
+        self._fields["sent"] = f"{human_bytes(sent / max(step, 1))}/step"
+        self._fields["share"] = f"{_share(sent, ddp)} of DDP's"
+        self._fields["wait"] = f"waiting {_share(entry['wait_seconds'], entry['train_seconds'])}"
+        if not ddp:  # a worker alone sends nothing
+            self._fields = {"loss": self._fields["loss"]}
+        if not self._console.is_terminal:
+            shown = ("loss", "held-out", "sent")
+            self.note("  ".join(self._head() + self._present(*shown) + self._left()))
 
     def evaluated(self, loss: float) -> None:
         """Show the latest loss on held-out text."""
-        self._latest["held-out loss"] = f"{loss:.3f}"
+        self._fields["held-out"] = f"held-out {loss:.3f}"
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
         if self._shown:
-            self._console.print(text, highlight=False, soft_wrap=True)
+            self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    def _line(self, step: int) -> None:
-        if not self._console.is_terminal:
-            fields = ", ".join(f"{name} {value}" for name, value in self._latest.items())
-            self.note(f"{self._label} {step}/{self._steps}: {fields}")
+    def _head(self) -> list[str]:
+        return [self._label, f"{self._done:>{len(str(self._steps))}}/{self._steps}"]
+
+    def _present(self, *names: str) -> list[str]:
+        return [self._fields[name] for name in names if name in self._fields]
+
+    def _left(self) -> list[str]:
+        """Time to go, at the pace so far, evaluations and checkpoints included."""
+        taken, left = self._done - self._first, self._steps - self._done
+        if not taken or not left:
+            return []
+        return [f"{human_time((time.monotonic() - self._began) / taken * left)} left"]
 
     def _render(self) -> Group:
-        table = Table(*_HEADINGS, expand=True)
-        table.add_row(*self._latest.values())
-        return Group(self._progress, table)
+        line = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=self._steps, completed=self._done, width=_BAR)
+        label, count = self._head()
+        line.add_row(Text(label, style="bold"), bar, count, *self._left())
+        names = ("loss", "held-out", "sent", "share", "wait")
+        return Group(line, Text("  ".join(self._present(*names))))
+
+
+def human_time(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    Example:
+        >>> human_time(80), human_time(7325.2)
+        ('1:20', '2:02:05')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def results(runs: Mapping[str, Summary]) -> Table:

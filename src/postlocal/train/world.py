@@ -21,6 +21,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from postlocal.errors import PeerError
 
+_RUN = "postlocal-"  # what ids of runs that `launch` starts begin with
+
 
 def launched() -> bool:
     """Whether a launcher such as torchrun started this process."""
@@ -30,6 +32,11 @@ def launched() -> bool:
 def restarted() -> bool:
     """Whether torchrun started the workers anew after one of them failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def announced() -> bool:
+    """Whether `launch` started this process: the command has said already what is run."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_RUN)
 
 
 def launch(workers: int, arguments: Sequence[str]) -> int:
@@ -51,7 +58,7 @@ def launch(workers: int, arguments: Sequence[str]) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=workers,
-        run_id=uuid.uuid4().hex,
+        run_id=_RUN + uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,

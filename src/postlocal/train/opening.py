@@ -1,0 +1,211 @@
+"""What a run checks, settles and says before it starts: in the command, then on rank 0."""
+
+import os
+import shutil
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from postlocal.attachment import check_levels
+from postlocal.meter import human_bytes
+from postlocal.planning.course import Course, Launch
+from postlocal.report import METRICS, PLOT, SUMMARY
+from postlocal.schedule import WORLD, rollout
+from postlocal.train import saved
+from postlocal.train.config import TrainConfig
+from postlocal.train.data import open_data
+from postlocal.train.model import SIZES, Transformer
+from postlocal.train.saved import CONFIG, SavedRun, Text
+from postlocal.train.view import human_rate
+
+CHECKPOINTS = "checkpoints"
+WEIGHTS = "model.safetensors"
+_ROUNDS = 10_000  # that are looked at before the start
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A run that can start.
+
+    Attributes:
+        config: its settings; of a run that is resumed, those kept with it.
+        text: what it is trained on.
+        changes: settings that a resumed run changes, a line for each.
+    """
+
+    config: TrainConfig
+    text: Text
+    changes: tuple[str, ...] = ()
+
+    def lines(self, workers: int) -> Iterator[str]:
+        """What is trained, on what, with whom, how and where to, in lines for people.
+
+        Args:
+            workers: number of them.
+        """
+        config, text = self.config, self.text
+        plural = "" if workers == 1 else "s"
+        yield from _item(
+            "resuming" if config.resume else "training",
+            f"{config.model} model of {_parameters(config):,} parameters, {config.steps:,} steps, "
+            f"{workers} worker{plural}",
+        )
+        where = ", ".join(config.data) or "Python's standard library"
+        yield from _item("data", f"{_files(text.files)}, {human_bytes(text.bytes)}: {where}")
+        if text.binary:
+            skipped = f"{_files(text.binary)} skipped for NUL bytes, the first is"
+            yield from _item("", f"{skipped} {text.first_binary}")
+        yield from _item("strategy", _described(config))
+        if config.compare is not None:
+            yield from _item("compared", f"with {_described(config.compared())}, trained first")
+        if config.not_compared:
+            yield from _item("", f"it does not take: {', '.join(config.not_compared)}")
+        if config.link is not None:
+            yield from _item("link", f"emulated, {human_rate(config.link)} a worker")
+        yield from _item("out", str(config.out))
+        for change in self.changes:
+            yield from _item("changed", change)
+        if workers > 1:
+            yield from self._warnings()
+
+    def _warnings(self) -> Iterator[str]:
+        for label, run in self.config.runs().items():
+            if words := _warning(run):
+                yield from _item("warning", f"{label} {words}")
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count:,} files"
+
+
+def _described(config: TrainConfig) -> str:
+    return f"{config.describe_strategy()}, {config.describe_wires()}"
+
+
+def _item(name: str, text: str) -> list[str]:
+    """Lines of a name and a text beside it."""
+    beside = " " * 10
+    return textwrap.wrap(
+        text,
+        79,
+        initial_indent=f"{name:10}",
+        subsequent_indent=beside,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def open_run(config: TrainConfig, workers: int | None = None) -> Opening:
+    """Settle what is run; for one process, which sees the output folder.
+
+    Args:
+        config: settings of which some were given (``model_fields_set``).
+        workers: number of ranks that there are; None: as many as the settings say.
+
+    Raises:
+        ValueError: if there is no text, or a run to resume is not there or has kept other settings
+            or another text.
+    """
+    kept = _kept(config)
+    before = config
+    if kept is not None:
+        before, config = kept.settings, saved.settle(config, kept, workers)
+    text = Text.of(config.data)
+    if kept is not None and text.digest != kept.text.digest:
+        raise ValueError(
+            f"data must be the text that {config.out} was started with, {kept.text.identity}, got "
+            f"{text.identity} in {', '.join(config.data) or 'the standard library'}"
+        )
+    changes = saved.changes(before, config)
+    if config.resume and kept is None:
+        changes = [f"{config.out} has no {CONFIG}: all settings are taken as given here"]
+    return Opening(config, text, tuple(changes))
+
+
+def _kept(config: TrainConfig) -> SavedRun | None:
+    """What a run that is to be resumed has kept."""
+    if not config.resume:
+        return None
+    kept = SavedRun.read(config.out)
+    if kept is None and not any((config.out / n).exists() for n in (METRICS, CHECKPOINTS)):
+        raise ValueError(
+            f"out must hold a run to resume, got {config.out} with none: leave --resume out to "
+            "start one, or correct the folder"
+        )
+    return kept
+
+
+def check_before_launch(config: TrainConfig) -> None:
+    """Find what would go wrong in the workers while there are none yet.
+
+    Raises:
+        ValueError: if data, levels, fragments or the output folder do not fit.
+    """
+    for each in config.runs().values():
+        strategy = each.make_strategy()
+        check_levels(strategy, each.make_topology().partition(each.workers))
+        model = _model(each)
+        strategy.fragments.split(model, {name: p.nbytes for name, p in model.named_parameters()})
+    open_data(config, 0, config.workers)
+    prepare_folder(config.out, config.resume, config.overwrite)
+
+
+def _model(config: TrainConfig) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(SIZES[config.model])
+
+
+def _parameters(config: TrainConfig) -> int:
+    return sum(parameter.numel() for parameter in _model(config).parameters())
+
+
+def _warning(config: TrainConfig) -> str | None:
+    """That a run has no step or no synchronization of the kind that its strategy is for."""
+    strategy = config.make_strategy()
+    course = Course(strategy, strategy.fragments.count)
+    local = False
+    for start, taken in islice(rollout(strategy.schedule, config.steps, config.lr_at), _ROUNDS):
+        planned = strategy.schedule(start, config.lr_at(start))
+        if any(isinstance(event, Launch) for event in course.round(planned, taken.steps)):
+            return None
+        local |= planned.gradients != WORLD
+    if local:
+        return (
+            f"synchronizes all workers only at the end: {config.steps:,} steps are too few for a "
+            "round"
+        )
+    if config.strategy == "ddp":
+        return None
+    return f"reduces gradients of all workers at each of the {config.steps:,} steps, as ddp does"
+
+
+def prepare_folder(folder: Path, resumes: bool, overwrite: bool) -> None:
+    """Make the output folder; an earlier run in it is resumed, removed if asked for, or kept.
+
+    Raises:
+        ValueError: if it cannot be written, or holds a run that is neither resumed nor to go.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"out must be a folder that can be written, got {folder} ({error.strerror})"
+        ) from None
+    if resumes or not (folder / METRICS).exists():
+        return
+    if not overwrite:
+        raise ValueError(
+            f"out must not hold an earlier run, got {folder}: pass --resume to continue it, "
+            "--overwrite to replace it, or another folder"
+        )
+    for name in (METRICS, SUMMARY, PLOT, WEIGHTS, CONFIG):
+        (folder / name).unlink(missing_ok=True)
+    for name in (CHECKPOINTS, "compare"):
+        shutil.rmtree(folder / name, ignore_errors=True)

@@ -1,0 +1,202 @@
+"""The settings and the text of a run, kept in its folder as ``config.json``.
+
+A run that is resumed takes them from there. Settings that are given again must be the same, but for
+those that may change while a run goes on.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from postlocal.strategies import parameters_of
+from postlocal.train.config import TrainConfig
+from postlocal.train.data import Corpus, find_files
+
+CONFIG = "config.json"
+
+CHANGEABLE = frozenset(
+    {
+        "steps", "workers", "accumulate", "compare", "checkpoint_every", "keep", "log_every",
+        "eval_every", "eval_sequences", "timeout", "link",
+    }
+)  # fmt: skip
+"""Settings that may be given anew to a run that is resumed."""
+
+_OF_A_START = {"out", "resume", "overwrite"}
+_AXES = {"strategy", "wire", "gradient_wire", "optimizer_state", "lr_warmup"}
+
+
+class Text(BaseModel):
+    """What a run is trained on.
+
+    Attributes:
+        files: number of files.
+        bytes: of all of them.
+        digest: made from the bytes; see `postlocal.train.data.Corpus.digest`.
+        binary: number of files that were skipped.
+        first_binary: the first of these.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    files: int
+    bytes: int
+    digest: str
+    binary: int = 0
+    first_binary: str | None = None
+
+    @classmethod
+    def of(cls, data: Sequence[str]) -> "Text":
+        """Look at files.
+
+        Raises:
+            ValueError: if there are none, or they hold no text.
+        """
+        found = find_files(data)
+        corpus = Corpus(found.texts)
+        return cls(
+            files=len(found.texts),
+            bytes=len(corpus),
+            digest=corpus.digest,
+            binary=len(found.binary),
+            first_binary=str(found.binary[0]) if found.binary else None,
+        )
+
+    @property
+    def identity(self) -> str:
+        """What tells it from another text."""
+        return f"{self.bytes:,} bytes with digest {self.digest}"
+
+
+class SavedRun(BaseModel):
+    """What ``config.json`` holds.
+
+    Attributes:
+        settings: of the run, as it goes on now; ``workers`` is the number there were.
+        text: what it is trained on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: TrainConfig
+    text: Text
+
+    def write(self, folder: Path) -> None:
+        """Write it, whole or not at all."""
+        aside = folder / f".{CONFIG}.partial"
+        aside.write_text(self.model_dump_json(indent=1) + "\n")
+        aside.rename(folder / CONFIG)
+
+    @classmethod
+    def read(cls, folder: Path) -> "SavedRun | None":
+        """Read it back; None where there is none.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        path = folder / CONFIG
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            words = str(error).splitlines()[0]
+            raise ValueError(
+                f"out must hold a {CONFIG} that can be read, got {path}: {words}"
+            ) from None
+
+    @classmethod
+    def of(cls, config: TrainConfig, text: Text, workers: int) -> "SavedRun":
+        """What is kept of a run."""
+        here = {"data": _absolute(config.data), "workers": workers}
+        starting = here | {"resume": False, "overwrite": False}
+        return cls(settings=config.resolved().model_copy(update=starting), text=text)
+
+
+def settle(config: TrainConfig, saved: SavedRun, workers: int | None = None) -> TrainConfig:
+    """Settings of a run that is resumed: those kept, and of those given what may change.
+
+    Args:
+        config: settings of which some were given (``model_fields_set``).
+        saved: what the run has kept.
+        workers: number of ranks that there are; None: as many as given, or kept.
+
+    Raises:
+        ValueError: naming each setting that was given another value than was kept.
+    """
+    kept = saved.settings
+    given = {name: getattr(config, name) for name in config.model_fields_set - {"parameters"}}
+    given["parameters"] = kept.parameters | config.parameters
+    if "data" in given:
+        given["data"] = _absolute(config.data)
+    if workers is not None:
+        given["workers"] = workers
+    merged = kept.model_copy(update=given | {n: getattr(config, n) for n in _OF_A_START})
+    if wrong := _contradictions(kept, merged):
+        raise ValueError(
+            f"settings given must be those that {config.out / CONFIG} has kept, got "
+            f"{'; '.join(wrong)}: leave them out, or start another run in another folder"
+        )
+    return merged.model_copy(update={"resume": True})
+
+
+def changes(before: TrainConfig, after: TrainConfig) -> list[str]:
+    """What a resumed run has changed, a line for each setting.
+
+    Example:
+        >>> from postlocal.train.config import make_config
+        >>> changes(make_config(steps=100), make_config(steps=30))
+        ['steps: 100 -> 30']
+    """
+    names = sorted(_differing(before, after) & (CHANGEABLE | {"data"}))
+    return [f"{_option(n)}: {_shown(before, n)} -> {_shown(after, n)}" for n in names]
+
+
+def _contradictions(kept: TrainConfig, merged: TrainConfig) -> list[str]:
+    names = _differing(kept, merged) - CHANGEABLE - _OF_A_START - {"data"}
+    if "total" in parameters_of(kept.strategy):  # the last round ends with the run
+        names |= {"steps"} & _differing(kept, merged)
+    if not names - _AXES - {"parameters"} and _same_strategy(kept, merged):
+        return []
+    wrong = [
+        f"{_option(name)}: {_shown(kept, name)} kept, {_shown(merged, name)} given"
+        for name in sorted(names - {"parameters"})
+    ]
+    if "parameters" in names:
+        wrong += _parameters(kept, merged)
+    return wrong
+
+
+def _same_strategy(kept: TrainConfig, merged: TrainConfig) -> bool:
+    try:
+        same = kept.make_strategy() == merged.make_strategy()
+    except ValueError:  # parameters kept are not of the strategy given
+        return False
+    return same and kept.rising_steps == merged.rising_steps
+
+
+def _parameters(kept: TrainConfig, merged: TrainConfig) -> list[str]:
+    before = kept.strategy_parameters
+    return [
+        f"{_option(name)}: {before.get(name, 'none')} kept, {value} given"
+        for name, value in merged.parameters.items()
+        if before.get(name) != value
+    ]
+
+
+def _differing(one: TrainConfig, other: TrainConfig) -> set[str]:
+    return {name for name, value in one if value != getattr(other, name)}
+
+
+def _absolute(data: Sequence[str]) -> tuple[str, ...]:
+    return tuple(str(Path(entry).absolute()) for entry in data)
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _shown(config: TrainConfig, name: str) -> str:
+    value = getattr(config, name)
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
