@@ -22,7 +22,6 @@ from postlocal import agreement, checkpoint, group
 from postlocal.attachment import attach, check_levels
 from postlocal.group import Group
 from postlocal.packing import key_of
-from postlocal.replica import unwrap
 from postlocal.report import METRICS, PLOT, SUMMARY, Metrics, Summary
 from postlocal.train import view
 from postlocal.train.config import TrainConfig
@@ -33,6 +32,7 @@ from postlocal.train.plots import plot
 from postlocal.train.stop import Stop
 from postlocal.train.world import joined, restarted, store
 from postlocal.wire import fp32
+from postlocal.wrappers import unwrap
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "model.safetensors"
