@@ -12,8 +12,10 @@ import postlocal
 SOURCE = Path(postlocal.__file__).parent
 
 ROWS = (
-    {"errors", "roll", "drawing", "checks", "tensors"},
-    {"group", "kinds", "schedule", "outer", "fragments", "guard", "meter", "packing", "codec"},
+    {"errors", "exiting", "drawing", "checks", "tensors"},
+    {"roll"},
+    {"group", "kinds", "schedule", "outer", "fragments", "guard", "meter", "packing", "codec"}
+    | {"wrappers"},
     {"topology", "virtual", "replica", "agreement", "anchor", "courier", "powersgd"},
     {"wire", "ballot"},
     {"inner", "strategies", "gradients", "consistency"},

@@ -61,6 +61,9 @@ class Counting:
     def meet(self, step: int, place: str) -> None:
         return None
 
+    def close(self, subgroups: Sequence[Group]) -> None:
+        raise AssertionError("no wire closes a group")
+
 
 class nested:
     """Pairs within fours; the last ones may be smaller."""

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
 from typing import Literal
@@ -13,15 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from postlocal import agreement, fragments, group, kinds, outer, schedule
-from postlocal.checks import choice, optional, seconds, shown
+from postlocal.checks import choice, optional, seconds
 from postlocal.codec import kernels
 from postlocal.errors import DisagreementError
 from postlocal.flight import Fragment
-from postlocal.gradients import Local, Reduced
+from postlocal.gradients import Local, Reduced, check_ddp
 from postlocal.group import Group, Processes
 from postlocal.inner import Inner
 from postlocal.meter import Meter
-from postlocal.replica import Replica, find_ddp, unwrap
+from postlocal.replica import Replica
 from postlocal.schedule import WORLD
 from postlocal.strategies import Strategy, is_strategy
 from postlocal.sync import Sync
@@ -35,6 +36,7 @@ from postlocal.topology import (
     unknown_level,
 )
 from postlocal.wire import Staging, codecs, fp32, travels_as
+from postlocal.wrappers import check_model, check_optimizer, find_ddp, unwrap
 
 _LARGE = 2**23  # parameters for which compiled codecs are worth their half a minute
 
@@ -57,7 +59,10 @@ def attach(
     Args:
         model: the module that is trained. A strategy that averages gradients at any level but
             ``"rank"`` needs it wrapped in DistributedDataParallel, with no communication hook.
-        optimizer: the inner optimizer; it must hold parameters of ``model``.
+            Where there is such a wrapper, pass it, and not the module inside. Parameters and
+            buffers that it was told to ignore are left alone.
+        optimizer: the inner optimizer; it must hold parameters of ``model``, and neither reduce
+            nor shard by itself.
         strategy: what to do; see `postlocal.strategies`.
         topology: the levels between ``"rank"`` and ``"world"``; None: the machines, as level
             ``"node"``, where the strategy needs it, and else none; see
@@ -75,8 +80,9 @@ def attach(
     Raises:
         ValueError: if an argument is bad, the strategy names a level that the topology lacks, or
             it follows a learning rate that the optimizer does not have.
-        TypeError: if an argument is of another type, or a parameter or a buffer of a kind that
-            cannot be averaged.
+        TypeError: if an argument is of another type, a parameter or a buffer is of a kind that
+            cannot be averaged, or something else than DistributedDataParallel shards or manages
+            parameters.
         DisagreementError: if ranks were given different versions, strategies, topologies or
             models.
         PeerError: if a rank does not come in time.
@@ -107,7 +113,8 @@ def attach(
         if topology is None:
             topology = default(strategy.levels, machines, everyone.rank)
         is_topology("topology", topology)
-        _check_model(model)
+        check_model(model)
+        check_optimizer(optimizer)
         replica = Replica(model)
         ddp = find_ddp(model)
         _check_ddp(ddp, everyone)
@@ -127,30 +134,44 @@ def attach(
             "strategy": [strategy.fingerprint],
             "first round": [repr(first)],
             "topology": [repr(partitions)],
+            "wrapper of the model": [_describe(ddp)],
             "parameters and buffers": replica.describe(),
             "fragments": [", ".join(names) for names in parts],
             "initial": [initial],
         },
     )
     layout = Layout(everyone, topology)
-    meter = Meter()
-    with agreement.together(everyone):
-        where = _gradients(ddp, strategy, topology, everyone, layout, meter)
-        where.use(first.gradients)
-    _agree_on_start(layout[WORLD], replica, initial)
-    staging = Staging()
-    pieces = [
-        Fragment(
-            {name: replica.parameters[name] for name in names},
-            WORLD,
-            strategy.wire.open(layout, WORLD, staging),
-            strategy,
-            fragments.modules(unwrap(model), names, strategy.fragments.layers),
-            number=index if len(parts) > 1 else None,
-        )
-        for index, names in enumerate(parts)
-    ]
-    return Sync(strategy, replica, inner, layout, where, meter, pieces)
+    with _closed_on_failure(layout):
+        meter = Meter()
+        with agreement.together(everyone):
+            where = _gradients(ddp, strategy, everyone, layout, meter)
+    with _closed_on_failure(where, layout):
+        with agreement.together(everyone):
+            where.use(first.gradients)
+        _agree_on_start(layout[WORLD], replica, initial)
+        staging = Staging()
+        pieces = [
+            Fragment(
+                {name: replica.parameters[name] for name in names},
+                WORLD,
+                strategy.wire.open(layout, WORLD, staging),
+                strategy,
+                fragments.modules(unwrap(model), names, strategy.fragments.layers),
+                number=index if len(parts) > 1 else None,
+            )
+            for index, names in enumerate(parts)
+        ]
+        return Sync(strategy, replica, inner, layout, where, meter, pieces)
+
+
+@contextmanager
+def _closed_on_failure(*opened: Local | Reduced | Layout) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for one in opened:
+            one.close()
+        raise
 
 
 def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> None:
@@ -173,12 +194,6 @@ def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> Non
                 "topology.nodes(size=1)",
                 stacklevel=4,
             )
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        hint = ": model comes first, then optimizer" if isinstance(model, Optimizer) else ""
-        raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}{hint}")
 
 
 def _span(timeout: float | None) -> timedelta | None:
@@ -226,7 +241,6 @@ def _warm_up(strategy: Strategy, replica: Replica) -> None:
 def _gradients(
     ddp: DistributedDataParallel | None,
     strategy: Strategy,
-    topology: Topology,
     everyone: Group,
     layout: Layout,
     meter: Meter,
@@ -234,17 +248,38 @@ def _gradients(
     if ddp is None:
         return Local(layout)
     # What travels in several legs runs beside the backward pass, where DDP may communicate too.
-    base = everyone if isinstance(everyone, Processes) else Processes(ddp.process_group)
-    given = {} if strategy.gradient_wire.lossy else {WORLD: base.over(ddp.process_group)}
-    return Reduced(ddp, Layout(everyone, topology, given), strategy.gradient_wire, meter)
+    wire = strategy.gradient_wire
+    its_own = {WORLD: _over(everyone, ddp.process_group)}
+    groups = layout.beside({} if wire.lossy else its_own)
+    search = None
+    if ddp.find_unused_parameters and not ddp.static_graph:
+        search = groups if wire == fp32() else layout.beside(its_own)
+    return Reduced(ddp, groups, wire, meter, search)
+
+
+def _over(everyone: Group, process_group: dist.ProcessGroup) -> Group:
+    base = everyone if isinstance(everyone, Processes) else Processes(process_group)
+    return base.over(process_group)
 
 
 def _check_ddp(ddp: DistributedDataParallel | None, everyone: Group) -> None:
-    if ddp is not None and dist.get_world_size(ddp.process_group) != everyone.size:
+    if ddp is None:
+        return
+    check_ddp(ddp)
+    if dist.get_world_size(ddp.process_group) != everyone.size:
         raise ValueError(
             f"process_group must be the one of the DistributedDataParallel model, which has "
             f"{dist.get_world_size(ddp.process_group)} ranks; got one of {everyone.size}"
         )
+
+
+def _describe(ddp: DistributedDataParallel | None) -> str:
+    """The wrapper, and those of its options that make collectives."""
+    if ddp is None:
+        return "none"
+    options = ("find_unused_parameters", "static_graph", "forward_sync_buffers")
+    values = ", ".join(f"{name}={getattr(ddp, name)}" for name in options)
+    return f"DistributedDataParallel({values})"
 
 
 def _agree_on_start(group: Group, replica: Replica, initial: str) -> None:

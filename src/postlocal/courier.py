@@ -1,11 +1,14 @@
 """Exchanges of several legs beside a backward pass, on a thread of their own."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Event, Thread
 
 import torch
 from torch import Tensor
 from torch.futures import Future
+
+from postlocal.exiting import watch
 
 
 def promise(tensor: Tensor) -> Future[Tensor]:
@@ -21,23 +24,39 @@ class Courier:
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "postlocal-courier")
+        self._tasks: SimpleQueue[tuple[Callable[[], None], Event] | None] = SimpleQueue()
+        # A daemon: Python would join any other thread at exit, however long its peer is away.
+        self._thread = Thread(target=self._run, name="postlocal-courier", daemon=True)
+        self._thread.start()
         self._side: torch.Stream | None = None
 
     def send(self, tensor: Tensor, exchange: Callable[[], object]) -> Future[Tensor]:
         """Run ``exchange``, which works on ``tensor`` in place, and promise the tensor."""
         future = promise(tensor)
         if tensor.device.type == "cpu":
-            self._thread.submit(_fulfil, future, tensor, exchange)
+            self._put(lambda: _fulfil(future, tensor, exchange))
             return future
-        self._side = self._side or torch.Stream(tensor.device)
+        self._side = side = self._side or torch.Stream(tensor.device)
         ready = torch.accelerator.current_stream(tensor.device).record_event()
-        self._thread.submit(_fulfil_beside, self._side, ready, future, tensor, exchange)
+        self._put(lambda: _fulfil_beside(side, ready, future, tensor, exchange))
         return future
 
     def close(self) -> None:
         """End the thread, once it has done what it was given."""
-        self._thread.shutdown()
+        self._tasks.put(None)
+        self._thread.join()
+
+    def _put(self, task: Callable[[], None]) -> None:
+        done = Event()
+        watch(done.is_set)
+        self._tasks.put((task, done))
+
+    def _run(self) -> None:
+        while (item := self._tasks.get()) is not None:
+            task, done = item
+            task()
+            del item, task  # they hold tensors
+            done.set()
 
 
 def _fulfil(future: Future[Tensor], tensor: Tensor, exchange: Callable[[], object]) -> None:

@@ -5,7 +5,8 @@ No `from __future__ import annotations` here: torch checks the hook's annotation
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from postlocal.courier import Courier, promise
+from postlocal.exiting import drop_done
 from postlocal.group import Group, Processes
 from postlocal.meter import Meter
-from postlocal.schedule import RANK, WORLD
+from postlocal.schedule import WORLD
 from postlocal.topology import Layout
 from postlocal.wire import ChunkWire, Staging, Wire, fp32
 
@@ -64,9 +66,11 @@ class Local:
 class Reduced:
     """Gradients of a DistributedDataParallel model, reduced by a communication hook of ours.
 
-    In rounds at level ``"rank"`` DDP is told to leave gradients alone: nothing is copied to
-    buckets, and neither its broadcast of buffers nor its search for unused parameters
-    communicates. At level ``"world"`` the arithmetic of the wire fp32 is DDP's own, bit for bit.
+    In rounds at level ``"rank"`` DDP is told to leave gradients alone, for as long as each of its
+    forward passes takes: nothing is copied to buckets, and neither its broadcast of buffers nor its
+    search for unused parameters communicates. At level ``"world"`` the arithmetic of the wire fp32
+    is DDP's own, bit for bit. Between forward passes all attributes of DDP have the values that
+    the user gave them, and `close` takes the hooks away.
 
     Other wires run beside the backward pass, bucket by bucket. Those that remember something wait
     for the last bucket and take all gradients at once, in the order of the model's parameters: DDP
@@ -78,61 +82,77 @@ class Reduced:
         layout: this rank's groups, for gradients only.
         wire: how gradients travel.
         meter: where bytes and exposed waiting are counted.
-
-    Raises:
-        ValueError: if the model already has a communication hook.
+        search: groups for DDP's search for unused parameters, where it has one.
     """
 
     def __init__(
-        self, model: DistributedDataParallel, layout: Layout, wire: Wire, meter: Meter
+        self,
+        model: DistributedDataParallel,
+        layout: Layout,
+        wire: Wire,
+        meter: Meter,
+        search: Layout | None = None,
     ) -> None:
         self._model = model
         self._layout = layout
+        self._search = search
         self._meter = meter
         self._group: Group = layout[WORLD]
         self._names = {parameter: name for name, parameter in model.module.named_parameters()}
         staging = Staging()  # one thread runs all exchanges
         self._carriers = {level: wire.open(layout, level, staging) for level in layout.levels}
         self._carrier = self._carriers[WORLD]
-        self._syncs_buffers = model.broadcast_buffers
         self._reducing = True
+        self._at_world = True
+        self._kept: dict[str, bool] = {}
         self._courier = None if wire == fp32() else Courier()
         self._by_bucket = isinstance(wire, ChunkWire)
         self._waiting: list[_Bucket] = []
-        try:
-            model.register_comm_hook(self, _hook)
-        except RuntimeError as error:
-            raise ValueError(
-                "model already has a communication hook, and a strategy needs its own: build the "
-                "DistributedDataParallel without one and give the strategy a gradient_wire"
-            ) from error
+        model.register_comm_hook(self, _hook)
+        model._comm_hooks.pop()  # what is in this list travels with copies of the model
+        self._handles = [
+            model.register_forward_pre_hook(_Silent(self._before_forward), prepend=True),
+            model.register_forward_hook(_Silent(self._after_forward), always_call=True),
+        ]
 
     def use(self, level: str) -> None:
-        """Reduce gradients at ``level`` from the next backward pass on."""
+        """Reduce gradients at ``level`` from the next forward pass on."""
         self._group = self._layout[level]
         self._carrier = self._carriers[level]
+        self._at_world = level == WORLD
         # A static graph has to be seen by the reducer from the first pass on: there the hook is
         # called in local rounds too, and leaves gradients as they are.
-        self._reducing = level != RANK or self._model.static_graph
-        self._model.require_backward_grad_sync = self._reducing
-        self._model.broadcast_buffers = self._syncs_buffers and level == WORLD
+        self._reducing = self._at_world or self._group.size > 1 or self._model.static_graph
+        if self._search is not None:
+            group = self._search[level]
+            if isinstance(group, Processes):
+                self._model.reducer._update_process_group(group.process_group)
 
     def check(self) -> None:
-        """Notice a caller inside ``no_sync()``, which would undo what `use` sets.
+        """Notice a caller inside ``no_sync()`` or ``join()``.
 
         Raises:
             RuntimeError: with the fix.
         """
-        if self._reducing and not self._model.require_backward_grad_sync:
+        self._put_back()  # a forward pass that was interrupted may have left something
+        if joins(self._model):
+            raise RuntimeError(f"sync.step() was called inside model.join(): {_WITHOUT_JOIN}")
+        if not self._model.require_backward_grad_sync:
             raise RuntimeError(
                 "sync.step() was called inside model.no_sync(): call it after the with block, "
                 "once for each optimizer step"
             )
 
     def close(self) -> None:
-        """End the communication thread, if there is one."""
+        """Leave the model as it was before; end the communication thread, if there is one."""
+        self._put_back()
+        for handle in self._handles:
+            handle.remove()
         if self._courier is not None:
             self._courier.close()
+        drop_done()
+        _make_reducer_anew(self._model)
+        del self._model  # a Sync that was closed keeps no wrapper alive
 
     def state_dict(self) -> dict[str, Any]:
         """What the wire remembers, by level and parameter; this rank's own and not copied."""
@@ -180,7 +200,7 @@ class Reduced:
         if not bucket.is_last():
             waiting = _Bucket(bucket.buffer(), gradients, promise(bucket.buffer()))
             self._waiting.append(waiting)
-            return waiting.promise
+            return waiting.promise.then(_value)
         for waiting in self._waiting:
             gradients |= waiting.gradients
         ordered = {name: gradients[name] for name in self._names.values() if name in gradients}
@@ -202,7 +222,29 @@ class Reduced:
             for bucket in waiting:
                 bucket.promise.set_result(bucket.buffer)
 
-        return self._courier.send(buffer, exchange)
+        return self._courier.send(buffer, exchange).then(_value)
+
+    def _before_forward(self) -> None:
+        self._put_back()
+        model = self._model
+        if not self._reducing and model.require_backward_grad_sync:
+            self._keep("require_backward_grad_sync", False)
+            self._keep("require_forward_param_sync", model.require_forward_param_sync)
+        if not self._at_world:
+            self._keep("forward_sync_buffers", False)
+
+    def _after_forward(self) -> None:
+        self._put_back()
+
+    def _keep(self, name: str, value: bool) -> None:
+        """Give an attribute of the model a value until `_put_back`."""
+        self._kept[name] = getattr(self._model, name)
+        setattr(self._model, name, value)
+
+    def _put_back(self) -> None:
+        while self._kept:
+            name, value = self._kept.popitem()
+            setattr(self._model, name, value)
 
     def _waited(self, start: float) -> Callable[[Future[Tensor]], Tensor]:
         def stop(done: Future[Tensor]) -> Tensor:
@@ -210,6 +252,22 @@ class Reduced:
             return done.value()
 
         return stop
+
+
+class _Silent:
+    """A hook of a module, which changes neither its input nor its output.
+
+    Copies of the module, in memory or in a file, get one that does nothing, and need no postlocal.
+    """
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def __call__(self, *arguments: object) -> None:
+        self._act()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
 
 
 @dataclass
@@ -223,3 +281,86 @@ class _Bucket:
 
 def _hook(gradients: Reduced, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
     return gradients.reduce(bucket)
+
+
+def _value(done: Future[Tensor]) -> Tensor:
+    """The value of a future; DDP understands the errors of callbacks, not those of Python."""
+    return done.value()
+
+
+_WITHOUT_JOIN = (
+    "its collectives are of the whole world, and a strategy counts the same steps on all ranks; "
+    "build the DistributedDataParallel anew and leave join() away: a rank that has run out of data "
+    "calls sync.step(work=0) until all have, and where gradients are averaged it takes part with a "
+    "loss that is multiplied by 0"
+)
+
+
+def joins(model: DistributedDataParallel) -> bool:
+    """Whether a model is inside ``join()``, or was: torch does not reset it."""
+    return bool(model._join_config.enable)
+
+
+def check_ddp(model: DistributedDataParallel) -> None:
+    """Refuse what DistributedDataParallel does with gradients beside its buckets.
+
+    Raises:
+        ValueError: naming the option and the fix.
+    """
+    for problem in _problems(model):
+        raise ValueError(problem)
+
+
+def _problems(model: DistributedDataParallel) -> Iterator[str]:
+    if any(isinstance(hook, _Silent) for hook in model._forward_pre_hooks.values()):
+        yield (
+            "model is attached already: call close() on the Sync of the earlier attach before "
+            "attaching again"
+        )
+    if model.mixed_precision is not None:
+        yield (
+            "the DistributedDataParallel has mixed_precision, which is a communication hook of its "
+            "own: leave it out, and use torch.autocast, or a gradient_wire of wire.bf16()"
+        )
+    if model._delay_all_reduce_params:
+        yield (
+            "the DistributedDataParallel has delay_all_reduce_named_params, whose gradients are "
+            "reduced over the whole world in every backward pass: leave it out"
+        )
+    if any(hasattr(parameter, "_in_backward_optimizers") for parameter in model.parameters()):
+        yield (
+            "the model has optimizers in its backward pass, for which DistributedDataParallel has "
+            "a communication hook of its own: call the optimizer's step() in the loop"
+        )
+    if model._use_python_reducer:
+        yield (
+            "the DistributedDataParallel was built with torch._dynamo.config.optimize_ddp = "
+            "'python_reducer', which reduces by itself: leave that setting away"
+        )
+    if joins(model):
+        yield f"the DistributedDataParallel is or was inside join(): {_WITHOUT_JOIN}"
+    yield from _own_hook(model)
+
+
+def _own_hook(model: DistributedDataParallel) -> Iterator[str]:
+    name = model._get_ddp_logging_data().get("comm_hook")  # type: ignore[no-untyped-call]
+    if name:
+        yield (
+            f"model already has a communication hook, {name}, and a strategy needs its own: build "
+            "the DistributedDataParallel without one and give the strategy a gradient_wire"
+        )
+
+
+def _make_reducer_anew(model: DistributedDataParallel) -> None:
+    """Give a model a reducer without communication hook, since torch cannot take one away."""
+    model.reducer._remove_autograd_hooks()
+    if not any(parameter.requires_grad for parameter in model.module.parameters()):
+        return
+    parameters, sparse = model._build_params_for_reducer()  # type: ignore[no-untyped-call]
+    names = model._build_debug_param_to_name_mapping(parameters)  # type: ignore[no-untyped-call]
+    model._ddp_init_helper(parameters, sparse, names, model.static_graph)  # type: ignore[no-untyped-call]
+    model._has_rebuilt_buckets = False
+    if model.static_graph:
+        model._static_graph_delay_allreduce_enqueued = False
+        model.reducer._set_static_graph()
+        model.logger._set_static_graph()  # type: ignore[union-attr]

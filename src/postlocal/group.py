@@ -8,7 +8,8 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
+from uuid import uuid4
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,12 +18,14 @@ from torch.futures import Future
 
 from postlocal.checks import made
 from postlocal.errors import PeerError
-from postlocal.roll import Roll
+from postlocal.exiting import note_failure, watch
+from postlocal.roll import Release, Roll
 
 Value = TypeVar("Value")
 Operation = Literal["sum", "max"]
 Parts = Sequence[Sequence[Tensor]]
 """Tensors for or from each rank of a group."""
+_PATIENCE_SECONDS = 2.0  # how long a rank waits for others to give up groups
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -93,6 +96,13 @@ class Group(Protocol):
         """
         ...
 
+    def close(self, subgroups: Sequence["Group"]) -> None:
+        """Give up subgroups of this group for good, once no rank communicates over them.
+
+        It waits a few seconds for the other ranks, and raises nothing.
+        """
+        ...
+
 
 class Done:
     """Work that was complete when its call returned."""
@@ -132,6 +142,9 @@ class Alone:
     def meet(self, step: int, place: str) -> None:
         return None
 
+    def close(self, subgroups: Sequence[Group]) -> None:
+        return None
+
 
 class Processes:
     """Ranks of torch.distributed.
@@ -142,6 +155,9 @@ class Processes:
         timeout: how long a collective of a subgroup waits for a missing rank; None: as long as
             those of ``process_group`` do.
     """
+
+    _given_up: ClassVar[list[tuple[Release, list[dist.ProcessGroup]]]] = []
+    """Groups that this rank does not need any more, and other ranks may."""
 
     def __init__(self, process_group: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
         self._adopt(process_group, timeout or _timeout_of(process_group), Roll(process_group))
@@ -154,6 +170,8 @@ class Processes:
         self.size = dist.get_world_size(process_group)
         self._timeout = timeout
         self._roll = roll
+        self._prefix: str | None = None
+        self._made = 0
 
     def all_reduce(self, tensor: Tensor, operation: Operation = "sum") -> Work:
         return self._launch(
@@ -167,7 +185,9 @@ class Processes:
         work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
         assert work is not None
         future: Future[list[Tensor]] = work.get_future()
-        return future.then(lambda done: done.value()[0])
+        summed = future.then(lambda done: done.value()[0])
+        watch(summed.done)
+        return summed
 
     def all_gather(self, output: Tensor, tensor: Tensor) -> Work:
         return self._launch(
@@ -201,10 +221,9 @@ class Processes:
         return values
 
     def subgroup(self, partition: Sequence[Sequence[int]]) -> Group:
-        # Also where this rank is alone: torch names a group by the number of groups before it, and
-        # ranks that count differently wait for each other at different names.
         created = self.torch_subgroup(partition)
         if dist.get_world_size(created) == 1:
+            dist.destroy_process_group(created)
             return Alone()
         return self.over(created)
 
@@ -218,11 +237,16 @@ class Processes:
         """The part of this group that holds this rank, as a new process group of torch."""
         members = next(part for part in partition if self.rank in part)
         ranks = [dist.get_global_rank(self.process_group, member) for member in members]
+        name = self._new_name(members)
         with self._naming_the_missing():
-            created: dist.ProcessGroup = dist.new_group(
-                ranks, timeout=self._timeout, use_local_synchronization=True
-            )
-        return created
+            return _new_group(sorted(ranks), name, self._timeout)
+
+    def _new_name(self, members: Sequence[int]) -> str:
+        """A name that no group has or had, the same on all members; collective."""
+        if self._prefix is None:
+            self._prefix = self.all_gather_object(uuid4().hex)[0]
+        self._made += 1
+        return f"postlocal/{self._prefix}/{self._made}/{min(members)}"
 
     def arrive(self, step: int) -> None:
         self._roll.arrive(step)
@@ -234,6 +258,34 @@ class Processes:
         if problem is not None:
             raise PeerError(problem)
 
+    def close(self, subgroups: Sequence[Group]) -> None:
+        groups = []
+        for subgroup in subgroups:
+            if isinstance(subgroup, Processes):
+                groups.append(subgroup.process_group)
+                del subgroup.process_group  # the threads of a group end with its last reference
+        if not groups or not dist.is_initialized():
+            return
+        # What travels to a peer that has not received it yet must not be cut off: groups are
+        # destroyed when all ranks have given them up. Where one does not in time, they wait for the
+        # next call of `destroy_given_up`.
+        assert self._prefix is not None
+        release = Release(self._prefix, dist.get_process_group_ranks(self.process_group))
+        self._prefix = None  # what is made from here on is given up by itself
+        if release.announce(0.0 if self._roll.failed else _PATIENCE_SECONDS):
+            _destroy(groups)
+        else:
+            Processes._given_up.append((release, groups))
+
+    @staticmethod
+    def destroy_given_up() -> None:
+        """Destroy groups whose ranks have all given them up since; it waits for nobody."""
+        complete = [(given, given[0].complete()) for given in Processes._given_up]
+        for (_, groups), done in complete:
+            if done:
+                _destroy(groups)
+        Processes._given_up[:] = [given for given, done in complete if not done]
+
     def _launch(self, collective: Callable[[], dist.Work | None]) -> Work:
         with self._naming_the_missing():
             work = collective()
@@ -244,8 +296,41 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
+            note_failure()
             members = dist.get_process_group_ranks(self.process_group)
             raise PeerError(self._roll.explain(error, members)) from error
+
+
+def _new_group(ranks: Sequence[int], name: str, timeout: timedelta | None) -> dist.ProcessGroup:
+    """A process group of torch with a name of our own, on the calling ranks alone.
+
+    torch would name it by its ranks and by how many groups there are. Such a name comes again after
+    groups were destroyed, and the store still holds addresses of those that had it; and ranks that
+    have destroyed more than others wait at a name that nobody else has.
+    """
+    world = distributed_c10d._world
+    default = distributed_c10d._get_default_group()
+    backend, store = world.pg_map[default]
+    timeout = timeout or distributed_c10d._get_default_timeout(distributed_c10d.Backend(backend))
+    created, _ = distributed_c10d._new_process_group_helper(
+        len(ranks),
+        ranks.index(dist.get_rank()),
+        list(ranks),
+        backend,
+        store,
+        distributed_c10d.GroupName(name),
+        timeout=timeout,
+        device_id=default.bound_device_id,
+    )
+    world.pg_group_ranks[created] = {rank: index for index, rank in enumerate(ranks)}
+    process_group: dist.ProcessGroup = created
+    return process_group
+
+
+def _destroy(groups: Sequence[dist.ProcessGroup]) -> None:
+    for process_group in groups:
+        if process_group in distributed_c10d._world.pg_map:  # the user may have destroyed all
+            dist.destroy_process_group(process_group)
 
 
 def _timeout_of(process_group: dist.ProcessGroup) -> timedelta | None:
@@ -299,6 +384,7 @@ def resolve(process_group: dist.ProcessGroup | Group | None, timeout: timedelta 
         TypeError: if it is neither a group of torch nor a `Group`.
         ValueError: if this rank is not in it.
     """
+    Processes.destroy_given_up()
     if process_group is None:
         if not dist.is_available() or not dist.is_initialized():
             return Alone()

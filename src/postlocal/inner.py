@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from postlocal.ballot import layout_number
-from postlocal.checks import shown
 from postlocal.group import Group
 from postlocal.replica import Replica
 from postlocal.tensors import weigh_
@@ -26,16 +25,10 @@ class Inner:
         replica: the parameters that are synchronized.
 
     Raises:
-        TypeError: if it is no optimizer.
         ValueError: if it holds none of them, or parameters of other modules.
     """
 
     def __init__(self, optimizer: Optimizer, replica: Replica) -> None:
-        if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
-            hint = ": model comes first, then optimizer" if hasattr(optimizer, "forward") else ""
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, got {shown(optimizer)}{hint}"
-            )
         self.optimizer = optimizer
         self._replica = replica
         self._held = self._ids()

@@ -5,10 +5,10 @@ from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from postlocal import kinds
-from postlocal.tensors import flat_view, is_dtensor
+from postlocal.tensors import flat_view
+from postlocal.wrappers import ignored, unwrap
 
 
 class Replica:
@@ -24,6 +24,8 @@ class Replica:
             parameter has a gradient, or still requires one, at some moment.
         frozen: the other parameters.
         buffers: all buffers, as of the latest `refresh`.
+        own: parameters and buffers that DistributedDataParallel was told to ignore: they belong to
+            this rank, are in none of the above, and may have other shapes on other ranks.
         moving: names of the frozen parameters that the loop writes to, such as averages of others.
 
     Raises:
@@ -35,10 +37,11 @@ class Replica:
     def __init__(self, model: nn.Module) -> None:
         self._module = unwrap(model)
         kinds.check(self._module)
-        parameters = once(self._module.named_parameters())
+        self._ignored = ignored(model)
+        parameters = self._named_parameters()
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
-        self.buffers = once(self._module.named_buffers())
+        self.buffers = self._named_buffers()
         self.moving: set[str] = set()
         if not self.parameters:
             raise ValueError("model must have a parameter that requires grad, got none")
@@ -47,6 +50,11 @@ class Replica:
         _check_apart(parameters)
         self._kinds = {name: _kind(tensor) for name, tensor in self.tensors.items()}
         self.mark()
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        named = (*self._module.named_parameters(), *self._module.named_buffers())
+        return {name: tensor for name, tensor in named if name in self._ignored}
 
     def mark(self) -> None:
         """Take the present values of frozen parameters as those that are not written to."""
@@ -86,9 +94,18 @@ class Replica:
         """What is equal on all ranks where replicas agree, whatever ranks did to their buffers."""
         return self.parameters | self.frozen
 
+    def _named_parameters(self) -> dict[str, Tensor]:
+        return once(self._shared(self._module.named_parameters()))
+
+    def _named_buffers(self) -> dict[str, Tensor]:
+        return once(self._shared(self._module.named_buffers()))
+
+    def _shared(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor) for name, tensor in named if name not in self._ignored)
+
     def _follow(self) -> str | None:
-        parameters = once(self._module.named_parameters())
-        buffers = once(self._module.named_buffers())
+        parameters = self._named_parameters()
+        buffers = self._named_buffers()
         problem = self._other_kind(parameters | buffers) or self._other_object(parameters)
         if problem is None:
             self.buffers = {name: buffers[name] for name in self.buffers}
@@ -129,32 +146,6 @@ class Replica:
             f"{'trained' if tensor.requires_grad else 'not trained'}"
             for name, tensor in self.tensors.items()
         ]
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside DistributedDataParallel and torch.compile."""
-    for inner in _layers(model):
-        model = inner
-    return model
-
-
-def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
-    """The DistributedDataParallel around a model, or None."""
-    for layer in _layers(model):
-        if isinstance(layer, DistributedDataParallel):
-            return layer
-    return None
-
-
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    yield model
-    inner = (
-        model.module
-        if isinstance(model, DistributedDataParallel)
-        else getattr(model, "_orig_mod", None)  # what torch.compile wrapped
-    )
-    if isinstance(inner, nn.Module):
-        yield from _layers(inner)
 
 
 def once(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -236,11 +227,6 @@ def _few(tensor: Tensor) -> Tensor:
 
 
 def _check_kind(name: str, parameter: Tensor) -> None:
-    if is_dtensor(parameter):
-        raise TypeError(
-            f"parameter {name!r} is a DTensor: sharded models (FSDP2) are not supported yet; "
-            "wrap the model in DistributedDataParallel"
-        )
     if parameter.is_meta:
         raise TypeError(f"parameter {name!r} is on the meta device: materialize the model first")
     if parameter.is_complex():

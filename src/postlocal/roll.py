@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import distributed_c10d
 
+from postlocal.exiting import watch
+
 Value = TypeVar("Value")
 _LATER_SECONDS = 2.0  # how much later than this rank others may see that a collective failed
 _ANSWER_SECONDS = 3.0  # how long a store may take to answer
@@ -28,6 +30,9 @@ class Roll:
 
     Args:
         process_group: of all ranks that may be named; all of them open its rolls in one order.
+
+    Attributes:
+        failed: whether a collective has failed.
     """
 
     _opened: ClassVar[Counter[str]] = Counter()
@@ -41,6 +46,7 @@ class Roll:
         self._place = _place(0)
         self._meetings: Counter[str] = Counter()
         self._met: str | None = None
+        self.failed = False
 
     def arrive(self, step: int, place: str | None = None) -> None:
         """Leave word that this rank is at a place.
@@ -126,6 +132,7 @@ class Roll:
             error: that of the collective.
             members: ranks that took part in it, by their number in the world.
         """
+        self.failed = True
         reason = str(error).splitlines()[0]
         place = self._place
         missing = _answer(lambda: self._behind(members))
@@ -166,6 +173,37 @@ class Roll:
         return int(step), place
 
 
+class Release:
+    """What ranks share and give up, each when it needs it no more.
+
+    Args:
+        name: of what is shared, the same on all ranks and no other's.
+        members: the ranks, by their number in the world.
+    """
+
+    def __init__(self, name: str, members: Sequence[int]) -> None:
+        prefix = f"postlocal/released/{name}/"
+        self._store = PrefixStore(prefix, distributed_c10d._get_default_store())
+        self._keys = [str(member) for member in members]
+
+    def announce(self, seconds: float) -> bool:
+        """Give it up on this rank; whether all ranks have done so within some seconds."""
+        return bool(_answer(lambda: self._announced(seconds)))
+
+    def complete(self) -> bool:
+        """Whether all ranks have given it up."""
+        return bool(_answer(lambda: self._store.check(self._keys)))
+
+    def _announced(self, seconds: float) -> bool:
+        self._store.set(str(dist.get_rank()), "")
+        deadline = time.monotonic() + seconds
+        while not self._store.check(self._keys):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
+        return True
+
+
 def _place(step: int) -> str:
     return f"the synchronization after step {step}" if step else "attach"
 
@@ -188,4 +226,6 @@ def _answer(ask: Callable[[], Value]) -> Value | None:
     thread = Thread(target=listen, daemon=True)
     thread.start()
     thread.join(_LATER_SECONDS + _ANSWER_SECONDS)
+    if thread.is_alive():
+        watch(lambda: not thread.is_alive())
     return answers[0] if answers else None

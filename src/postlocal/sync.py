@@ -78,6 +78,7 @@ class Sync:
         self._agreed_at = 0
         self._lockstep = True
         self._compared = False
+        self._closed = False
         self._agreed_buffers: dict[str, Tensor] = {}
         self._note_agreement()
         self._begin(self._plan())
@@ -135,6 +136,7 @@ class Sync:
             RuntimeError: if called inside ``model.no_sync()``.
             ValueError: if ``work`` is negative or not finite.
         """
+        self._check_open()
         self._gradients.check()
         if not 0 <= work < math.inf:
             raise ValueError(f"work must be a share of a step, at least 0, got {work}")
@@ -164,6 +166,7 @@ class Sync:
                 agree, such as after calls of `step` were left out.
             PeerError, ModelChangedError, NonFiniteError: as `step` does.
         """
+        self._check_open()
         following = self._plan()
         self._land_launched_until(self._steps)
         if self._lockstep:
@@ -220,10 +223,25 @@ class Sync:
             _copy_([*parameters, *buffers], local)
 
     def close(self) -> None:
-        """End the threads that this clock started, if any, once they have done their work."""
-        self._gradients.close()
+        """End what `attach` began: hooks, threads and process groups; the model is as before it.
+
+        To be called by all ranks, after `finish` where replicas are to be equal. A training that
+        goes on by DistributedDataParallel alone needs equal states of the optimizer as well: those
+        of ``optimizer_state="keep"`` are each rank's own. Raises nothing, also after an error or a
+        second time. It waits at most 2 s for ranks that do not call it; their groups, and this
+        rank's, then last until the next `attach`.
+        """
+        if self._closed:
+            return
+        self._closed = True
         if self._courier is not None:
             self._courier.close()
+        self._gradients.close()
+        self.layout.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this Sync was closed: attach again to go on under a strategy")
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume in the middle of a round needs beside the model and the optimizer.
@@ -264,6 +282,7 @@ class Sync:
         Raises:
             ValueError: if the state is that of another strategy.
         """
+        self._check_open()
         self._load_clock(state)
         self._gradients.load_state_dict(state["gradients"])
         for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
@@ -284,6 +303,7 @@ class Sync:
         Args:
             state: the `state_dict` of any of the ranks that saved it.
         """
+        self._check_open()
         self._load_clock(state)
         for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
             if fragment.anchor is not None:

@@ -12,7 +12,7 @@ Example:
 import logging
 import os
 import socket
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -295,14 +295,38 @@ class Layout:
         self._topology = topology
         self._groups: dict[str, Group] = {RANK: Alone()}
         self._leaders: dict[str, Layout] = {}
+        self._beside: list[Layout] = []
+        self._made: list[Group] = []
         given = given or {}
         for level, partition in topology.partition(base.size).items():
-            self._groups[level] = given.get(level) or base.subgroup(partition)
+            self._groups[level] = given.get(level) or self._make(partition)
 
     def __getitem__(self, level: str) -> Group:
         if level not in self._groups:
             raise ValueError(unknown_level(level, self._groups))
         return self._groups[level]
+
+    def _make(self, partition: Partition) -> Group:
+        self._made.append(self._base.subgroup(partition))
+        return self._made[-1]
+
+    def beside(self, given: Mapping[str, Group] | None = None) -> "Layout":
+        """Other groups at the same levels, closed with these; collective.
+
+        Args:
+            given: as that of the class.
+        """
+        self._beside.append(Layout(self._base, self._topology, given))
+        return self._beside[-1]
+
+    def close(self) -> None:
+        """Give up all groups that were made for this layout, as `Group.close` does."""
+        self._base.close(list(self._all_made()))
+
+    def _all_made(self) -> Iterator[Group]:
+        yield from self._made
+        for layout in (*self._leaders.values(), *self._beside):
+            yield from layout._all_made()
 
     @property
     def levels(self) -> tuple[str, ...]:

@@ -115,6 +115,9 @@ class Threads:
     def meet(self, step: int, place: str) -> None:
         return None
 
+    def close(self, subgroups: Sequence[Group]) -> None:
+        return None
+
 
 class _Room:
     """Where threads meet: each puts a value down, and all pick up all of them."""

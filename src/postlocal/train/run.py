@@ -21,7 +21,6 @@ from postlocal import agreement, group
 from postlocal.attachment import attach
 from postlocal.group import Group
 from postlocal.packing import key_of
-from postlocal.replica import unwrap
 from postlocal.report import PLOT, SUMMARY, Metrics, Summary
 from postlocal.train import view
 from postlocal.train.config import TrainConfig
@@ -34,6 +33,7 @@ from postlocal.train.saved import CONFIG, SavedRun, Text, settle
 from postlocal.train.stop import Stop
 from postlocal.train.world import announced, joined, restarted, store
 from postlocal.wire import fp32
+from postlocal.wrappers import unwrap
 
 if TYPE_CHECKING:
     from postlocal.checkpoint import Restored

@@ -1,0 +1,275 @@
+"""Whatever wraps a model or its optimizer is recognised: worked with, or refused with the fix."""
+
+import copy
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import postlocal
+from postlocal import strategies
+from postlocal.errors import DisagreementError
+from postlocal.model_averaging.averagers import PeriodicModelAverager
+from postlocal.optim import PostLocalSGDOptimizer as OurPostLocalSGDOptimizer
+from postlocal.wrappers import gradients_reduced_elsewhere
+from tests.models import batches, mlp, momentum, sgd, train_step, values
+
+Ranks = Callable[..., list[Any]]
+
+
+def refusal(model: Any, optimizer: Any = None) -> str:
+    given = sgd(model) if optimizer is None else optimizer
+    with pytest.raises((ValueError, TypeError)) as error:
+        postlocal.attach(model, given, strategies.local_sgd(2))
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+class Holder(nn.Module):
+    """A user's module around another."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.inner(x)
+        return output
+
+
+def foreign(name: str, module: str, base: type) -> type:
+    """A class that claims to be from a package that is not installed."""
+    return type(name, (base,), {"__module__": module})
+
+
+class Stage:
+    """Stands for a pipeline stage, which needs devices to be made."""
+
+
+def wrapped_models(rank: int) -> dict[str, str]:
+    mesh = DeviceMesh("cpu", [0, 1])
+    sharded_buffer = mlp()
+    sharded_buffer.register_buffer("mean", distribute_tensor(torch.zeros(4), mesh))
+    second = mlp()
+    fully_shard(second, mesh=mesh)
+    stage = foreign("PipelineStage", "torch.distributed.pipelining.stage", Stage)()
+    engine = foreign("DeepSpeedEngine", "deepspeed.runtime.engine", Holder)(mlp())
+    of_megatron = foreign("DistributedDataParallel", "megatron.core.distributed.ddp", Holder)(mlp())
+    of_a_user = foreign("Parallel", "parallel.megatron_like", Holder)(mlp())
+    postlocal.attach(of_a_user, sgd(of_a_user), strategies.local_sgd(2)).close()
+    any_optimizer = sgd(mlp())
+    flat = FullyShardedDataParallel(mlp(), device_id=torch.device("cpu"))
+    original = FullyShardedDataParallel(mlp(), device_id=torch.device("cpu"), use_orig_params=True)
+    return {
+        "fsdp": refusal(flat),
+        "fsdp inside": refusal(Holder(original)),
+        "inside of fsdp": refusal(original.module, any_optimizer),
+        "fully_shard": refusal(second),
+        "buffer": refusal(sharded_buffer),
+        "data parallel": refusal(nn.DataParallel(mlp())),
+        "nested": refusal(Holder(DistributedDataParallel(mlp()))),
+        "stage": refusal(stage, any_optimizer),
+        "engine": refusal(engine),
+        "megatron": refusal(of_megatron),
+        "no module": refusal(values(mlp()), any_optimizer),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_models_that_something_else_manages_are_refused_with_the_fix(ranks: Ranks) -> None:
+    for found in ranks(2, wrapped_models):
+        for name in ("fsdp", "fsdp inside", "engine", "megatron", "fully_shard"):
+            assert "TypeError: model must not hold" in found[name], name
+            assert "DistributedDataParallel" in found[name], name
+        assert "FullyShardedDataParallel; 'inner', which is one" in found["fsdp inside"]
+        assert "model is inside a torch.distributed.fsdp" in found["inside of fsdp"]
+        assert "buffer 'mean' is a DTensor" in found["buffer"]
+        assert "use one process a device" in found["data parallel"]
+        assert "must be outermost, and 'inner' in model is one" in found["nested"]
+        assert "got a pipeline stage" in found["stage"]
+        assert "model must be a torch.nn.Module, got a value of type list" in found["no module"]
+
+
+def inside_ddp(rank: int) -> dict[str, str | None]:
+    net = mlp()
+    ddp = DistributedDataParallel(net)
+    optimizer = sgd(net)
+    found: dict[str, str | None] = {
+        "bare": refusal(net),
+        "part": refusal(net.get_submodule("0")),
+        "compiled": refusal(torch.compile(net, backend="eager")),
+        "asked": gradients_reduced_elsewhere(net.parameters()),
+        "copy": gradients_reduced_elsewhere(copy.deepcopy(net).parameters()),
+    }
+    postlocal.attach(ddp, optimizer, strategies.ddp()).close()
+    dist.barrier()
+    with pytest.raises((ValueError, DisagreementError)) as error:
+        postlocal.attach(net if rank else ddp, optimizer, strategies.local_sgd(2))
+    found["one rank"] = str(error.value)
+    ddp.__dict__["itself"] = ddp  # garbage that only a collection finds
+    gc.disable()
+    del ddp, error
+    sync = postlocal.attach(net, optimizer, strategies.local_sgd(2))
+    gc.enable()
+    for x, y in batches(rank, 2):
+        train_step(net, optimizer, x, y)
+        sync.step()
+    found["gone"] = gradients_reduced_elsewhere(net.parameters())
+    return found
+
+
+def test_a_model_that_is_inside_a_ddp_alive_is_refused(ranks: Ranks) -> None:
+    for found in ranks(2, inside_ddp):
+        for name in ("bare", "part", "compiled", "one rank"):
+            assert "model is inside a torch.nn.parallel.distributed.Distributed" in found[name]
+            assert "pass that wrapper" in found[name]
+        assert "DistributedDataParallel of torch.nn.modules.container.Seq" in str(found["asked"])
+        assert found["copy"] is None
+        assert found["gone"] is None
+
+
+class Proxy:
+    """An optimizer as trainers wrap it: all is handed on."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+
+def wrapped_optimizers(rank: int) -> dict[str, str]:
+    # Imported here: the module of torch warns when it is imported.
+    from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
+
+    net = mlp()
+    zero = ZeroRedundancyOptimizer(net.parameters(), torch.optim.SGD, lr=0.1)
+    averager = PeriodicModelAverager(period=2)
+    horovod = foreign("SGD", "horovod.torch.optimizer", torch.optim.SGD)
+    deepspeed = foreign("ZeroOptimizer", "deepspeed.runtime.zero.stage3", torch.optim.SGD)
+    return {
+        "zero": refusal(net, zero),
+        "zero in a proxy": refusal(net, Proxy(Proxy(zero))),
+        "torch's": refusal(net, PostLocalSGDOptimizer(sgd(net), averager)),  # type: ignore[arg-type]
+        "ours": refusal(net, OurPostLocalSGDOptimizer(sgd(net), averager)),
+        "horovod": refusal(net, horovod(net.parameters(), lr=0.1)),
+        "deepspeed": refusal(net, deepspeed(net.parameters(), lr=0.1)),
+        "scheduler": refusal(net, torch.optim.lr_scheduler.StepLR(sgd(net), 3)),
+        "parameters": refusal(net, list(net.parameters())),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_optimizers_that_reduce_or_shard_are_refused_with_the_fix(ranks: Ranks) -> None:
+    for found in ranks(2, wrapped_optimizers):
+        for name in ("zero", "zero in a proxy", "torch's", "ours", "horovod", "deepspeed"):
+            assert "TypeError: optimizer must not be" in found[name], name
+            assert "make the optimizer that it wraps" in found[name], name
+        assert "got a value of type StepLR: pass its optimizer" in found["scheduler"]
+        assert "must be a torch.optim.Optimizer, got a value of type list" in found["parameters"]
+
+
+def train_by_proxy(rank: int, proxied: bool) -> list[Tensor]:
+    net = mlp()
+    inner = momentum(net)
+    optimizer: Any = Proxy(inner) if proxied else inner
+    sync = postlocal.attach(net, optimizer, strategies.local_sgd(2))
+    for x, y in batches(rank, 5):
+        train_step(net, optimizer, x, y)
+        sync.step()
+    sync.finish()
+    sync.close()
+    return values(net)
+
+
+def test_a_proxy_of_an_optimizer_is_an_optimizer(ranks: Ranks) -> None:
+    plain, proxied = (ranks(2, train_by_proxy, way) for way in (False, True))
+    for left, right in zip(plain[0], proxied[1], strict=True):
+        assert torch.equal(left, right)
+
+
+class Own(nn.Module):
+    """A module with a part that belongs to its rank, of a shape of its own."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.body = mlp()
+        self.head = nn.Linear(4, 2 + rank)
+        self.seen = torch.full((1 + rank,), float(rank))
+        self.body.register_buffer("seen", self.seen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(1)
+        output: Tensor = self.head(self.body(x))
+        return output
+
+
+def with_own_parts(rank: int, wrap: bool) -> dict[str, Any]:
+    net = Own(rank)
+    nn.init.constant_(net.head.weight, float(rank))
+    names = ["head.weight", "head.bias", "body.seen"]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, names)  # type: ignore[no-untyped-call]
+    model = DistributedDataParallel(net) if wrap else net
+    optimizer = momentum(model)
+    first = net.head.weight.detach().clone()
+    sync = postlocal.attach(model, optimizer, strategies.diloco(2))
+    kept = torch.equal(first, net.head.weight)
+    for x, _ in batches(rank, 4):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sync.step()
+    sync.finish()
+    return {
+        "own": sorted(sync.replica.own),
+        "synchronized": sorted(sync.replica.tensors),
+        "kept": kept,
+        "body": values(net.body),
+        "head": values(net.head),
+        "seen": net.seen.tolist(),
+    }
+
+
+@pytest.mark.parametrize("wrap", [True, False], ids=["ddp", "plain"])
+def test_what_ddp_was_told_to_ignore_stays_of_its_rank(ranks: Ranks, wrap: bool) -> None:
+    left, right = ranks(2, with_own_parts, wrap)
+    for rank, found in enumerate((left, right)):
+        assert found["own"] == ["body.seen", "head.bias", "head.weight"]
+        assert all(name.startswith("body.") for name in found["synchronized"])
+        assert found["kept"]
+        assert found["seen"] == [rank + 4.0] * (rank + 1)
+        assert found["head"][0].shape == (2 + rank, 4)
+    for mine, theirs in zip(left["body"], right["body"], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def no_parameters_on_one_rank(rank: int) -> str:
+    model = mlp() if rank == 0 else nn.Identity()
+    optimizer = sgd(mlp())
+    with pytest.raises((ValueError, DisagreementError)) as error:
+        postlocal.attach(model, sgd(model) if rank == 0 else optimizer, strategies.local_sgd(2))
+    return str(error.value)
+
+
+def test_a_model_without_parameters_on_one_rank_is_told_by_all(ranks: Ranks) -> None:
+    messages = ranks(2, no_parameters_on_one_rank)
+    assert "rank 1 cannot go on" in messages[0]
+    assert all("model must have a parameter that requires grad" in text for text in messages)
