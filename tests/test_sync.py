@@ -477,6 +477,10 @@ def test_a_clock_says_in_words_what_it_did(ranks: Ranks) -> None:
         r"\([\d.]+% of DDP's\), waited [\d.]+ s>"
     )
     assert re.fullmatch(pattern, shown[1]), shown[1]
+    assert said[0] == (
+        f"attached: {shown[0]}; 4 parameters of 212 values, 0 frozen, 0 buffers; "
+        "SGD of 4 of the 4 parameters"
+    )
     assert "after step 2 replicas part: rounds of local steps begin" in said
     assert any(line.startswith("synchronized: step 6, world: ") for line in said)
     assert not elsewhere, "one rank speaks for all"

@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +17,8 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import postlocal
-from postlocal import strategies
-from postlocal.errors import DisagreementError
+from postlocal import checkpoint, strategies
+from postlocal.errors import CheckpointError, DisagreementError
 from postlocal.model_averaging.averagers import PeriodicModelAverager
 from postlocal.optim import PostLocalSGDOptimizer as OurPostLocalSGDOptimizer
 from postlocal.wrappers import gradients_reduced_elsewhere
@@ -222,12 +224,16 @@ class Own(nn.Module):
         return output
 
 
-def with_own_parts(rank: int, wrap: bool) -> dict[str, Any]:
+def own_parts(rank: int, wrap: bool) -> tuple[Own, nn.Module]:
     net = Own(rank)
     nn.init.constant_(net.head.weight, float(rank))
     names = ["head.weight", "head.bias", "body.seen"]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, names)  # type: ignore[no-untyped-call]
-    model = DistributedDataParallel(net) if wrap else net
+    return net, DistributedDataParallel(net) if wrap else net
+
+
+def with_own_parts(rank: int, wrap: bool) -> dict[str, Any]:
+    net, model = own_parts(rank, wrap)
     optimizer = momentum(model)
     first = net.head.weight.detach().clone()
     sync = postlocal.attach(model, optimizer, strategies.diloco(2))
@@ -261,6 +267,40 @@ def test_what_ddp_was_told_to_ignore_stays_of_its_rank(ranks: Ranks, wrap: bool)
         assert torch.equal(mine, theirs)
 
 
+def resume_own_parts(rank: int, folder: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors of this rank when a checkpoint was saved, and after a resume from it."""
+    net, model = own_parts(rank, wrap=True)
+    optimizer = momentum(model)
+    sync = postlocal.attach(model, optimizer, strategies.diloco(2))
+    for x, _ in batches(rank, 3):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sync.step()
+    checkpoint.save(folder, sync)
+    fresh, wrapped = own_parts(rank, wrap=True)
+    checkpoint.restore(folder, postlocal.attach(wrapped, momentum(wrapped), strategies.diloco(2)))
+    return list(net.state_dict().values()), list(fresh.state_dict().values())
+
+
+def refuse_own_parts(rank: int, folder: str) -> str:
+    _, model = own_parts(rank, wrap=True)
+    sync = postlocal.attach(model, momentum(model), strategies.diloco(2))
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.restore(folder, sync)
+    return str(error.value)
+
+
+def test_what_is_of_one_rank_is_saved_by_it_and_not_resumed_on_other_ranks(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    for saved, resumed in ranks(2, resume_own_parts, str(tmp_path)):
+        for one, other in zip(saved, resumed, strict=True):
+            assert torch.equal(one, other)
+    for message in ranks(3, refuse_own_parts, str(tmp_path)):
+        assert "holds tensors that belong to one rank alone" in message
+
+
 def no_parameters_on_one_rank(rank: int) -> str:
     model = mlp() if rank == 0 else nn.Identity()
     optimizer = sgd(mlp())
@@ -273,3 +313,35 @@ def test_a_model_without_parameters_on_one_rank_is_told_by_all(ranks: Ranks) -> 
     messages = ranks(2, no_parameters_on_one_rank)
     assert "rank 1 cannot go on" in messages[0]
     assert all("model must have a parameter that requires grad" in text for text in messages)
+
+
+def reduced_behind(rank: int, how: str) -> list[str]:
+    """Gradients that something else averages, or ranks that train on the same data."""
+    said: list[str] = []
+
+    class Listen(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logging.getLogger("postlocal").addHandler(Listen())
+    net = mlp()
+    optimizer = sgd(net)
+    sync = postlocal.attach(net, optimizer, strategies.local_sgd(2))
+    model = DistributedDataParallel(net) if how == "ddp" else net
+    for x, y in batches(0 if how == "same data" else rank, 6):
+        train_step(model, optimizer, x, y)
+        sync.step()
+    return said
+
+
+@pytest.mark.parametrize("how", ["ddp", "same data", "apart"])
+def test_replicas_that_do_not_go_apart_in_local_steps_are_told_of(ranks: Ranks, how: str) -> None:
+    said, elsewhere = ranks(2, reduced_behind, how)
+    assert not elsewhere
+    if how == "apart":
+        assert not said
+        return
+    (message,) = said
+    assert message.startswith("replicas are equal to the bit after 2 local steps")
+    assert ("DistributedDataParallel" in message) == (how == "ddp")
+    assert ("the same data" in message) == (how == "same data")

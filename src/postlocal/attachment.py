@@ -1,5 +1,6 @@
 """How a training loop comes under a strategy: `attach` checks, compares ranks and makes groups."""
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,8 @@ from postlocal.topology import (
 )
 from postlocal.wire import Staging, codecs, fp32, travels_as
 from postlocal.wrappers import check_model, check_optimizer, find_ddp, unwrap
+
+logger = logging.getLogger("postlocal")
 
 _LARGE = 2**23  # parameters for which compiled codecs are worth their half a minute
 
@@ -161,7 +164,10 @@ def attach(
             )
             for index, names in enumerate(parts)
         ]
-        return Sync(strategy, replica, inner, layout, where, meter, pieces)
+        sync = Sync(strategy, replica, inner, layout, where, meter, pieces)
+    if everyone.rank == 0:
+        logger.info("attached: %r; %s; %s", sync, replica, inner)
+    return sync
 
 
 @contextmanager

@@ -41,6 +41,10 @@ class Inner:
         if strangers := self._strangers(self._held):
             raise ValueError(f"optimizer must hold parameters of model only, {strangers}")
 
+    def __str__(self) -> str:
+        held, total = len(self._parameters), len(self._replica.parameters)
+        return f"{type(self.optimizer).__name__} of {held} of the {total} parameters"
+
     def refresh(self) -> str | None:
         """Follow parameters that were added to the optimizer, if the model has them.
 

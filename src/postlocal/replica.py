@@ -51,6 +51,13 @@ class Replica:
         self._kinds = {name: _kind(tensor) for name, tensor in self.tensors.items()}
         self.mark()
 
+    def __str__(self) -> str:
+        numel = sum(parameter.numel() for parameter in self.parameters.values())
+        return (
+            f"{len(self.parameters)} parameters of {numel:,} values, {len(self.frozen)} frozen, "
+            f"{len(self.buffers)} buffers"
+        )
+
     @property
     def own(self) -> dict[str, Tensor]:
         named = (*self._module.named_parameters(), *self._module.named_buffers())

@@ -24,6 +24,7 @@ from postlocal.schedule import RANK, WORLD, Round
 from postlocal.strategies import Strategy
 from postlocal.topology import Layout
 from postlocal.wire import Staging, fp32
+from postlocal.wrappers import gradients_reduced_elsewhere
 
 logger = logging.getLogger("postlocal")
 
@@ -78,6 +79,7 @@ class Sync:
         self._agreed_at = 0
         self._lockstep = True
         self._compared = False
+        self._warned = False
         self._closed = False
         self._agreed_buffers: dict[str, Tensor] = {}
         self._note_agreement()
@@ -540,9 +542,24 @@ class Sync:
             if not flight.finite:
                 self._recover(flight)
         self._drift = flight.record.drift
+        if self._drift == 0 and flight.record.level == WORLD and not self._warned:
+            self._warn_of_no_drift(flight.record.step)
         self.meter.close(flight.record)
         if self.layout[WORLD].rank == 0:
             logger.debug("synchronized: %s", flight.record)
+
+    def _warn_of_no_drift(self, step: int) -> None:
+        """Say that local steps were not local, as far as can be seen."""
+        local = step - self._agreed_at
+        if self._round.gradients != RANK or self.layout[WORLD].size == 1 or not local:
+            return
+        self._warned = True
+        owner = gradients_reduced_elsewhere(self.replica.parameters.values())
+        reason = "ranks seem to train on the same data, or not at all"
+        if owner is not None:
+            reason = f"{owner} averages their gradients in each step: pass it to attach"
+        if self.layout[WORLD].rank == 0:
+            logger.warning("replicas are equal to the bit after %d local steps: %s", local, reason)
 
     def _settle_optimizer(self, flight: Flight) -> None:
         match self.strategy.optimizer_state:

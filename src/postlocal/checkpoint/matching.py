@@ -26,9 +26,10 @@ def describe(sync: Sync) -> dict[str, Any]:
     return {
         "tensors": {
             name: f"{tuple(tensor.shape)} of {tensor.dtype}"
-            + ("" if tensor.requires_grad or name in replica.buffers else ", not trained")
+            + (", not trained" if name in replica.frozen else "")
             for name, tensor in replica.tensors.items()
         },
+        "own": {name: f"{tuple(t.shape)} of {t.dtype}" for name, t in replica.own.items()},
         "optimizer": _class_of(sync.inner.optimizer),
         "groups": [
             [names.get(id(p), f"another of shape {tuple(p.shape)}") for p in params]
@@ -41,7 +42,22 @@ def describe(sync: Sync) -> dict[str, Any]:
 
 def model_difference(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
     """The first tensor that differs between two descriptions, in words."""
-    there, present = saved["tensors"], here["tensors"]
+    return _first_difference(saved["tensors"], here["tensors"])
+
+
+def own_difference(
+    saved: Mapping[str, Any], here: Mapping[str, Any], same_world: bool
+) -> str | None:
+    """The same for tensors that belong to one rank alone, which no other rank can take over."""
+    if saved["own"] and not same_world:
+        return (
+            f"holds tensors that belong to one rank alone, as DistributedDataParallel ignores them "
+            f"({next(iter(saved['own']))!r}): resume it on as many ranks as saved it"
+        )
+    return _first_difference(saved["own"], here["own"])
+
+
+def _first_difference(there: Mapping[str, str], present: Mapping[str, str]) -> str | None:
     for name in [*present, *there]:
         if there.get(name) != present.get(name):
             return (

@@ -122,6 +122,8 @@ def apply(sync: Sync, saved: Saved, change: bool) -> None:
         _load_optimizer(sync.inner.optimizer, state["optimizer"])
         for tensor_name, tensor in sync.replica.tensors.items():
             tensor.copy_(model[tensor_name])
+        for tensor_name, tensor in sync.replica.own.items():
+            tensor.copy_(state["own"][tensor_name])
         if changed:
             keep = _same_outer(sync, saved)
             sync.restart(agreed.restarted(sync, state["sync"], model, keep))
@@ -254,9 +256,10 @@ def _differences(sync: Sync, saved: Saved, change: bool) -> str | None:
     fault = matching.model_difference(there, here) or matching.optimizer_difference(
         there, here, saved.state["optimizer"], sync.inner.optimizer
     )
+    same_world = saved.world == sync.layout[WORLD].size
+    fault = fault or matching.own_difference(there, here, same_world)
     if fault is not None:
         raise CheckpointError(fault)
-    same_world = saved.world == sync.layout[WORLD].size
     words = matching.strategy_differences(there, here, same_world)
     if words is not None and not change:
         raise CheckpointError(

@@ -25,6 +25,7 @@ def local_state(sync: Sync, extra: Mapping[Any, Any] | None) -> dict[str, Any]:
     return {
         "about": matching.describe(sync),
         "model": {name: tensor.detach() for name, tensor in sync.replica.tensors.items()},
+        "own": {name: tensor.detach() for name, tensor in sync.replica.own.items()},
         "optimizer": sync.inner.optimizer.state_dict(),
         "sync": sync.state_dict(),
         "extra": dict(extra or {}),
