@@ -15,6 +15,7 @@ Example:
 
 import math
 import operator
+import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from numbers import Real
@@ -41,7 +42,9 @@ def count(name: str, value: Any, unit: str, least: int = 1) -> int:
     if number is None:
         raise TypeError(f"{name} must be a whole number, {rule}, got {shown(value)}")
     if number < least:
-        raise ValueError(f"{name} must be {rule}, got {number}")
+        raise ValueError(f"{name} must be {rule}, got {shown(number)}")
+    if number > sys.maxsize:
+        raise ValueError(f"{name} must be at most {sys.maxsize} {unit}s, got {shown(number)}")
     return number
 
 
@@ -218,6 +221,10 @@ def shown(value: Any) -> str:
         return f"the class {value.__qualname__}"
     if hasattr(value, "__qualname__"):
         return f"the function {value.__qualname__}"
+    if (
+        isinstance(value, int) and value.bit_length() > 256
+    ):  # too long for `repr`, from some size on
+        return "an integer of more than 77 digits"
     if value is None or isinstance(value, str | Real | complex | list | tuple | dict):
         words = repr(value)
         if len(words) <= 80:
