@@ -598,6 +598,7 @@ WRONG = {
     "latency of no link": (["--latency", "node=1ms"], "bandwidth must be given for each level"),
     "share": (["--share", "2"], "share must be above 0 and below 1, got 2"),
     "steps": (["--steps", "0"], "steps must be greater than or equal to 1, got 0"),
+    "too many steps": (["--steps", "1000000000"], "steps must be at most 10,000,000, got 1000"),
     "half a budget": (["--token-budget", "1B"], "must be given together"),
     "no launcher": (["--measure"], "measure needs the workers of a launcher"),
     "parameters": (["--parameters", "big"], "parameters must be a number such as"),

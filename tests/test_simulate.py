@@ -334,6 +334,10 @@ def test_json_of_the_command_is_the_simulations_own(
 WRONG = {
     "no duration": (["--mtbf", "30"], "mtbf must have a unit"),
     "no bandwidth": (["--bandwidth", "fast:1"], "bandwidth must be above 0 and have a unit"),
+    "nobody": (["--workers", "0"], "workers must be at least 1, got '0'"),
+    "no latency": (["--latency", "1e400s"], "latency must have a unit"),
+    "parts": (["--fragments", "10001"], "fragments must be at most 10,000, got 10001"),
+    "too many": (["--workers", "1,1e9"], "workers must be at most 1,000,000, got 1000000000"),
     "shares": (["--bandwidth", "1Gbit:0.5,1Mbit:0.4"], "must be above 0 and sum to 1"),
     "no such strategy": (["--strategy", "foo"], "strategy must be one of ddp,"),
     "no folder": (["--plot", "/dev/null/x.png"], "plot must be a file in a folder that exists"),

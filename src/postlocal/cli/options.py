@@ -18,6 +18,9 @@ from postlocal.wire import NAMED as WIRES
 
 ALL = "all"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MOST_STEPS = 10_000_000
+MOST_FRAGMENTS = 10_000
+MOST_WORKERS = 1_000_000
 _PERIOD = 16  # between nodes of hierarchical, which has no default of its own
 _DRAWINGS = (".png", ".pdf", ".svg")
 
@@ -147,6 +150,16 @@ def parse_dtype(text: str) -> torch.dtype:
     return DTYPES[text]
 
 
+def check_size(name: str, value: int, most: int) -> None:
+    """Check that a number of things that are followed one by one comes to an end.
+
+    Raises:
+        ValueError: if it is too great.
+    """
+    if value > most:
+        raise ValueError(f"{name} must be at most {most:,}, got {value}")
+
+
 def check_plot(plot: Path | None) -> None:
     """Check, before anything is computed, that a plot that was asked for can be drawn.
 
@@ -176,6 +189,7 @@ def configure(base: Mapping[str, Any], given: Mapping[str, Any], strict: bool) -
         given: parameters of strategies.
         strict: whether a parameter that the strategy does not take is an error.
     """
+    check_size("fragments", given.get("fragments", 1), MOST_FRAGMENTS)
     taken = parameters_of(base["strategy"])
     wanted = dict(given)
     if "periods" in taken and "periods" not in given:

@@ -17,11 +17,13 @@ from rich.table import Table
 from postlocal.cli.options import (
     ALL,
     DTYPES,
+    MOST_STEPS,
     Dtype,
     GradientWire,
     PeakLr,
     WireName,
     check_plot,
+    check_size,
     configure,
     of_job,
     of_output,
@@ -103,6 +105,7 @@ def plan(
     """
     check_plot(plot)
     steps = _steps(steps, tokens_a_step, token_budget)
+    check_size("steps", steps, MOST_STEPS)
     base: dict[str, Any] = {
         "workers": workers,
         "node_size": node_size,

@@ -15,11 +15,14 @@ from rich.table import Table
 
 from postlocal.cli.options import (
     ALL,
+    MOST_STEPS,
+    MOST_WORKERS,
     Dtype,
     GradientWire,
     PeakLr,
     WireName,
     check_plot,
+    check_size,
     configure,
     of_job,
     of_output,
@@ -101,6 +104,11 @@ def simulate(
     failure costs, and what is left out.
     """
     check_plot(plot)
+    check_size("steps", steps, MOST_STEPS)
+    counts = [parse_count(each, "workers") for each in workers.split(",")]
+    check_size("workers", max(counts), MOST_WORKERS)
+    if min(counts) < 1:
+        raise ValueError(f"workers must be at least 1, got {workers!r}")
     base = {
         "steps": steps, "lr": lr, "wire": wire, "gradient_wire": gradient_wire, "seed": seed,
     }  # fmt: skip
@@ -114,7 +122,6 @@ def simulate(
         configs[0].lr_at,
         parse_dtype(dtype),
     )
-    counts = [parse_count(each, "workers") for each in workers.split(",")]
     delayed = parse_latency(latency)
     fleet = Fleet(
         node_size,

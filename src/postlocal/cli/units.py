@@ -1,5 +1,6 @@
 """Quantities with units, as people write them on a command line."""
 
+import math
 import re
 from collections.abc import Callable
 
@@ -41,7 +42,7 @@ def parse_bandwidth(text: str, name: str = "bandwidth") -> float:
         (100000000.0, 100000000.0)
     """
     found = re.fullmatch(_NUMBER + "([kKmMgGtT]?)(bit|b|B)(?:/s|ps)?", text.strip())
-    if not found or not float(found[1]):
+    if not found or not 0 < float(found[1]) < math.inf:
         raise ValueError(
             f"{name} must be above 0 and have a unit, such as 100Mbit, 10Gbit/s or 1.2GB/s, "
             f"got {text!r}"
@@ -60,7 +61,7 @@ def parse_latency(text: str) -> float:
         (0.02, 0.0)
     """
     found = re.fullmatch(_NUMBER + "(s|ms|us)?", text.strip())
-    if not found or (found[2] is None and float(found[1])):
+    if not found or float(found[1]) == math.inf or (found[2] is None and float(found[1])):
         raise ValueError(f"latency must have a unit, such as 20ms, 50us or 0.1s, got {text!r}")
     return float(found[1]) * _SECONDS[found[2] or "s"]
 
@@ -76,7 +77,7 @@ def parse_duration(text: str, name: str) -> float:
         (90.0, 5400.0)
     """
     found = re.fullmatch(_NUMBER + "([smhd])", text.strip())
-    if not found:
+    if not found or float(found[1]) == math.inf:
         raise ValueError(f"{name} must have a unit, such as 90s, 30m, 2h or 7d, got {text!r}")
     return float(found[1]) * _DURATIONS[found[2]]
 
