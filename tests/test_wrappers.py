@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -345,3 +346,22 @@ def test_replicas_that_do_not_go_apart_in_local_steps_are_told_of(ranks: Ranks, 
     assert message.startswith("replicas are equal to the bit after 2 local steps")
     assert ("DistributedDataParallel" in message) == (how == "ddp")
     assert ("the same data" in message) == (how == "same data")
+
+
+def synchronized_norms(rank: int) -> list[list[str]]:
+    nodes = [dist.new_group([first, first + 1]) for first in (0, 2)]
+    warned = []
+    for group in (None, nodes[rank // 2]):
+        net = nn.Sequential(nn.Linear(8, 4), nn.SyncBatchNorm(4, process_group=group))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            postlocal.attach(net, sgd(net), strategies.local_sgd(2)).close()
+        warned.append([str(warning.message) for warning in caught])
+    return warned
+
+
+def test_batch_norm_over_all_ranks_is_warned_of_where_steps_are_local(ranks: Ranks) -> None:
+    for world, node in ranks(4, synchronized_norms):
+        (message,) = world
+        assert message.startswith("'1' is a SyncBatchNorm, which communicates with all 4 ranks")
+        assert not node

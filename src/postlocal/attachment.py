@@ -123,6 +123,7 @@ def attach(
         _check_ddp(ddp, everyone)
         if ddp is not None and strategy.gradient_wire != fp32():
             kinds.check_dense(ddp.module)
+        _warn_of_batch_norm(model, strategy, everyone)
         inner = Inner(optimizer, replica)
         _check_lr(strategy, inner, replica)
         parts = strategy.fragments.split(unwrap(model), _sizes(replica))
@@ -227,6 +228,22 @@ def _check_lr(strategy: Strategy, inner: Inner, replica: Replica) -> None:
                 "learning rate, or, where a schedule of your own does not, set its attribute "
                 "follows_lr to False"
             )
+
+
+def _warn_of_batch_norm(model: nn.Module, strategy: Strategy, everyone: Group) -> None:
+    """Warn of layers that communicate with all ranks in local steps too."""
+    if everyone.size == 1 or strategy.schedule == schedule.every_step():
+        return
+    for name, module in model.named_modules():
+        norm = isinstance(module, nn.SyncBatchNorm)
+        if norm and dist.get_world_size(module.process_group) == everyone.size:
+            warnings.warn(
+                f"{name!r} is a SyncBatchNorm, which communicates with all {everyone.size} ranks in "
+                "each forward pass, in local steps too: keep BatchNorm, whose statistics are "
+                "averaged at each synchronization, or give the layer the process_group of a node",
+                stacklevel=3,
+            )
+            return
 
 
 def _sizes(replica: Replica) -> dict[str, int]:
