@@ -238,8 +238,8 @@ def _warn_of_batch_norm(model: nn.Module, strategy: Strategy, everyone: Group) -
         norm = isinstance(module, nn.SyncBatchNorm)
         if norm and dist.get_world_size(module.process_group) == everyone.size:
             warnings.warn(
-                f"{name!r} is a SyncBatchNorm, which communicates with all {everyone.size} ranks in "
-                "each forward pass, in local steps too: keep BatchNorm, whose statistics are "
+                f"{name!r} is a SyncBatchNorm, which communicates with all {everyone.size} ranks "
+                "in each forward pass, in local steps too: keep BatchNorm, whose statistics are "
                 "averaged at each synchronization, or give the layer the process_group of a node",
                 stacklevel=3,
             )
