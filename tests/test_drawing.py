@@ -52,7 +52,7 @@ def test_a_command_refuses_a_plot_that_it_cannot_draw_before_it_computes(
 def test_a_run_without_matplotlib_ends_well_and_names_the_extra(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "text").write_bytes(bytes(range(256)) * 20)
+    (tmp_path / "text").write_text("plots are drawn where matplotlib is installed\n" * 110)
     config = make_config(
         workers=1, steps=2, data=(str(tmp_path / "text"),), out=tmp_path / "run",
         sequence_length=16, batch_size=2, eval_sequences=2, strategy="ddp",
