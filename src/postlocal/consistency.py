@@ -96,6 +96,7 @@ def settle_(
     vote = replace(vote, fingerprint=int.from_bytes(whole), changed=problem is not None)
     device = next(iter(tensors.values())).device
     ballot = Ballot(group, device, vote, [0.0] * modules, problem)
+    ballot.check_models()
     if ballot.unanimous("fingerprint"):
         return ballot.payload_bytes
     everyones = group.all_gather_object(prints)

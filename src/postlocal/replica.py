@@ -206,10 +206,11 @@ class _Samples:
     """A few values of each of some tensors, to notice that a loop writes to them."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._views: dict[torch.dtype, dict[str, Tensor]] = {}
+        self._views: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if tensor.numel():
-                self._views.setdefault(tensor.dtype, {})[name] = _few(tensor.detach())
+                kind = tensor.dtype, tensor.device
+                self._views.setdefault(kind, {})[name] = _few(tensor.detach())
 
     def read(self) -> list[Tensor]:
         """The values, as bytes."""

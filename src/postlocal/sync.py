@@ -15,6 +15,7 @@ from postlocal.agreement import same_values_
 from postlocal.ballot import Vote, layout_number
 from postlocal.consistency import settle_
 from postlocal.courier import Courier
+from postlocal.errors import ModelChangedError
 from postlocal.flight import Buffers, Flight, Fragment
 from postlocal.gradients import Local, Reduced
 from postlocal.inner import Inner
@@ -195,6 +196,7 @@ class Sync:
 
         Raises:
             RuntimeError: if replicas have gone apart and the strategy keeps no anchor.
+            ModelChangedError: if the model was changed so that it cannot hold them any more.
 
         Example:
             >>> import torch
@@ -213,6 +215,8 @@ class Sync:
                 f"replicas of {self.strategy.name} agree only right after a synchronization, and "
                 "it keeps no anchor: evaluate where sync.agreed is true, or after sync.finish()"
             )
+        if (problem := self.replica.refresh()) is not None:
+            raise ModelChangedError(problem)
         parameters = [parameter.detach() for parameter in self.replica.parameters.values()]
         averaged = self.replica.averaged
         buffers = [averaged[name] for name in self._agreed_buffers]
@@ -224,14 +228,26 @@ class Sync:
         finally:
             _copy_([*parameters, *buffers], local)
 
+    def follow_model(self) -> str | None:
+        """Follow what may change in the model and the optimizer; on this rank alone.
+
+        Buffers may be assigned anew, tensors move in memory, and parameters of the model join the
+        optimizer. `step`, `finish` and `postlocal.checkpoint` call it by themselves.
+
+        Returns:
+            None; or, in words, a change that makes them unfit to be synchronized, and the fix.
+        """
+        return self.replica.refresh() or self.inner.refresh()
+
     def close(self) -> None:
         """End what `attach` began: hooks, threads and process groups; the model is as before it.
 
         To be called by all ranks, after `finish` where replicas are to be equal. A training that
         goes on by DistributedDataParallel alone needs equal states of the optimizer as well: those
         of ``optimizer_state="keep"`` are each rank's own. Raises nothing, also after an error or a
-        second time. It waits at most 2 s for ranks that do not call it; their groups, and this
-        rank's, then last until the next `attach`.
+        second time. It waits for fragments under way, as long as a synchronization does, and then
+        at most 2 s for ranks that do not call it; their groups, and this rank's, last until the
+        next `attach`.
         """
         if self._closed:
             return
@@ -367,8 +383,10 @@ class Sync:
 
     def _part(self) -> None:
         """Begin to go apart, from what all replicas hold now."""
+        self._agreed_at = self._steps
         if self._steps:
             self._compare()
+            self._note_agreement()
             self._say("after step %d replicas part: rounds of local steps begin", self._steps)
             for fragment in (*self._fragments, *self._narrow.values()):
                 fragment.begin(self._steps, self._work)
@@ -393,12 +411,12 @@ class Sync:
             claim = f"gradients were averaged over all ranks in each of {self._steps} steps"
         else:
             claim = f"they were synchronized after step {self._agreed_at}"
-        world, problem = self.layout[WORLD], self._model_problem()
+        world, problem, first = self.layout[WORLD], self.follow_model(), self._fragments[0]
+        tensors = self.replica.settled if problem is None else first.zeros()
         world.arrive(self._steps)
         vote = Vote(step=self._steps, lr=self.inner.lr)
-        modules = len(self._fragments[0].modules)
         with self.meter.waiting():
-            sent = settle_(world, self.replica.settled, claim, _ADVICE, vote, modules, problem)
+            sent = settle_(world, tensors, claim, _ADVICE, vote, len(first.modules), problem)
         self.meter.count("control", sent)
 
     def _say(self, message: str, *values: object) -> None:
@@ -416,10 +434,6 @@ class Sync:
         if world.rank == 0:
             nbytes = sum(buffer.nbytes for buffer in buffers.values())
             self.meter.count("buffers", nbytes * (world.size - 1))
-
-    def _model_problem(self) -> str | None:
-        """What makes the model or the optimizer unfit to be synchronized, if anything does."""
-        return self.replica.refresh() or self.inner.refresh()
 
     def _note_agreement(self) -> None:
         """Remember the state of the parameters that `agreed` speaks of."""
@@ -490,7 +504,7 @@ class Sync:
 
     def _prepare(self, fragment: Fragment, apart: bool, carry: bool = False) -> Flight:
         last = fragment.number in (None, len(self._fragments) - 1)
-        problem = self._model_problem()
+        problem = self.follow_model()
         return Flight(
             fragment,
             SyncRecord(self._steps, fragment.level, fragment.number),
