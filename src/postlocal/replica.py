@@ -20,6 +20,7 @@ class Replica:
         model: a module, possibly wrapped by DistributedDataParallel or torch.compile.
 
     Attributes:
+        module: the user's own, inside what wraps it.
         parameters: those that require grad, by name. Fixed from here on, whether or not a
             parameter has a gradient, or still requires one, at some moment.
         frozen: the other parameters.
@@ -35,8 +36,8 @@ class Replica:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._module = unwrap(model)
-        kinds.check(self._module)
+        self.module = unwrap(model)
+        kinds.check(self.module)
         self._ignored = ignored(model)
         parameters = self._named_parameters()
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -60,12 +61,12 @@ class Replica:
 
     @property
     def own(self) -> dict[str, Tensor]:
-        named = (*self._module.named_parameters(), *self._module.named_buffers())
+        named = (*self.module.named_parameters(), *self.module.named_buffers())
         return {name: tensor for name, tensor in named if name in self._ignored}
 
     def mark(self) -> None:
         """Take the present values of frozen parameters as those that are not written to."""
-        self._places = _places(self._module)
+        self._places = _places(self.module)
         self._samples = _Samples(self.frozen)
         self._sampled = self._samples.read()
 
@@ -76,7 +77,7 @@ class Replica:
             None; or, in words, a change of the model that cannot be followed, and the fix. It
             takes some microseconds for each tensor.
         """
-        places = _places(self._module)
+        places = _places(self.module)
         if places != self._places:
             problem = self._follow()
             if problem is not None:
@@ -88,7 +89,7 @@ class Replica:
 
     def every_parameter(self) -> Iterator[Tensor]:
         """All parameters of the module, whether or not they are synchronized, each once."""
-        return self._module.parameters()
+        return self.module.parameters()
 
     @property
     def averaged(self) -> dict[str, Tensor]:
@@ -102,10 +103,10 @@ class Replica:
         return self.parameters | self.frozen
 
     def _named_parameters(self) -> dict[str, Tensor]:
-        return once(self._shared(self._module.named_parameters()))
+        return once(self._shared(self.module.named_parameters()))
 
     def _named_buffers(self) -> dict[str, Tensor]:
-        return once(self._shared(self._module.named_buffers()))
+        return once(self._shared(self.module.named_buffers()))
 
     def _shared(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         return ((name, tensor) for name, tensor in named if name not in self._ignored)
