@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from postlocal import fragments, schedule
+from postlocal.agreed import Agreed, copy_, put_back
 from postlocal.agreement import same_values_
 from postlocal.ballot import Vote, layout_number
 from postlocal.consistency import settle_
@@ -77,13 +78,11 @@ class Sync:
         self._work = 0.0
         self._lr = inner.lr
         self._drift = math.nan
-        self._agreed_at = 0
+        self._agreed = Agreed(replica, keeps_buffers=strategy.anchored)
         self._lockstep = True
         self._compared = False
         self._warned = False
         self._closed = False
-        self._agreed_buffers: dict[str, Tensor] = {}
-        self._note_agreement()
         self._begin(self._plan())
 
     def __repr__(self) -> str:
@@ -117,7 +116,7 @@ class Sync:
         """
         if self._lockstep and self._round.gradients == WORLD:
             return True
-        return self._steps == self._agreed_at and self._versions() == self._agreed_versions
+        return self._agreed.holds(self._steps)
 
     def step(self, work: float = 1.0) -> None:
         """Count one iteration, and land and launch what is due after it.
@@ -175,16 +174,16 @@ class Sync:
         if self._lockstep:
             self._compare()
             self._share_buffers(self.replica.buffers)
-        elif self._steps != self._agreed_at:
+        elif self._steps != self._agreed.step:
             for fragment in self._fragments:
                 if self.strategy.streams and fragment.since == self._steps:
                     self._give_anchor(fragment)  # it was launched at this very step
                 else:
                     self._synchronize(fragment, following)
-            self._agreed_at = self._steps
+            self._agreed.note(self._steps)
         if not self._lockstep:
             self._compare()
-        self._note_agreement()
+        self._agreed.note(self._steps)
         self._begin(self._adapt(following, math.nan))
 
     @contextmanager
@@ -219,14 +218,11 @@ class Sync:
             raise ModelChangedError(problem)
         parameters = [parameter.detach() for parameter in self.replica.parameters.values()]
         averaged = self.replica.averaged
-        buffers = [averaged[name] for name in self._agreed_buffers]
-        local = [tensor.clone() for tensor in (*parameters, *buffers)]
-        self._give_anchor(*self._fragments)
-        _copy_(buffers, list(self._agreed_buffers.values()))
-        try:
+        buffers = [averaged[name] for name in self._agreed.buffers]
+        with put_back([*parameters, *buffers]):
+            self._give_anchor(*self._fragments)
+            copy_(buffers, list(self._agreed.buffers.values()))
             yield
-        finally:
-            _copy_([*parameters, *buffers], local)
 
     def follow_model(self) -> str | None:
         """Follow what may change in the model and the optimizer; on this rank alone.
@@ -281,8 +277,8 @@ class Sync:
             "end": self._end,
             "lr": self._lr,
             "drift": self._drift,
-            "agreed_at": self._agreed_at,
-            "agreed_buffers": dict(self._agreed_buffers),
+            "agreed_at": self._agreed.step,
+            "agreed_buffers": dict(self._agreed.buffers),
             "moving": sorted(self.replica.moving),
             "lockstep": self._lockstep,
             "fragments": [fragment.state_dict() for fragment in self._fragments],
@@ -308,8 +304,8 @@ class Sync:
         for level, fragment in self._narrow.items():
             fragment.load_state_dict(state["narrow"][level])
         self._flights = deque(self._load_flight(saved) for saved in state["flights"])
-        self._agreed_buffers = {n: t.clone() for n, t in state["agreed_buffers"].items()}
-        self._note_agreement()
+        self._agreed.keep(state["agreed_buffers"])
+        self._agreed.note(state["agreed_at"])
 
     def restart(self, state: Mapping[str, Any]) -> None:
         """Start a new round at the step of a state that another number of ranks saved.
@@ -331,9 +327,8 @@ class Sync:
             fragment.begin(self._steps, self._work)
         if not self._lockstep:
             self._give_anchor(*self._fragments)
-        self._agreed_at = self._steps
-        self._note_agreed_buffers(self.replica.averaged)
-        self._note_agreement()
+        self._agreed.keep(self.replica.averaged)
+        self._agreed.note(self._steps)
         self._begin(self._adapt(self._plan(), math.nan))
 
     def _load_clock(self, state: Mapping[str, Any]) -> None:
@@ -348,7 +343,6 @@ class Sync:
         self._steps = state["steps"]
         self._work = state["work"]
         self._drift = state["drift"]
-        self._agreed_at = state["agreed_at"]
         self._lockstep = state["lockstep"]
         self._compared = False
         self.replica.mark()
@@ -383,10 +377,9 @@ class Sync:
 
     def _part(self) -> None:
         """Begin to go apart, from what all replicas hold now."""
-        self._agreed_at = self._steps
         if self._steps:
             self._compare()
-            self._note_agreement()
+            self._agreed.note(self._steps)
             self._say("after step %d replicas part: rounds of local steps begin", self._steps)
             for fragment in (*self._fragments, *self._narrow.values()):
                 fragment.begin(self._steps, self._work)
@@ -396,7 +389,7 @@ class Sync:
             shared = {name: tensor.clone() for name, tensor in self.replica.averaged.items()}
             if self._steps:
                 self._share_buffers(shared)
-            self._note_agreed_buffers(shared)
+            self._agreed.keep(shared)
 
     def _compare(self) -> None:
         """Measure that replicas are equal where the clock says so.
@@ -410,7 +403,7 @@ class Sync:
         elif self._lockstep:
             claim = f"gradients were averaged over all ranks in each of {self._steps} steps"
         else:
-            claim = f"they were synchronized after step {self._agreed_at}"
+            claim = f"they were synchronized after step {self._agreed.step}"
         world, problem, first = self.layout[WORLD], self.follow_model(), self._fragments[0]
         tensors = self.replica.settled if problem is None else first.zeros()
         world.arrive(self._steps)
@@ -435,18 +428,6 @@ class Sync:
             nbytes = sum(buffer.nbytes for buffer in buffers.values())
             self.meter.count("buffers", nbytes * (world.size - 1))
 
-    def _note_agreement(self) -> None:
-        """Remember the state of the parameters that `agreed` speaks of."""
-        self._agreed_versions = self._versions()
-
-    def _note_agreed_buffers(self, buffers: Mapping[str, Tensor]) -> None:
-        if self.strategy.anchored:
-            self._agreed_buffers = {name: tensor.clone() for name, tensor in buffers.items()}
-
-    def _versions(self) -> int:
-        """A number that changes where a parameter is written to."""
-        return sum(parameter._version for parameter in self.replica.parameters.values())
-
     def _set_round(self, following: Round, end: int) -> None:
         self._round = following
         self._end = end
@@ -459,8 +440,7 @@ class Sync:
         if level == WORLD:
             self._launch_due(following)
             if not self.strategy.streams:
-                self._agreed_at = self._steps
-                self._note_agreement()
+                self._agreed.note(self._steps)
         elif level is not None:
             self._synchronize(self._narrow[level], following)
 
@@ -551,7 +531,7 @@ class Sync:
             flight.land(self._steps, mix)
             if flight.buffers is not None:
                 if flight.record.level == WORLD:
-                    self._note_agreed_buffers(flight.buffers.tensors)
+                    self._agreed.keep(flight.buffers.tensors)
                 self._settle_optimizer(flight)
             if not flight.finite:
                 self._recover(flight)
@@ -564,7 +544,7 @@ class Sync:
 
     def _warn_of_no_drift(self, step: int) -> None:
         """Say that local steps were not local, as far as can be seen."""
-        local = step - self._agreed_at
+        local = step - self._agreed.step
         if self._round.gradients != RANK or self.layout[WORLD].size == 1 or not local:
             return
         self._warned = True
@@ -603,9 +583,3 @@ class Sync:
             for fragment in chosen:
                 if fragment.anchor is not None:
                     fragment.anchor.give()
-
-
-def _copy_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for target, value in zip(targets, values, strict=True):
-            target.copy_(value)
