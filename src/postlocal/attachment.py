@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import nn
@@ -42,6 +42,7 @@ from postlocal.wrappers import check_model, check_optimizer, find_ddp
 
 logger = logging.getLogger("postlocal")
 
+_LONGEST_SECONDS = 1e7  # that a timeout may have: sixteen weeks, and far from any overflow
 _LARGE = 2**23  # parameters for which compiled codecs are worth their half a minute
 
 
@@ -75,8 +76,8 @@ def attach(
             has none. A group of `postlocal.virtual` works too.
         initial: what to do with parameters and buffers that differ between ranks: take rank 0's,
             or raise.
-        timeout: seconds that a synchronization waits for a missing rank; None: as long as
-            ``process_group`` does. `attach` itself always waits as long as that.
+        timeout: seconds that a synchronization waits for a missing rank, at most 1e7; None: as
+            long as ``process_group`` does. `attach` itself always waits as long as that.
 
     Returns:
         The clock to call ``step()`` on, once for each optimizer step.
@@ -111,7 +112,7 @@ def attach(
     everyone.arrive(0)
     machines = by_node(everyone)  # on every rank, whatever it was given
     with agreement.together(everyone):
-        optional(seconds)("timeout", timeout)
+        optional(_limit)("timeout", timeout)
         choice("initial", initial, ("broadcast", "refuse"))
         is_strategy("strategy", strategy)
         if topology is None:
@@ -230,11 +231,20 @@ def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> Non
 
 
 def _span(timeout: float | None) -> timedelta | None:
-    """What a timeout comes to; None for one that all ranks have to refuse together."""
+    """What a timeout comes to; None for none, and for one that all ranks refuse together."""
     try:
-        return timedelta(seconds=seconds("timeout", timeout))
-    except (TypeError, ValueError, OverflowError):
+        limit: timedelta | None = optional(_limit)("timeout", timeout)
+    except (TypeError, ValueError):
         return None
+    return limit
+
+
+def _limit(name: str, value: Any) -> timedelta:
+    """The rule for the longest that a rank waits for another."""
+    given = seconds(name, value)
+    if given > _LONGEST_SECONDS:
+        raise ValueError(f"{name} must be at most {_LONGEST_SECONDS:g} seconds, got {value}")
+    return timedelta(seconds=given)
 
 
 def _check_lr(strategy: Strategy, inner: Inner, replica: Replica) -> None:
