@@ -31,8 +31,7 @@ class Replica:
 
     Raises:
         ValueError: if nothing requires grad, or tensors overlap in memory without being the same.
-        TypeError: if a parameter is sharded, complex, or has no memory yet; see `postlocal.kinds`
-            for others, and for buffers.
+        TypeError: if a parameter or a buffer is of a kind that `postlocal.kinds` refuses.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,8 +45,6 @@ class Replica:
         self.moving: set[str] = set()
         if not self.parameters:
             raise ValueError("model must have a parameter that requires grad, got none")
-        for name, parameter in parameters.items():
-            _check_kind(name, parameter)
         _check_apart(parameters)
         self._kinds = {name: _kind(tensor) for name, tensor in self.tensors.items()}
         self.mark()
@@ -233,13 +230,6 @@ def _few(tensor: Tensor) -> Tensor:
     flat = flat_view(tensor)
     values = tensor[(0,) * (tensor.dim() - 1)] if flat is None else flat
     return values[:: max(1, values.numel() // _SAMPLE)]
-
-
-def _check_kind(name: str, parameter: Tensor) -> None:
-    if parameter.is_meta:
-        raise TypeError(f"parameter {name!r} is on the meta device: materialize the model first")
-    if parameter.is_complex():
-        raise TypeError(f"parameter {name!r} is complex: keep it as two real parameters")
 
 
 def _check_apart(parameters: dict[str, Tensor]) -> None:
