@@ -86,9 +86,7 @@ class Sync:
         self._begin(self._plan())
 
     def __repr__(self) -> str:
-        ranks, meter = self.layout[WORLD].size, self.meter
-        numel = sum(parameter.numel() for parameter in self.replica.parameters.values())
-        ddp = self._steps * fp32().payload_bytes(numel, ranks)
+        ranks, meter, ddp = self.layout[WORLD].size, self.meter, self.ddp_payload_bytes
         share = f" ({meter.total_bytes / ddp:.1%} of DDP's)" if ddp else ""
         return (
             f"<Sync: {self.strategy.name} on {ranks} ranks: {self._steps:,} steps, "
@@ -100,6 +98,12 @@ class Sync:
     def steps(self) -> int:
         """Number of calls of `step` so far."""
         return self._steps
+
+    @property
+    def ddp_payload_bytes(self) -> int:
+        """Bytes that this rank would have sent in as many steps of DDP with fp32 gradients."""
+        numel = sum(parameter.numel() for parameter in self.replica.parameters.values())
+        return self._steps * fp32().payload_bytes(numel, self.layout[WORLD].size)
 
     @property
     def round(self) -> Round:
