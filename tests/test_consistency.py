@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import postlocal
 from postlocal import DisagreementError, ModelChangedError, checkpoint, strategies, virtual
-from postlocal.consistency import fingerprint, settle_
+from postlocal.consistency import check_equal_, fingerprint
 from postlocal.group import Group
 from postlocal.replica import Replica
 from postlocal.strategies import Strategy
@@ -69,7 +69,7 @@ def settled(world: int, make: Callable[[int], dict[str, Tensor]]) -> list[Any]:
     def work(group: Group) -> Any:
         tensors = make(group.rank)
         try:
-            settle_(group, tensors, "they should be", "do so")
+            check_equal_(group, tensors, "they should be", "do so")
         except DisagreementError as error:
             return str(error)
         return tensors

@@ -95,7 +95,7 @@ class Replica:
         return self.buffers | moving
 
     @property
-    def settled(self) -> dict[str, Tensor]:
+    def compared(self) -> dict[str, Tensor]:
         """What is equal on all ranks where replicas agree, whatever ranks did to their buffers."""
         return self.parameters | self.frozen
 

@@ -14,7 +14,7 @@ from postlocal import fragments, schedule
 from postlocal.agreed import Agreed, copy_, put_back
 from postlocal.agreement import same_values_
 from postlocal.ballot import Vote, layout_number
-from postlocal.consistency import settle_
+from postlocal.consistency import check_equal_
 from postlocal.courier import Courier
 from postlocal.errors import ModelChangedError
 from postlocal.flight import Buffers, Flight, Fragment
@@ -409,11 +409,11 @@ class Sync:
         else:
             claim = f"they were synchronized after step {self._agreed.step}"
         world, problem, first = self.layout[WORLD], self.follow_model(), self._fragments[0]
-        tensors = self.replica.settled if problem is None else first.zeros()
+        tensors = self.replica.compared if problem is None else first.zeros()
         world.arrive(self._steps)
         vote = Vote(step=self._steps, lr=self.inner.lr)
         with self.meter.waiting():
-            sent = settle_(world, tensors, claim, _ADVICE, vote, len(first.modules), problem)
+            sent = check_equal_(world, tensors, claim, _ADVICE, vote, len(first.modules), problem)
         self.meter.count("control", sent)
 
     def _say(self, message: str, *values: object) -> None:
