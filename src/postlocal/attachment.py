@@ -268,7 +268,9 @@ def _check_lr(strategy: Strategy, inner: Inner, replica: Replica) -> None:
 
 def _warn_of_batch_norm(model: nn.Module, strategy: Strategy, everyone: Group) -> None:
     """Warn of layers that communicate with all ranks in local steps too."""
-    if everyone.size == 1 or strategy.schedule == schedule.every_step():
+    if everyone.size == 1 or not isinstance(everyone, Processes):  # it needs torch's own groups
+        return
+    if strategy.schedule == schedule.every_step():
         return
     for name, module in model.named_modules():
         norm = isinstance(module, nn.SyncBatchNorm)
