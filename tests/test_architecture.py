@@ -17,7 +17,7 @@ ROWS = (
     {"group", "kinds", "schedule", "outer", "fragments", "guard", "meter", "packing", "codec"}
     | {"wrappers"},
     {"topology", "virtual", "replica", "agreement", "anchor", "courier", "powersgd"},
-    {"wire", "ballot"},
+    {"wire", "ballot", "agreed"},
     {"inner", "strategies", "gradients", "consistency"},
     {"flight"},
     {"sync"},

@@ -380,6 +380,7 @@ ODD: dict[str, tuple[tuple[str, Any], str]] = {
     ),
     "timeout": (("timeout", "5"), "TypeError: timeout must be a number above 0 seconds, got '5'"),
     "endless": (("timeout", math.inf), "ValueError: timeout must be a finite number above 0 sec"),
+    "ages": (("timeout", 1e18), r"ValueError: timeout must be at most 1e\+07 seconds, got 1e\+18"),
     "initial": (("initial", ["refuse"]), "TypeError: initial must be one of broadcast, refuse"),
     "swapped": (("", None), "TypeError: model must be a torch.nn.Module, got a value of type SGD"),
     "outer": (("", None), "TypeError: outer must make a torch.optim.Optimizer .* got 3"),

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -464,6 +464,40 @@ def test_an_attach_that_fails_leaves_nothing(ranks: Ranks) -> None:
         assert groups == 1
         assert DisagreementError.__name__ in apart
         assert "wrapper of the model" in apart
+
+
+@dataclass(frozen=True)
+class Scarce:
+    """An outer optimizer for whose anchor one rank has no memory left, once all are compared."""
+
+    made: ClassVar[int] = 0
+
+    def __call__(self, anchor: Sequence[Tensor]) -> torch.optim.Optimizer:
+        Scarce.made += 1
+        if Scarce.made == 2 and dist.get_rank() == 1:
+            raise RuntimeError("no memory for the anchor")
+        return torch.optim.SGD(anchor, lr=0.7)
+
+
+def fail_at_the_end(rank: int) -> tuple[str, int, int]:
+    model = DistributedDataParallel(mlp())
+    strategy = replace(strategies.streaming_diloco(4, fragments=1, delay=1), outer=Scarce())
+    before = resources()[2]
+    message = refusal(lambda: postlocal.attach(model, sgd(model), strategy))
+    couriers = [t for t in threading.enumerate() if t.name == "postlocal-courier"]
+    groups = resources()[2] - before
+    postlocal.attach(model, sgd(model), strategy).close()
+    return message, len(couriers), groups
+
+
+def test_a_rank_that_fails_last_in_attach_is_told_to_all_and_leaves_nothing(ranks: Ranks) -> None:
+    first, second = ranks(2, fail_at_the_end)
+    assert first == (
+        "DisagreementError: rank 1 cannot go on: RuntimeError: no memory for the anchor",
+        0,
+        0,
+    )
+    assert second == ("RuntimeError: no memory for the anchor", 0, 0)
 
 
 def destroy_first(rank: int) -> int:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import postlocal
 from postlocal import DisagreementError, ModelChangedError, checkpoint, strategies, virtual
-from postlocal.consistency import fingerprint, settle_
+from postlocal.consistency import check_equal_, fingerprint
 from postlocal.group import Group
 from postlocal.replica import Replica
 from postlocal.strategies import Strategy
@@ -69,7 +69,7 @@ def settled(world: int, make: Callable[[int], dict[str, Tensor]]) -> list[Any]:
     def work(group: Group) -> Any:
         tensors = make(group.rank)
         try:
-            settle_(group, tensors, "they should be", "do so")
+            check_equal_(group, tensors, "they should be", "do so")
         except DisagreementError as error:
             return str(error)
         return tensors
@@ -145,6 +145,31 @@ def train_centred(rank: int, name: str) -> tuple[Tensor, Tensor, bool]:
     agreed = sync.agreed
     sync.close()
     return before, model.mean, agreed
+
+
+def look_at_centred(rank: int, name: str) -> tuple[Tensor, Tensor, bool]:
+    """The agreed buffer within a round, that of this rank, and whether that came back."""
+    model = Centred()
+    optimizer = sgd(model)
+    sync = postlocal.attach(model, optimizer, STRATEGIES[name])
+    for x, y in batches(rank, 7):
+        train_step(model, optimizer, x, y)
+        sync.step()
+    local = model.mean.clone()
+    with sync.agreed_parameters():
+        agreed = model.mean.clone()
+    return agreed, local, equal([local], [model.mean])
+
+
+@pytest.mark.parametrize("name", ["anchor", "fragments", "delay"])
+def test_the_agreed_model_has_agreed_buffers_where_they_are_assigned_anew(
+    ranks: Ranks, name: str
+) -> None:
+    results = ranks(2, look_at_centred, name)
+    for agreed, local, back in results:
+        assert equal([agreed], [results[0][0]])
+        assert not equal([agreed], [local])
+        assert back
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -283,6 +308,26 @@ def test_a_model_that_cannot_be_synchronized_any_more_is_refused_on_all_ranks(
         for make, expected in CHANGES.items():
             assert messages[make.__name__].startswith(first)
             assert re.search(expected, messages[make.__name__]), messages[make.__name__]
+
+
+def change_beside_uneven_work(rank: int, name: str) -> str:
+    model = mlp()
+    sync = postlocal.attach(model, sgd(model), STRATEGIES[name])
+    if rank == 1:
+        assign(model, None)
+    with pytest.raises(ModelChangedError) as caught:
+        for _ in range(5):
+            sync.step(work=0.5 if rank == 2 else 1.0)
+    sync.close()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no anchor", "anchor", "delay"])
+def test_a_changed_model_is_refused_on_all_ranks_where_they_did_unequal_work(
+    ranks: Ranks, name: str
+) -> None:
+    for message in ranks(3, change_beside_uneven_work, name):
+        assert message.startswith("on rank 1 of the group: parameter '0.weight' is not the object")
 
 
 def train_a_part_at_a_time(rank: int) -> tuple[list[Tensor], list[int]]:
@@ -455,6 +500,25 @@ def agree_or_not(rank: int) -> list[bool]:
 def test_agreed_is_true_until_a_parameter_is_written_to(ranks: Ranks) -> None:
     expected = [True, False, False, False, True, False, False, False, True, True, False]
     assert ranks(2, agree_or_not) == [expected] * 2
+
+
+def agree_in_a_warm_up(rank: int) -> list[bool]:
+    model = DistributedDataParallel(mlp())
+    optimizer = sgd(model)
+    sync = postlocal.attach(model, optimizer, strategies.post_local_sgd(2, 2, "rank"))
+    agreed = []
+    for x, y in batches(rank, 3):
+        train_step(model, optimizer, x, y)
+        sync.step()
+        agreed.append(sync.agreed)
+        if sync.steps == 2:
+            sync.finish()
+            agreed.append(sync.agreed)
+    return agreed
+
+
+def test_agreed_is_true_where_a_warm_up_ends(ranks: Ranks) -> None:
+    assert ranks(2, agree_in_a_warm_up) == [[True, True, True, False]] * 2
 
 
 def bypass(rank: int, first: int) -> tuple[int, str]:

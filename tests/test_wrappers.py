@@ -18,8 +18,9 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import postlocal
-from postlocal import checkpoint, strategies
+from postlocal import checkpoint, strategies, virtual
 from postlocal.errors import CheckpointError, DisagreementError
+from postlocal.group import Group
 from postlocal.model_averaging.averagers import PeriodicModelAverager
 from postlocal.optim import PostLocalSGDOptimizer as OurPostLocalSGDOptimizer
 from postlocal.wrappers import gradients_reduced_elsewhere
@@ -365,3 +366,11 @@ def test_batch_norm_over_all_ranks_is_warned_of_where_steps_are_local(ranks: Ran
         (message,) = world
         assert message.startswith("'1' is a SyncBatchNorm, which communicates with all 4 ranks")
         assert not node
+
+
+def test_batch_norm_over_all_ranks_stays_local_where_ranks_are_threads() -> None:
+    def steps(group: Group) -> int:
+        net = nn.Sequential(nn.Linear(8, 4), nn.SyncBatchNorm(4))
+        return postlocal.attach(net, sgd(net), strategies.local_sgd(2), process_group=group).steps
+
+    assert virtual.run(2, steps) == [0, 0]

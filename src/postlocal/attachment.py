@@ -3,11 +3,12 @@
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import nn
@@ -24,7 +25,7 @@ from postlocal.group import Group, Processes
 from postlocal.inner import Inner
 from postlocal.meter import Meter
 from postlocal.replica import Replica
-from postlocal.schedule import WORLD
+from postlocal.schedule import WORLD, Round
 from postlocal.strategies import Strategy, is_strategy
 from postlocal.sync import Sync
 from postlocal.topology import (
@@ -37,10 +38,11 @@ from postlocal.topology import (
     unknown_level,
 )
 from postlocal.wire import Staging, codecs, fp32, travels_as
-from postlocal.wrappers import check_model, check_optimizer, find_ddp, unwrap
+from postlocal.wrappers import check_model, check_optimizer, find_ddp
 
 logger = logging.getLogger("postlocal")
 
+_LONGEST_SECONDS = 1e7  # that a timeout may have: sixteen weeks, and far from any overflow
 _LARGE = 2**23  # parameters for which compiled codecs are worth their half a minute
 
 
@@ -74,8 +76,8 @@ def attach(
             has none. A group of `postlocal.virtual` works too.
         initial: what to do with parameters and buffers that differ between ranks: take rank 0's,
             or raise.
-        timeout: seconds that a synchronization waits for a missing rank; None: as long as
-            ``process_group`` does. `attach` itself always waits as long as that.
+        timeout: seconds that a synchronization waits for a missing rank, at most 1e7; None: as
+            long as ``process_group`` does. `attach` itself always waits as long as that.
 
     Returns:
         The clock to call ``step()`` on, once for each optimizer step.
@@ -110,75 +112,100 @@ def attach(
     everyone.arrive(0)
     machines = by_node(everyone)  # on every rank, whatever it was given
     with agreement.together(everyone):
-        optional(seconds)("timeout", timeout)
+        optional(_limit)("timeout", timeout)
         choice("initial", initial, ("broadcast", "refuse"))
         is_strategy("strategy", strategy)
         if topology is None:
             topology = default(strategy.levels, machines, everyone.rank)
         is_topology("topology", topology)
-        check_model(model)
-        check_optimizer(optimizer)
-        replica = Replica(model)
-        ddp = find_ddp(model)
-        _check_ddp(ddp, everyone)
-        if ddp is not None and strategy.gradient_wire != fp32():
-            kinds.check_dense(ddp.module)
-        _warn_of_batch_norm(model, strategy, everyone)
-        inner = Inner(optimizer, replica)
-        _check_lr(strategy, inner, replica)
-        parts = strategy.fragments.split(unwrap(model), _sizes(replica))
-        partitions = topology.partition(everyone.size)
-        check_levels(strategy, partitions)
-        first = schedule.planned(strategy.schedule, 0, inner.lr)
-        _warm_up(strategy, replica)
-    agreement.check(
-        everyone,
-        {
-            "version of postlocal": [version("postlocal")],
-            "strategy": [strategy.fingerprint],
-            "first round": [repr(first)],
-            "topology": [repr(partitions)],
-            "wrapper of the model": [_describe(ddp)],
-            "parameters and buffers": replica.describe(),
-            "fragments": [", ".join(names) for names in parts],
-            "initial": [initial],
-        },
-    )
-    layout = Layout(everyone, topology)
-    with _closed_on_failure(layout):
+        loop = _look_at(model, optimizer, strategy, topology, everyone)
+    agreement.check(everyone, loop.described() | {"initial": [initial]})
+    with ExitStack() as opened:  # what is closed where something fails
+        layout = Layout(everyone, topology)
+        opened.callback(layout.close)
         meter = Meter()
         with agreement.together(everyone):
-            where = _gradients(ddp, strategy, everyone, layout, meter)
-    with _closed_on_failure(where, layout):
+            where = _gradients(loop.ddp, strategy, everyone, layout, meter)
+            opened.callback(where.close)
+            where.use(loop.first.gradients)
+        _agree_on_start(layout[WORLD], loop.replica, initial)
         with agreement.together(everyone):
-            where.use(first.gradients)
-        _agree_on_start(layout[WORLD], replica, initial)
-        staging = Staging()
-        pieces = [
-            Fragment(
-                {name: replica.parameters[name] for name in names},
-                WORLD,
-                strategy.wire.open(layout, WORLD, staging),
-                strategy,
-                fragments.modules(unwrap(model), names, strategy.fragments.layers),
-                number=index if len(parts) > 1 else None,
-            )
-            for index, names in enumerate(parts)
-        ]
-        sync = Sync(strategy, replica, inner, layout, where, meter, pieces)
+            pieces = _pieces(loop, layout)
+            sync = Sync(strategy, loop.replica, loop.inner, layout, where, meter, pieces)
+            opened.pop_all()
+            opened.callback(sync.close)
+        opened.pop_all()
     if everyone.rank == 0:
-        logger.info("attached: %r; %s; %s", sync, replica, inner)
+        logger.info("attached: %r; %s; %s", sync, loop.replica, loop.inner)
     return sync
 
 
-@contextmanager
-def _closed_on_failure(*opened: Local | Reduced | Layout) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        for one in opened:
-            one.close()
-        raise
+@dataclass(frozen=True)
+class _Loop:
+    """What one rank was given, looked at and found fit; nothing of it is altered yet."""
+
+    strategy: Strategy
+    partitions: Mapping[str, Partition]
+    replica: Replica
+    inner: Inner
+    ddp: DistributedDataParallel | None
+    parts: Sequence[Sequence[str]]
+    """Names of the parameters of each fragment."""
+    first: Round
+
+    def described(self) -> dict[str, agreement.Lines]:
+        """What has to be the same on all ranks."""
+        return {
+            "version of postlocal": [version("postlocal")],
+            "strategy": [self.strategy.fingerprint],
+            "first round": [repr(self.first)],
+            "topology": [repr(self.partitions)],
+            "wrapper of the model": [_describe(self.ddp)],
+            "parameters and buffers": self.replica.describe(),
+            "fragments": [", ".join(names) for names in self.parts],
+        }
+
+
+def _look_at(
+    model: nn.Module,
+    optimizer: Optimizer,
+    strategy: Strategy,
+    topology: Topology,
+    everyone: Group,
+) -> _Loop:
+    """Check what one rank was given; nothing is sent."""
+    check_model(model)
+    check_optimizer(optimizer)
+    replica = Replica(model)
+    ddp = find_ddp(model)
+    _check_ddp(ddp, everyone)
+    if ddp is not None and strategy.gradient_wire != fp32():
+        kinds.check_dense(ddp.module)
+    _warn_of_batch_norm(model, strategy, everyone)
+    inner = Inner(optimizer, replica)
+    _check_lr(strategy, inner, replica)
+    parts = strategy.fragments.split(replica.module, _sizes(replica))
+    partitions = topology.partition(everyone.size)
+    check_levels(strategy, partitions)
+    first = schedule.planned(strategy.schedule, 0, inner.lr)
+    _warm_up(strategy, replica)
+    return _Loop(strategy, partitions, replica, inner, ddp, parts, first)
+
+
+def _pieces(loop: _Loop, layout: Layout) -> list[Fragment]:
+    """What is synchronized at level ``"world"``, with wires and anchors."""
+    strategy, parameters, staging = loop.strategy, loop.replica.parameters, Staging()
+    return [
+        Fragment(
+            {name: parameters[name] for name in names},
+            WORLD,
+            strategy.wire.open(layout, WORLD, staging),
+            strategy,
+            fragments.modules(loop.replica.module, names, strategy.fragments.layers),
+            number=index if len(loop.parts) > 1 else None,
+        )
+        for index, names in enumerate(loop.parts)
+    ]
 
 
 def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> None:
@@ -204,11 +231,20 @@ def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> Non
 
 
 def _span(timeout: float | None) -> timedelta | None:
-    """What a timeout comes to; None for one that all ranks have to refuse together."""
+    """What a timeout comes to; None for none, and for one that all ranks refuse together."""
     try:
-        return timedelta(seconds=seconds("timeout", timeout))
-    except (TypeError, ValueError, OverflowError):
+        limit: timedelta | None = optional(_limit)("timeout", timeout)
+    except (TypeError, ValueError):
         return None
+    return limit
+
+
+def _limit(name: str, value: Any) -> timedelta:
+    """The rule for the longest that a rank waits for another."""
+    given = seconds(name, value)
+    if given > _LONGEST_SECONDS:
+        raise ValueError(f"{name} must be at most {_LONGEST_SECONDS:g} seconds, got {value}")
+    return timedelta(seconds=given)
 
 
 def _check_lr(strategy: Strategy, inner: Inner, replica: Replica) -> None:
@@ -232,7 +268,9 @@ def _check_lr(strategy: Strategy, inner: Inner, replica: Replica) -> None:
 
 def _warn_of_batch_norm(model: nn.Module, strategy: Strategy, everyone: Group) -> None:
     """Warn of layers that communicate with all ranks in local steps too."""
-    if everyone.size == 1 or strategy.schedule == schedule.every_step():
+    if everyone.size == 1 or not isinstance(everyone, Processes):  # it needs torch's own groups
+        return
+    if strategy.schedule == schedule.every_step():
         return
     for name, module in model.named_modules():
         norm = isinstance(module, nn.SyncBatchNorm)
@@ -241,7 +279,7 @@ def _warn_of_batch_norm(model: nn.Module, strategy: Strategy, everyone: Group) -
                 f"{name!r} is a SyncBatchNorm, which communicates with all {everyone.size} ranks "
                 "in each forward pass, in local steps too: keep BatchNorm, whose statistics are "
                 "averaged at each synchronization, or give the layer the process_group of a node",
-                stacklevel=3,
+                stacklevel=4,
             )
             return
 

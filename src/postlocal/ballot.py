@@ -107,16 +107,25 @@ class Ballot:
         Raises:
             PeerError: if a rank did not take part in time.
             DisagreementError: if ranks are at different steps, or plan different rounds.
-            ModelChangedError: if a rank's model or optimizer cannot be synchronized any more.
         """
         if self._rows is None:
             self._work.wait()
             rows = self._output.cpu().view(self._size, -1)
             _check_clocks(rows)
-            if rows[:, _FIELDS.index("changed")].any():
-                raise_together(self._group, self._problem)
             self._rows = rows
         return self._rows
+
+    def check_models(self) -> None:
+        """Check that no rank says ``changed``; collective where one does.
+
+        All ranks call it after the same collectives of the group: some wait for a ballot before
+        they send tensors, and others after.
+
+        Raises:
+            ModelChangedError: on every rank, if a model or an optimizer cannot be synchronized.
+        """
+        if self._column("changed").any():
+            raise_together(self._group, self._problem)
 
     @property
     def finite(self) -> Tensor:

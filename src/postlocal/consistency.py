@@ -54,7 +54,7 @@ def fingerprint(tensor: Tensor) -> bytes:
     return hashed.digest()
 
 
-def settle_(
+def check_equal_(
     group: Group,
     tensors: Mapping[str, Tensor],
     claim: str,
@@ -65,7 +65,7 @@ def settle_(
 ) -> int:
     """Check that all ranks hold equal values; collective, and one ballot where they do.
 
-    Differences as small as the rounding of unlike processors are settled: every rank takes rank
+    Differences as small as the rounding of unlike processors are removed: every rank takes rank
     0's values, with a warning.
 
     Args:
@@ -96,6 +96,7 @@ def settle_(
     vote = replace(vote, fingerprint=int.from_bytes(whole), changed=problem is not None)
     device = next(iter(tensors.values())).device
     ballot = Ballot(group, device, vote, [0.0] * modules, problem)
+    ballot.check_models()
     if ballot.unanimous("fingerprint"):
         return ballot.payload_bytes
     everyones = group.all_gather_object(prints)

@@ -11,10 +11,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from threading import RLock
 
 _PATIENCE_SECONDS = 5.0  # how long a rank that ends waits for collectives of others
 _GRACE_SECONDS = 0.2  # how long a thread takes to let go of what it has completed
 _under_way: list[Callable[[], bool]] = []
+_changing = RLock()  # threads of torch and of ours watch too
 _watched: set[str] = set()
 
 
@@ -22,12 +24,14 @@ def watch(done: Callable[[], bool]) -> None:
     """Have the end of the process wait until ``done`` gives True."""
     _watched.add("collectives")
     drop_done()
-    _under_way.append(done)
+    with _changing:
+        _under_way.append(done)
 
 
 def drop_done() -> None:
     """Let go of what is done, and of the tensors that it holds."""
-    _under_way[:] = [done for done in _under_way if not done()]
+    with _changing:
+        _under_way[:] = [done for done in _under_way if not done()]
 
 
 def note_failure() -> None:

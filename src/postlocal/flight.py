@@ -39,6 +39,9 @@ class Fragment:
             there is one at this level.
         modules: names of the parameters, in groups that the guard may judge one by one.
         number: from 0; None where there is but one fragment.
+
+    Attributes:
+        device: of the parameters when this was made, which collectives take tensors from.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Fragment:
     ) -> None:
         self._trained = dict(parameters)
         self._likes = [torch.empty_like(tensor, device="meta") for tensor in parameters.values()]
+        self.device = next(iter(parameters.values())).device
         self.level = level
         self.carrier = carrier
         self.number = number
@@ -72,8 +76,7 @@ class Fragment:
     def zeros(self) -> dict[str, Tensor]:
         """What a rank sends whose parameters are not what they were: zeros, as others expect."""
         likes = self._likes if self.anchor is None else list(self.anchor.tensors.values())
-        device = next(iter(self._trained.values())).device
-        zeros = (torch.zeros_like(like, device=device) for like in likes)
+        zeros = (torch.zeros_like(like, device=self.device) for like in likes)
         return dict(zip(self._trained, zeros, strict=True))
 
     @property
@@ -249,9 +252,8 @@ class Flight:
             ModelChangedError: if the model of any rank cannot be synchronized any more.
         """
         fragment, values = self.fragment, self._contributions
-        device = next(iter(values.values())).device
         ballot = self.ballot = Ballot(
-            fragment.group, device, self._vote, self._squares, self._problem
+            fragment.group, fragment.device, self._vote, self._squares, self._problem
         )
         weights, divisor = self._weigh(ballot)
         try:
@@ -259,6 +261,7 @@ class Flight:
         except PeerError:
             ballot.wait()  # a rank that found a disagreement has left, and all have to hear of it
             raise
+        ballot.check_models()
         self._meter.count("parameters", sent, self.record)
         if self.buffers is not None:
             self._meter.count("buffers", self.buffers.reduce(fragment.group, ballot), self.record)

@@ -28,6 +28,8 @@ def check(model: nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         _check("parameter", name, parameter)
+        if parameter.is_complex():
+            raise TypeError(f"parameter {name!r} is complex: keep it as two real parameters")
         if parameter.requires_grad and parameter.dtype.itemsize < 2:
             raise TypeError(
                 f"parameter {name!r} is of {parameter.dtype} and trained: train in 16 bits or more"

@@ -20,6 +20,7 @@ class Replica:
         model: a module, possibly wrapped by DistributedDataParallel or torch.compile.
 
     Attributes:
+        module: the user's own, inside what wraps it.
         parameters: those that require grad, by name. Fixed from here on, whether or not a
             parameter has a gradient, or still requires one, at some moment.
         frozen: the other parameters.
@@ -30,13 +31,12 @@ class Replica:
 
     Raises:
         ValueError: if nothing requires grad, or tensors overlap in memory without being the same.
-        TypeError: if a parameter is sharded, complex, or has no memory yet; see `postlocal.kinds`
-            for others, and for buffers.
+        TypeError: if a parameter or a buffer is of a kind that `postlocal.kinds` refuses.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._module = unwrap(model)
-        kinds.check(self._module)
+        self.module = unwrap(model)
+        kinds.check(self.module)
         self._ignored = ignored(model)
         parameters = self._named_parameters()
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -45,8 +45,6 @@ class Replica:
         self.moving: set[str] = set()
         if not self.parameters:
             raise ValueError("model must have a parameter that requires grad, got none")
-        for name, parameter in parameters.items():
-            _check_kind(name, parameter)
         _check_apart(parameters)
         self._kinds = {name: _kind(tensor) for name, tensor in self.tensors.items()}
         self.mark()
@@ -60,12 +58,12 @@ class Replica:
 
     @property
     def own(self) -> dict[str, Tensor]:
-        named = (*self._module.named_parameters(), *self._module.named_buffers())
+        named = (*self.module.named_parameters(), *self.module.named_buffers())
         return {name: tensor for name, tensor in named if name in self._ignored}
 
     def mark(self) -> None:
         """Take the present values of frozen parameters as those that are not written to."""
-        self._places = _places(self._module)
+        self._places = _places(self.module)
         self._samples = _Samples(self.frozen)
         self._sampled = self._samples.read()
 
@@ -76,7 +74,7 @@ class Replica:
             None; or, in words, a change of the model that cannot be followed, and the fix. It
             takes some microseconds for each tensor.
         """
-        places = _places(self._module)
+        places = _places(self.module)
         if places != self._places:
             problem = self._follow()
             if problem is not None:
@@ -88,7 +86,7 @@ class Replica:
 
     def every_parameter(self) -> Iterator[Tensor]:
         """All parameters of the module, whether or not they are synchronized, each once."""
-        return self._module.parameters()
+        return self.module.parameters()
 
     @property
     def averaged(self) -> dict[str, Tensor]:
@@ -97,15 +95,15 @@ class Replica:
         return self.buffers | moving
 
     @property
-    def settled(self) -> dict[str, Tensor]:
+    def compared(self) -> dict[str, Tensor]:
         """What is equal on all ranks where replicas agree, whatever ranks did to their buffers."""
         return self.parameters | self.frozen
 
     def _named_parameters(self) -> dict[str, Tensor]:
-        return once(self._shared(self._module.named_parameters()))
+        return once(self._shared(self.module.named_parameters()))
 
     def _named_buffers(self) -> dict[str, Tensor]:
-        return once(self._shared(self._module.named_buffers()))
+        return once(self._shared(self.module.named_buffers()))
 
     def _shared(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         return ((name, tensor) for name, tensor in named if name not in self._ignored)
@@ -206,10 +204,11 @@ class _Samples:
     """A few values of each of some tensors, to notice that a loop writes to them."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._views: dict[torch.dtype, dict[str, Tensor]] = {}
+        self._views: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if tensor.numel():
-                self._views.setdefault(tensor.dtype, {})[name] = _few(tensor.detach())
+                kind = tensor.dtype, tensor.device
+                self._views.setdefault(kind, {})[name] = _few(tensor.detach())
 
     def read(self) -> list[Tensor]:
         """The values, as bytes."""
@@ -231,13 +230,6 @@ def _few(tensor: Tensor) -> Tensor:
     flat = flat_view(tensor)
     values = tensor[(0,) * (tensor.dim() - 1)] if flat is None else flat
     return values[:: max(1, values.numel() // _SAMPLE)]
-
-
-def _check_kind(name: str, parameter: Tensor) -> None:
-    if parameter.is_meta:
-        raise TypeError(f"parameter {name!r} is on the meta device: materialize the model first")
-    if parameter.is_complex():
-        raise TypeError(f"parameter {name!r} is complex: keep it as two real parameters")
 
 
 def _check_apart(parameters: dict[str, Tensor]) -> None:

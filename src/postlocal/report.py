@@ -132,14 +132,19 @@ class Summary:
 
     def write(self, folder: Path) -> None:
         """Write it as ``summary.json``, whole or not at all."""
-        aside = folder / f".{SUMMARY}.partial"
-        aside.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        aside.rename(folder / SUMMARY)
+        write_whole(folder / SUMMARY, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Summary":
         """Read it back."""
         return cls(**json.loads((folder / SUMMARY).read_text()))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of text, whole or not at all."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text)
+    aside.rename(path)
 
 
 def _crossing(before: tuple[float, float], now: tuple[float, float], loss: float) -> float:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from postlocal import fragments, schedule
+from postlocal.agreed import Agreed, copy_, put_back
 from postlocal.agreement import same_values_
 from postlocal.ballot import Vote, layout_number
-from postlocal.consistency import settle_
+from postlocal.consistency import check_equal_
 from postlocal.courier import Courier
+from postlocal.errors import ModelChangedError
 from postlocal.flight import Buffers, Flight, Fragment
 from postlocal.gradients import Local, Reduced
 from postlocal.inner import Inner
@@ -76,19 +78,15 @@ class Sync:
         self._work = 0.0
         self._lr = inner.lr
         self._drift = math.nan
-        self._agreed_at = 0
+        self._agreed = Agreed(replica, keeps_buffers=strategy.anchored)
         self._lockstep = True
         self._compared = False
         self._warned = False
         self._closed = False
-        self._agreed_buffers: dict[str, Tensor] = {}
-        self._note_agreement()
         self._begin(self._plan())
 
     def __repr__(self) -> str:
-        ranks, meter = self.layout[WORLD].size, self.meter
-        numel = sum(parameter.numel() for parameter in self.replica.parameters.values())
-        ddp = self._steps * fp32().payload_bytes(numel, ranks)
+        ranks, meter, ddp = self.layout[WORLD].size, self.meter, self.ddp_payload_bytes
         share = f" ({meter.total_bytes / ddp:.1%} of DDP's)" if ddp else ""
         return (
             f"<Sync: {self.strategy.name} on {ranks} ranks: {self._steps:,} steps, "
@@ -100,6 +98,12 @@ class Sync:
     def steps(self) -> int:
         """Number of calls of `step` so far."""
         return self._steps
+
+    @property
+    def ddp_payload_bytes(self) -> int:
+        """Bytes that this rank would have sent in as many steps of DDP with fp32 gradients."""
+        numel = sum(parameter.numel() for parameter in self.replica.parameters.values())
+        return self._steps * fp32().payload_bytes(numel, self.layout[WORLD].size)
 
     @property
     def round(self) -> Round:
@@ -116,7 +120,7 @@ class Sync:
         """
         if self._lockstep and self._round.gradients == WORLD:
             return True
-        return self._steps == self._agreed_at and self._versions() == self._agreed_versions
+        return self._agreed.holds(self._steps)
 
     def step(self, work: float = 1.0) -> None:
         """Count one iteration, and land and launch what is due after it.
@@ -174,16 +178,16 @@ class Sync:
         if self._lockstep:
             self._compare()
             self._share_buffers(self.replica.buffers)
-        elif self._steps != self._agreed_at:
+        elif self._steps != self._agreed.step:
             for fragment in self._fragments:
                 if self.strategy.streams and fragment.since == self._steps:
                     self._give_anchor(fragment)  # it was launched at this very step
                 else:
                     self._synchronize(fragment, following)
-            self._agreed_at = self._steps
+            self._agreed.note(self._steps)
         if not self._lockstep:
             self._compare()
-        self._note_agreement()
+        self._agreed.note(self._steps)
         self._begin(self._adapt(following, math.nan))
 
     @contextmanager
@@ -195,6 +199,7 @@ class Sync:
 
         Raises:
             RuntimeError: if replicas have gone apart and the strategy keeps no anchor.
+            ModelChangedError: if the model was changed so that it cannot hold them any more.
 
         Example:
             >>> import torch
@@ -213,16 +218,26 @@ class Sync:
                 f"replicas of {self.strategy.name} agree only right after a synchronization, and "
                 "it keeps no anchor: evaluate where sync.agreed is true, or after sync.finish()"
             )
+        if (problem := self.replica.refresh()) is not None:
+            raise ModelChangedError(problem)
         parameters = [parameter.detach() for parameter in self.replica.parameters.values()]
         averaged = self.replica.averaged
-        buffers = [averaged[name] for name in self._agreed_buffers]
-        local = [tensor.clone() for tensor in (*parameters, *buffers)]
-        self._give_anchor(*self._fragments)
-        _copy_(buffers, list(self._agreed_buffers.values()))
-        try:
+        buffers = [averaged[name] for name in self._agreed.buffers]
+        with put_back([*parameters, *buffers]):
+            self._give_anchor(*self._fragments)
+            copy_(buffers, list(self._agreed.buffers.values()))
             yield
-        finally:
-            _copy_([*parameters, *buffers], local)
+
+    def follow_model(self) -> str | None:
+        """Follow what may change in the model and the optimizer; on this rank alone.
+
+        Buffers may be assigned anew, tensors move in memory, and parameters of the model join the
+        optimizer. `step`, `finish` and `postlocal.checkpoint` call it by themselves.
+
+        Returns:
+            None; or, in words, a change that makes them unfit to be synchronized, and the fix.
+        """
+        return self.replica.refresh() or self.inner.refresh()
 
     def close(self) -> None:
         """End what `attach` began: hooks, threads and process groups; the model is as before it.
@@ -230,8 +245,9 @@ class Sync:
         To be called by all ranks, after `finish` where replicas are to be equal. A training that
         goes on by DistributedDataParallel alone needs equal states of the optimizer as well: those
         of ``optimizer_state="keep"`` are each rank's own. Raises nothing, also after an error or a
-        second time. It waits at most 2 s for ranks that do not call it; their groups, and this
-        rank's, then last until the next `attach`.
+        second time. It waits for fragments under way, as long as a synchronization does, and then
+        at most 2 s for ranks that do not call it; their groups, and this rank's, last until the
+        next `attach`.
         """
         if self._closed:
             return
@@ -265,8 +281,8 @@ class Sync:
             "end": self._end,
             "lr": self._lr,
             "drift": self._drift,
-            "agreed_at": self._agreed_at,
-            "agreed_buffers": dict(self._agreed_buffers),
+            "agreed_at": self._agreed.step,
+            "agreed_buffers": dict(self._agreed.buffers),
             "moving": sorted(self.replica.moving),
             "lockstep": self._lockstep,
             "fragments": [fragment.state_dict() for fragment in self._fragments],
@@ -292,8 +308,8 @@ class Sync:
         for level, fragment in self._narrow.items():
             fragment.load_state_dict(state["narrow"][level])
         self._flights = deque(self._load_flight(saved) for saved in state["flights"])
-        self._agreed_buffers = {n: t.clone() for n, t in state["agreed_buffers"].items()}
-        self._note_agreement()
+        self._agreed.keep(state["agreed_buffers"])
+        self._agreed.note(state["agreed_at"])
 
     def restart(self, state: Mapping[str, Any]) -> None:
         """Start a new round at the step of a state that another number of ranks saved.
@@ -315,9 +331,8 @@ class Sync:
             fragment.begin(self._steps, self._work)
         if not self._lockstep:
             self._give_anchor(*self._fragments)
-        self._agreed_at = self._steps
-        self._note_agreed_buffers(self.replica.averaged)
-        self._note_agreement()
+        self._agreed.keep(self.replica.averaged)
+        self._agreed.note(self._steps)
         self._begin(self._adapt(self._plan(), math.nan))
 
     def _load_clock(self, state: Mapping[str, Any]) -> None:
@@ -332,7 +347,6 @@ class Sync:
         self._steps = state["steps"]
         self._work = state["work"]
         self._drift = state["drift"]
-        self._agreed_at = state["agreed_at"]
         self._lockstep = state["lockstep"]
         self._compared = False
         self.replica.mark()
@@ -369,6 +383,7 @@ class Sync:
         """Begin to go apart, from what all replicas hold now."""
         if self._steps:
             self._compare()
+            self._agreed.note(self._steps)
             self._say("after step %d replicas part: rounds of local steps begin", self._steps)
             for fragment in (*self._fragments, *self._narrow.values()):
                 fragment.begin(self._steps, self._work)
@@ -378,7 +393,7 @@ class Sync:
             shared = {name: tensor.clone() for name, tensor in self.replica.averaged.items()}
             if self._steps:
                 self._share_buffers(shared)
-            self._note_agreed_buffers(shared)
+            self._agreed.keep(shared)
 
     def _compare(self) -> None:
         """Measure that replicas are equal where the clock says so.
@@ -392,13 +407,13 @@ class Sync:
         elif self._lockstep:
             claim = f"gradients were averaged over all ranks in each of {self._steps} steps"
         else:
-            claim = f"they were synchronized after step {self._agreed_at}"
-        world, problem = self.layout[WORLD], self._model_problem()
+            claim = f"they were synchronized after step {self._agreed.step}"
+        world, problem, first = self.layout[WORLD], self.follow_model(), self._fragments[0]
+        tensors = self.replica.compared if problem is None else first.zeros()
         world.arrive(self._steps)
         vote = Vote(step=self._steps, lr=self.inner.lr)
-        modules = len(self._fragments[0].modules)
         with self.meter.waiting():
-            sent = settle_(world, self.replica.settled, claim, _ADVICE, vote, modules, problem)
+            sent = check_equal_(world, tensors, claim, _ADVICE, vote, len(first.modules), problem)
         self.meter.count("control", sent)
 
     def _say(self, message: str, *values: object) -> None:
@@ -417,22 +432,6 @@ class Sync:
             nbytes = sum(buffer.nbytes for buffer in buffers.values())
             self.meter.count("buffers", nbytes * (world.size - 1))
 
-    def _model_problem(self) -> str | None:
-        """What makes the model or the optimizer unfit to be synchronized, if anything does."""
-        return self.replica.refresh() or self.inner.refresh()
-
-    def _note_agreement(self) -> None:
-        """Remember the state of the parameters that `agreed` speaks of."""
-        self._agreed_versions = self._versions()
-
-    def _note_agreed_buffers(self, buffers: Mapping[str, Tensor]) -> None:
-        if self.strategy.anchored:
-            self._agreed_buffers = {name: tensor.clone() for name, tensor in buffers.items()}
-
-    def _versions(self) -> int:
-        """A number that changes where a parameter is written to."""
-        return sum(parameter._version for parameter in self.replica.parameters.values())
-
     def _set_round(self, following: Round, end: int) -> None:
         self._round = following
         self._end = end
@@ -445,8 +444,7 @@ class Sync:
         if level == WORLD:
             self._launch_due(following)
             if not self.strategy.streams:
-                self._agreed_at = self._steps
-                self._note_agreement()
+                self._agreed.note(self._steps)
         elif level is not None:
             self._synchronize(self._narrow[level], following)
 
@@ -490,7 +488,7 @@ class Sync:
 
     def _prepare(self, fragment: Fragment, apart: bool, carry: bool = False) -> Flight:
         last = fragment.number in (None, len(self._fragments) - 1)
-        problem = self._model_problem()
+        problem = self.follow_model()
         return Flight(
             fragment,
             SyncRecord(self._steps, fragment.level, fragment.number),
@@ -537,7 +535,7 @@ class Sync:
             flight.land(self._steps, mix)
             if flight.buffers is not None:
                 if flight.record.level == WORLD:
-                    self._note_agreed_buffers(flight.buffers.tensors)
+                    self._agreed.keep(flight.buffers.tensors)
                 self._settle_optimizer(flight)
             if not flight.finite:
                 self._recover(flight)
@@ -550,7 +548,7 @@ class Sync:
 
     def _warn_of_no_drift(self, step: int) -> None:
         """Say that local steps were not local, as far as can be seen."""
-        local = step - self._agreed_at
+        local = step - self._agreed.step
         if self._round.gradients != RANK or self.layout[WORLD].size == 1 or not local:
             return
         self._warned = True
@@ -589,9 +587,3 @@ class Sync:
             for fragment in chosen:
                 if fragment.anchor is not None:
                     fragment.anchor.give()
-
-
-def _copy_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for target, value in zip(targets, values, strict=True):
-            target.copy_(value)

@@ -28,6 +28,7 @@ from postlocal.agreement import check, together
 from postlocal.checkpoint import reading, writing
 from postlocal.checkpoint.folder import Damaged, Layout, Place, locate
 from postlocal.checkpoint.ranks import on_all_ranks
+from postlocal.checks import choice
 from postlocal.errors import CheckpointError, PeerError
 from postlocal.group import Alone, Group, Processes
 from postlocal.packing import pack
@@ -166,8 +167,8 @@ def restore(
     group = sync.layout[WORLD]
     _meet(sync, "restore", f"restore after step {sync.steps}")
     with together(group):
-        _check_choice("missing", missing, ("start", "raise"))
-        _check_choice("on_strategy_change", on_strategy_change, ("refuse", "restart"))
+        choice("missing", missing, ("start", "raise"))
+        choice("on_strategy_change", on_strategy_change, ("refuse", "restart"))
         base, wanted = locate(Path(folder), step)
     check(
         group,
@@ -198,16 +199,11 @@ def restore(
 def _check_choices(group: Group, keep: object, layout: object) -> None:
     if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
         raise ValueError(f"keep must be at least 1 checkpoint, a whole number, got {keep!r}")
-    _check_choice("layout", layout, get_args(Layout))
+    choice("layout", layout, get_args(Layout))
     if not isinstance(group, Alone | Processes):
         raise ValueError(
             "sync must be of processes or of one rank alone to be saved, got one of threads"
         )
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 def _meet(sync: Sync, function: str, place: str) -> None:

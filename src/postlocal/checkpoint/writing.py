@@ -38,7 +38,7 @@ def follow_model(sync: Sync) -> None:
     Raises:
         CheckpointError: if it is no longer what `attach` was given.
     """
-    problem = sync.replica.refresh() or sync.inner.refresh()
+    problem = sync.follow_model()
     if problem is not None:
         raise CheckpointError(problem)
 

@@ -32,7 +32,6 @@ from postlocal.train.plots import plot
 from postlocal.train.saved import CONFIG, SavedRun, Text, settle
 from postlocal.train.stop import Stop
 from postlocal.train.world import announced, joined, restarted, store
-from postlocal.wire import fp32
 from postlocal.wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -290,7 +289,7 @@ class _Run:
             "tokens": tokens,
             "tokens_per_second": tokens / self.train_seconds,
             "payload_bytes": meter.total_bytes,
-            "ddp_payload_bytes": self._ddp_bytes(),
+            "ddp_payload_bytes": self.sync.ddp_payload_bytes,
             "train_seconds": self.train_seconds,
             "wait_seconds": meter.wait_seconds,
         }
@@ -396,7 +395,7 @@ class _Run:
             wait_seconds=meter.wait_seconds,
             payload_bytes=meter.total_bytes,
             payload_bytes_by_purpose=dict(meter.payload_bytes),
-            ddp_payload_bytes=self._ddp_bytes(),
+            ddp_payload_bytes=self.sync.ddp_payload_bytes,
             syncs=meter.syncs,
             final_val_loss=loss,
             replicas_equal=all(theirs == digests[0] for theirs in digests),
@@ -413,9 +412,6 @@ class _Run:
 
     def _tokens_a_step(self) -> int:
         return self.everyone.size * self.config.batch_size * self.config.sequence_length
-
-    def _ddp_bytes(self) -> int:
-        return self.sync.steps * fp32().payload_bytes(self._parameters(), self.everyone.size)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

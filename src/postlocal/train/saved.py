@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from postlocal.report import write_whole
 from postlocal.strategies import parameters_of
 from postlocal.train.config import TrainConfig
 from postlocal.train.data import Corpus, find_files
@@ -84,9 +85,7 @@ class SavedRun(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Write it, whole or not at all."""
-        aside = folder / f".{CONFIG}.partial"
-        aside.write_text(self.model_dump_json(indent=1) + "\n")
-        aside.rename(folder / CONFIG)
+        write_whole(folder / CONFIG, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "SavedRun | None":
