@@ -433,3 +433,33 @@ def agree(rank: int, strategy: Strategy, folder: Path) -> list[Tensor]:
     assert equal(anchors, values(model))
     sync.close()
     return values(model)
+
+
+def restart_in_bf16(rank: int, folder: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The anchor that was saved in the middle of a round, and that of a run with longer rounds."""
+
+    def attached(period: int) -> tuple[nn.Module, torch.optim.Optimizer, postlocal.Sync]:
+        model = mlp().bfloat16()
+        optimizer = OPTIMIZERS["sgd"](model)
+        return model, optimizer, postlocal.attach(model, optimizer, strategies.diloco(period))
+
+    def anchor(sync: postlocal.Sync) -> list[Tensor]:
+        (fragment,) = sync.state_dict()["fragments"]
+        return [tensor.clone() for tensor in fragment["anchor"]["tensors"].values()]
+
+    model, optimizer, sync = attached(4)
+    for x, y in batches(rank, 6):
+        train_step(model, optimizer, x.bfloat16(), y)
+        sync.step()
+    checkpoint.save(folder, sync)
+    _, _, other = attached(8)
+    checkpoint.restore(folder, other, on_strategy_change="restart")
+    return anchor(sync), anchor(other)
+
+
+def test_an_anchor_keeps_its_bits_when_a_longer_period_takes_over(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    for saved, restarted in ranks(2, restart_in_bf16, str(tmp_path)):
+        assert equal(saved, restarted)
+        assert not equal(saved, [tensor.bfloat16().float() for tensor in saved])

@@ -1,6 +1,7 @@
 """Exchanges of several legs beside a backward pass, on a thread of their own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from queue import SimpleQueue
 from threading import Event, Thread
 
@@ -38,7 +39,7 @@ class Courier:
             return future
         self._side = side = self._side or torch.Stream(tensor.device)
         ready = torch.accelerator.current_stream(tensor.device).record_event()
-        self._put(lambda: _fulfil_beside(side, ready, future, tensor, exchange))
+        self._put(lambda: _fulfil(future, tensor, exchange, lambda: _on(side, ready)))
         return future
 
     def close(self) -> None:
@@ -59,22 +60,22 @@ class Courier:
             done.set()
 
 
-def _fulfil(future: Future[Tensor], tensor: Tensor, exchange: Callable[[], object]) -> None:
+def _fulfil(
+    future: Future[Tensor],
+    tensor: Tensor,
+    exchange: Callable[[], object],
+    beside: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> None:
     try:
-        with torch.no_grad():
+        with beside(), torch.no_grad():
             exchange()
-        future.set_result(tensor)
+            future.set_result(tensor)  # on a device: complete after all that the exchange enqueued
     except Exception as error:
         future.set_exception(error)  # type: ignore[arg-type]
 
 
-def _fulfil_beside(
-    stream: torch.Stream,
-    ready: torch.Event,
-    future: Future[Tensor],
-    tensor: Tensor,
-    exchange: Callable[[], object],
-) -> None:
-    with stream:  # the result is marked complete on it, after all that the exchange enqueues
+@contextmanager
+def _on(stream: torch.Stream, ready: torch.Event) -> Iterator[None]:
+    with stream:
         stream.wait_event(ready)
-        _fulfil(future, tensor, exchange)
+        yield

@@ -26,7 +26,7 @@ from uuid import uuid4
 
 from postlocal.agreement import check, together
 from postlocal.checkpoint import reading, writing
-from postlocal.checkpoint.folder import Damaged, Layout, Place, locate
+from postlocal.checkpoint.folder import Damaged, Place, Sharing, locate
 from postlocal.checkpoint.ranks import on_all_ranks
 from postlocal.checks import choice
 from postlocal.errors import CheckpointError, PeerError
@@ -62,7 +62,7 @@ def save(
     extra: Mapping[Any, Any] | None = None,
     keep: int = 3,
     *,
-    layout: Layout = "shared",
+    layout: Sharing = "shared",
 ) -> Path:
     """Save a run; collective: every rank calls it, after the same step.
 
@@ -199,7 +199,7 @@ def restore(
 def _check_choices(group: Group, keep: object, layout: object) -> None:
     if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
         raise ValueError(f"keep must be at least 1 checkpoint, a whole number, got {keep!r}")
-    choice("layout", layout, get_args(Layout))
+    choice("layout", layout, get_args(Sharing))
     if not isinstance(group, Alone | Processes):
         raise ValueError(
             "sync must be of processes or of one rank alone to be saved, got one of threads"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from postlocal.replica import Replica
-from postlocal.schedule import WORLD
+from postlocal.schedule import WORLD, planned
 from postlocal.sync import Sync
 from postlocal.tensors import all_finite
 from postlocal.wire import fp32, maximum_, mean_
@@ -80,6 +80,7 @@ def restarted(
     """
     present = sync.state_dict()
     outer = dict(_outer_state(clock)) if keep_outer else {}
+    first = planned(sync.strategy.schedule, clock["steps"], sync.inner.lr)
     return present | {
         "steps": clock["steps"],
         "work": clock["work"],
@@ -88,7 +89,7 @@ def restarted(
         "lr": sync.inner.lr,
         "drift": math.nan,
         "agreed_at": clock["steps"],
-        "lockstep": True,
+        "lockstep": first.gradients == WORLD,
         "fragments": [_with_anchor(one, parameters, outer) for one in present["fragments"]],
     }
 

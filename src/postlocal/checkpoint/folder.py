@@ -19,7 +19,7 @@ logger = logging.getLogger("postlocal")
 FORMAT = 2
 INDEX = "checkpoint.json"
 TENSORS = "tensors"
-Layout = Literal["shared", "per-rank"]
+Sharing = Literal["shared", "per-rank"]
 
 _STEP = re.compile(r"step-(\d{8,})")
 _RANK = re.compile(r"rank-\d{5,}")
@@ -44,7 +44,7 @@ class Place:
 
     base: Path
     step: int
-    layout: Layout
+    layout: Sharing
 
     def home(self, rank: int) -> Path:
         """The folder that holds the checkpoints that a rank has a part in."""

@@ -116,14 +116,11 @@ def apply(sync: Sync, saved: Saved, change: bool) -> None:
         )
     if changed:
         model = model | agreed.anchor(state["sync"])
+    values = on_all_ranks(group, lambda: _changed_values(sync, saved), name)
     if group.rank == 0:
-        _log(sync, saved, words)
+        _log(sync, saved, words, values)
     with torch.no_grad():
-        _load_optimizer(sync.inner.optimizer, state["optimizer"])
-        for tensor_name, tensor in sync.replica.tensors.items():
-            tensor.copy_(model[tensor_name])
-        for tensor_name, tensor in sync.replica.own.items():
-            tensor.copy_(state["own"][tensor_name])
+        on_all_ranks(group, lambda: _load(sync, state, model), f"{name} was loaded in part only:")
         if changed:
             keep = _same_outer(sync, saved)
             sync.restart(agreed.restarted(sync, state["sync"], model, keep))
@@ -131,6 +128,15 @@ def apply(sync: Sync, saved: Saved, change: bool) -> None:
             sync.restart(state["sync"])
         else:
             sync.load_state_dict(state["sync"])
+
+
+def _load(sync: Sync, state: Mapping[str, Any], model: Mapping[str, Tensor]) -> None:
+    """Give optimizer and model of this rank what was saved."""
+    _load_optimizer(sync.inner.optimizer, state["optimizer"])
+    for name, tensor in sync.replica.tensors.items():
+        tensor.copy_(model[name])
+    for name, tensor in sync.replica.own.items():
+        tensor.copy_(state["own"][name])
 
 
 def model_of(saved: Saved, rank: int, group: Group) -> Mapping[str, Tensor]:
@@ -275,9 +281,12 @@ def _same_outer(sync: Sync, saved: Saved) -> bool:
     return same
 
 
-def _log(sync: Sync, saved: Saved, words: str | None) -> None:
+def _changed_values(sync: Sync, saved: Saved) -> list[str]:
+    return list(matching.changed_values(saved.state["optimizer"], sync.inner.optimizer))
+
+
+def _log(sync: Sync, saved: Saved, words: str | None, values: Sequence[str]) -> None:
     """Say what is not as it was."""
-    values = list(matching.changed_values(saved.state["optimizer"], sync.inner.optimizer))
     if values:
         logger.warning("values of the checkpoint are used: %s", "; ".join(values))
     size = sync.layout[WORLD].size
