@@ -318,7 +318,7 @@ def test_a_model_without_parameters_on_one_rank_is_told_by_all(ranks: Ranks) -> 
 
 
 def reduced_behind(rank: int, how: str) -> list[str]:
-    """Gradients that something else averages, or ranks that train on the same data."""
+    """Gradients that something else averages, ranks with the same data, or replicas near by."""
     said: list[str] = []
 
     class Listen(logging.Handler):
@@ -327,26 +327,29 @@ def reduced_behind(rank: int, how: str) -> list[str]:
 
     logging.getLogger("postlocal").addHandler(Listen())
     net = mlp()
-    optimizer = sgd(net)
-    sync = postlocal.attach(net, optimizer, strategies.local_sgd(2))
-    model = DistributedDataParallel(net) if how == "ddp" else net
-    for x, y in batches(0 if how == "same data" else rank, 6):
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-7 if "near" in how else 0.1)
+    model = DistributedDataParallel(net) if "wrapped" in how else net
+    sync = postlocal.attach(model, optimizer, strategies.local_sgd(2))
+    model = DistributedDataParallel(net) if how == "ddp" else model
+    for x, y in batches(0 if "same data" in how else rank, 6):
         train_step(model, optimizer, x, y)
         sync.step()
     return said
 
 
-@pytest.mark.parametrize("how", ["ddp", "same data", "apart"])
+@pytest.mark.parametrize(
+    "how", ["ddp", "same data", "same data, wrapped", "apart", "near, wrapped", "near"]
+)
 def test_replicas_that_do_not_go_apart_in_local_steps_are_told_of(ranks: Ranks, how: str) -> None:
     said, elsewhere = ranks(2, reduced_behind, how)
     assert not elsewhere
-    if how == "apart":
+    if how == "apart" or "near" in how:
         assert not said
         return
     (message,) = said
     assert message.startswith("replicas are equal to the bit after 2 local steps")
     assert ("DistributedDataParallel" in message) == (how == "ddp")
-    assert ("the same data" in message) == (how == "same data")
+    assert ("the same data" in message) == ("same data" in how)
 
 
 def synchronized_norms(rank: int) -> list[list[str]]:

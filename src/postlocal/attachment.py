@@ -136,6 +136,7 @@ def attach(
             opened.callback(sync.close)
         opened.pop_all()
     if everyone.rank == 0:
+        _warn_of_one_group(strategy, loop.partitions)
         logger.info("attached: %r; %s; %s", sync, loop.replica, loop.inner)
     return sync
 
@@ -221,13 +222,18 @@ def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> Non
     for level in sorted(strategy.levels):
         if level not in partitions:
             raise ValueError(unknown_level(level, partitions))
-        if level != WORLD and len(partitions[level]) == 1 and len(partitions[level][0]) > 1:
-            warnings.warn(
-                f"level {level!r} holds all {len(partitions[level][0])} ranks, so that every step "
-                "communicates with everybody; pass a topology with more than one group, such as "
-                "topology.nodes(size=1)",
-                stacklevel=4,
-            )
+
+
+def _warn_of_one_group(strategy: Strategy, partitions: Mapping[str, Partition]) -> None:
+    """Say that a level of the strategy saves nothing, since all ranks are one group of it."""
+    for level in sorted(strategy.levels - {WORLD}):
+        ranks = len(partitions[level][0])
+        if len(partitions[level]) == 1 and ranks > 1:
+            logger.warning(
+                "level %r holds all %d ranks, so that every step communicates with everybody; pass "
+                "a topology with more than one group, such as topology.nodes(size=1)",
+                level, ranks,
+            )  # fmt: skip
 
 
 def _span(timeout: float | None) -> timedelta | None:

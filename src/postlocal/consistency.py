@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -54,6 +54,19 @@ def fingerprint(tensor: Tensor) -> bytes:
     return hashed.digest()
 
 
+def contents_number(fingerprints: Iterable[bytes]) -> int:
+    """A number of 48 bits, exact as fp64, that tells tensors apart by their fingerprints.
+
+    Example:
+        >>> values = [torch.zeros(3), torch.ones(3)]
+        >>> number = contents_number(map(fingerprint, values))
+        >>> number == contents_number(map(fingerprint, reversed(values)))
+        False
+    """
+    whole = hashlib.blake2b(b"".join(fingerprints), digest_size=6)
+    return int.from_bytes(whole.digest())
+
+
 def check_equal_(
     group: Group,
     tensors: Mapping[str, Tensor],
@@ -92,8 +105,8 @@ def check_equal_(
             raise_together(group, problem)
         return 0
     prints = {name: fingerprint(tensor) for name, tensor in tensors.items()}
-    whole = hashlib.blake2b(b"".join(prints.values()), digest_size=6).digest()
-    vote = replace(vote, fingerprint=int.from_bytes(whole), changed=problem is not None)
+    number = contents_number(prints.values())
+    vote = replace(vote, fingerprint=number, changed=problem is not None)
     device = next(iter(tensors.values())).device
     ballot = Ballot(group, device, vote, [0.0] * modules, problem)
     ballot.check_models()

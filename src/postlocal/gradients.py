@@ -31,6 +31,8 @@ class Local:
         layout: this rank's groups.
     """
 
+    wrapper = None
+
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
 
@@ -93,7 +95,7 @@ class Reduced:
         meter: Meter,
         search: Layout | None = None,
     ) -> None:
-        self._model = model
+        self._model = self.wrapper = model
         self._layout = layout
         self._search = search
         self._meter = meter

@@ -14,7 +14,7 @@ from postlocal import fragments, schedule
 from postlocal.agreed import Agreed, copy_, put_back
 from postlocal.agreement import same_values_
 from postlocal.ballot import Vote, layout_number
-from postlocal.consistency import check_equal_
+from postlocal.consistency import check_equal_, contents_number, fingerprint
 from postlocal.courier import Courier
 from postlocal.errors import ModelChangedError
 from postlocal.flight import Buffers, Flight, Fragment
@@ -81,7 +81,7 @@ class Sync:
         self._agreed = Agreed(replica, keeps_buffers=strategy.anchored)
         self._lockstep = True
         self._compared = False
-        self._warned = False
+        self._perhaps_equal = True  # not seen apart after local steps, nor told of
         self._closed = False
         self._begin(self._plan())
 
@@ -506,12 +506,14 @@ class Sync:
         flight.fragment.begin(self._steps, self._work)
         if flight.buffers is not None:
             self._begin_narrower(flight.record.level)
+        contents = self._contents(flight.fragment)
         flight.load()
         flight.vote(
             buffers_finite=not self.replica.has_nan_buffer(),
             work=work,
             step=self._steps,
             planned=following.steps,
+            fingerprint=contents,
             moving=layout_number(sorted(self.replica.moving)),
             lr=self.inner.lr,
             inner_lr=self._lr,
@@ -540,24 +542,32 @@ class Sync:
             if not flight.finite:
                 self._recover(flight)
         self._drift = flight.record.drift
-        if self._drift == 0 and flight.record.level == WORLD and not self._warned:
-            self._warn_of_no_drift(flight.record.step)
+        self._watch_replicas(flight)
         self.meter.close(flight.record)
         if self.layout[WORLD].rank == 0:
             logger.debug("synchronized: %s", flight.record)
 
-    def _warn_of_no_drift(self, step: int) -> None:
-        """Say that local steps were not local, as far as can be seen."""
-        local = step - self._agreed.step
-        if self._round.gradients != RANK or self.layout[WORLD].size == 1 or not local:
+    def _contents(self, fragment: Fragment) -> int:
+        """What tells whether replicas are equal; 0 where that is known, or no wonder."""
+        local = self._round.gradients == RANK and fragment.level == WORLD
+        if not (local and self._perhaps_equal) or fragment.group.size == 1:
+            return 0
+        return contents_number(map(fingerprint, fragment.parameters.values()))
+
+    def _watch_replicas(self, flight: Flight) -> None:
+        """Say that local steps were not local, until replicas were seen to go apart."""
+        local = flight.record.step - self._agreed.step
+        if not (local and self._perhaps_equal and flight.ballot.vote.fingerprint):
             return
-        self._warned = True
-        owner = gradients_reduced_elsewhere(self.replica.parameters.values())
-        reason = "ranks seem to train on the same data, or not at all"
+        self._perhaps_equal = False
+        if not flight.ballot.unanimous("fingerprint") or self.layout[WORLD].rank:
+            return
+        wrapper = self._gradients.wrapper
+        owner = gradients_reduced_elsewhere(self.replica.parameters.values(), wrapper)
+        reason = "ranks seem to train on the same data, or not at all: shard the data by rank"
         if owner is not None:
             reason = f"{owner} averages their gradients in each step: pass it to attach"
-        if self.layout[WORLD].rank == 0:
-            logger.warning("replicas are equal to the bit after %d local steps: %s", local, reason)
+        logger.warning("replicas are equal to the bit after %d local steps: %s", local, reason)
 
     def _settle_optimizer(self, flight: Flight) -> None:
         match self.strategy.optimizer_state:

@@ -173,12 +173,18 @@ def check_optimizer(optimizer: object) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {shown(optimizer)}{hint}")
 
 
-def gradients_reduced_elsewhere(parameters: Iterable[Tensor]) -> str | None:
+def gradients_reduced_elsewhere(
+    parameters: Iterable[Tensor], attached: nn.Module | None = None
+) -> str | None:
     """What else averages the gradients of some parameters, in words; None if nothing is found.
+
+    Args:
+        parameters: those of the model.
+        attached: the wrapper that was passed to `attach`, which is not meant.
 
     A search through all objects alive: it takes tens of milliseconds.
     """
-    owner = _owner(parameters)
+    owner = _owner(parameters, attached)
     return None if owner is None else _title(type(owner)) + _of(owner)
 
 
@@ -244,24 +250,24 @@ def _wrapped(optimizer: object) -> Iterator[object]:
         waiting += [one for one in held if hasattr(one, "param_groups")]
 
 
-def _owner(parameters: Iterable[Tensor]) -> nn.Module | None:
-    """A module alive that reduces gradients of some of the parameters."""
+def _owner(parameters: Iterable[Tensor], besides: nn.Module | None = None) -> nn.Module | None:
+    """A module alive that reduces gradients of some of the parameters, besides a known one."""
     if not dist.is_available() or not dist.is_initialized():
         return None
     ids = {id(parameter) for parameter in parameters if parameter.requires_grad}
-    if _reducing(ids) is None:
+    if _reducing(ids, besides) is None:
         return None
     gc.collect()  # one that nothing refers to any more reduces nothing
-    return _reducing(ids)
+    return _reducing(ids, besides)
 
 
-def _reducing(ids: set[int]) -> nn.Module | None:
+def _reducing(ids: set[int], besides: nn.Module | None) -> nn.Module | None:
     kinds: dict[type, bool] = {}
     for found in gc.get_objects():
         kind = type(found)  # `isinstance` would ask the object, which may be anything
         if kind not in kinds:
             kinds[kind] = _reduces(kind)
-        if kinds[kind] and _holds(found, ids):
+        if kinds[kind] and found is not besides and _holds(found, ids):
             reducing: nn.Module = found
             return reducing
     return None
