@@ -480,7 +480,7 @@ def test_work_is_refused_where_it_is_no_share(work: float) -> None:
     model = stack()
     sync = postlocal.attach(model, OPTIMIZERS["sgd"](model), strategies.local_sgd(4))
     with pytest.raises(ValueError, match="work must be a share of a step, at least 0"):
-        sync.step(work)
+        sync.step(work=work)
 
 
 def test_real_ranks_stream_as_threads_do(ranks: Ranks) -> None:

@@ -122,7 +122,7 @@ class Sync:
             return True
         return self._agreed.holds(self._steps)
 
-    def step(self, work: float = 1.0) -> None:
+    def step(self, *, work: float = 1.0) -> None:
         """Count one iteration, and land and launch what is due after it.
 
         To be called on every rank once for each optimizer step that the loop intends, after it;

@@ -65,9 +65,15 @@ def main() -> None:
     except typer.TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         if message:  # where no command was given, the help has been shown
-            _say(f"error: {message} (see postlocal --help)", everywhere=False)
+            _say(f"error: {message} (see {_command(error)} --help)", everywhere=False)
         code = 2
     sys.exit(code or 0)
+
+
+def _command(error: typer.TyperException) -> str:
+    """The command whose help tells what is right."""
+    context = getattr(error, "ctx", None)
+    return f"postlocal {context.info_name}" if context and context.parent else "postlocal"
 
 
 def _say(text: str, everywhere: bool) -> None:

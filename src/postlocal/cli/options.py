@@ -34,31 +34,37 @@ of_job = partial(option, "The job")
 of_strategy = partial(option, "The strategy")
 of_output = partial(option, "Output")
 
-PeakLr = Annotated[float, of_job("Peak learning rate, for strategies that follow it.")]
-Dtype = Annotated[str, of_job(f"Of parameters: {', '.join(DTYPES)}.")]
+PeakLr = Annotated[float, of_job("Peak learning rate (the period of qsr follows it).")]
+Dtype = Annotated[str, of_job(f"Dtype of parameters: {', '.join(DTYPES)}.")]
 WireName = Annotated[
     str | None,
-    of_strategy(f"How parameters travel: {', '.join(WIRES)}.", show_default="its own, or bf16"),
+    of_strategy(
+        f"Encoding of parameters on the network: {', '.join(WIRES)}.",
+        show_default="its own, or bf16",
+    ),
 ]
 GradientWire = Annotated[
     str | None,
-    of_strategy("How gradients travel, as above.", show_default="its own, or bf16"),
+    of_strategy("Encoding of gradients on the network, as above.", show_default="its own, or bf16"),
 ]
 
 _OPTIONS: Mapping[str, Any] = {
     "period": Annotated[
-        int | None, of_strategy("Steps a round.", show_default="the strategy's own")
+        int | None,
+        of_strategy("Steps between synchronizations.", show_default="the strategy's own"),
     ],
     "warmup": Annotated[
         int | None,
         of_strategy(
-            "Synchronous steps before the first round (post_local_sgd, edit).",
+            "Steps with averaged gradients before the first round (post_local_sgd, edit).",
             show_default="three tenths of the run; edit: 0",
         ),
     ],
     "gradients": Annotated[
         str | None,
-        of_strategy("Level at which gradients are averaged in a round: rank, node, world."),
+        of_strategy(
+            "Level that averages gradients in each step of a round: rank (none), node, world."
+        ),
     ],
     "outer_lr": Annotated[
         float | None,
@@ -68,35 +74,42 @@ _OPTIONS: Mapping[str, Any] = {
         float | None, of_strategy("Outer momentum (diloco, streaming_diloco, edit).")
     ],
     "fragments": Annotated[
-        int | None, of_strategy("Parts sent one after the other (streaming_diloco).")
+        int | None,
+        of_strategy("Parts of the model that are sent one after the other (streaming_diloco)."),
     ],
     "delay": Annotated[
         int | None,
-        of_strategy("Steps between sending a part and applying the mean (streaming_diloco)."),
+        of_strategy("Steps between sending a fragment and applying its mean (streaming_diloco)."),
     ],
     "mix": Annotated[
-        float | None, of_strategy("Share of its own value that a worker keeps (streaming_diloco).")
+        float | None,
+        of_strategy("Share of its own parameters that a worker keeps, 0 to 1 (streaming_diloco)."),
     ],
     "carry": Annotated[
         bool | None,
         of_strategy("Keep the steps taken during a delay above 0 (streaming_diloco)."),
     ],
     "order": Annotated[
-        str | None, of_strategy("Layers of a part: strided, sequential (streaming_diloco).")
+        str | None,
+        of_strategy("How layers are dealt to fragments: strided, sequential (streaming_diloco)."),
     ],
-    "top_k": Annotated[int | None, of_strategy("Values sent of each chunk (sparse_loco).")],
+    "top_k": Annotated[
+        int | None, of_strategy("Values that are sent of each chunk (sparse_loco).")
+    ],
     "chunk": Annotated[int | None, of_strategy("Values in a chunk (sparse_loco).")],
-    "bits": Annotated[int | None, of_strategy("Bits a value (sparse_loco).")],
+    "bits": Annotated[int | None, of_strategy("Bits for each value that is sent (sparse_loco).")],
     "feedback": Annotated[
         float | None,
         of_strategy("Share of what was not sent that is added next time (sparse_loco)."),
     ],
     "max_norm": Annotated[
-        float | None, of_strategy("Greatest norm of a layer's move in a round (edit).")
+        float | None, of_strategy("Greatest norm of a layer's mean change in a round (edit).")
     ],
     "slow_lr": Annotated[float | None, of_strategy("Outer learning rate (slowmo).")],
     "slow_momentum": Annotated[float | None, of_strategy("Outer momentum (slowmo).")],
-    "alpha": Annotated[float | None, of_strategy("Growth of the period (qsr).")],
+    "alpha": Annotated[
+        float | None, of_strategy("Period = (alpha / learning rate) squared (qsr).")
+    ],
     "base": Annotated[int | None, of_strategy("Shortest period (qsr).")],
     "periods": Annotated[
         str | None, of_strategy("Period of each level, such as node=4,world=16 (hierarchical).")

@@ -59,16 +59,17 @@ def plan(
     workers: Annotated[int, _where("Number of workers; under torchrun its own count.")] = 8,
     node_size: Annotated[int, _where("Workers in a node, who share its link to the world.")] = 1,
     bandwidth: Annotated[
-        str, _where("Of the world's links, or of each level: node=100Gbit,world=1Gbit.")
+        str, _where("Rate of the links between nodes, or of each level: node=100Gbit,world=1Gbit.")
     ] = "1Gbit",
     latency: Annotated[
-        str | None, _where("One way, as above: 20ms, or node=10us,world=20ms.", show_default="0")
+        str | None,
+        _where("One-way latency, as above: 20ms, or node=10us,world=20ms.", show_default="0"),
     ] = None,
     measured: Annotated[
         bool, _where("Under torchrun: measure links and steps instead.", "--measure")
     ] = False,
     parameters: Annotated[
-        str | None, of_job("Of the model, such as 350M or 1e9.", show_default="1e9")
+        str | None, of_job("Number of parameters, such as 350M or 1e9.", show_default="1e9")
     ] = None,
     step_seconds: Annotated[float, of_job("Seconds that a worker computes for a step.")] = 1.0,
     step_deviation: Annotated[
@@ -81,7 +82,7 @@ def plan(
     token_budget: Annotated[str | None, of_job("Tokens to train on, such as 20B.")] = None,
     lr: PeakLr = 3e-3,
     dtype: Dtype = "fp32",
-    optimizer_bytes: Annotated[float, of_job("Of optimizer state for each parameter.")] = 8.0,
+    optimizer_bytes: Annotated[float, of_job("Bytes of optimizer state for each parameter.")] = 8.0,
     overlap: Annotated[float, of_job("Share of a step that can hide a reduction of gradients.")] = 2
     / 3,
     model: Annotated[str, of_job("Size of the trainer's model that --measure times.")] = "tiny",
@@ -91,17 +92,18 @@ def plan(
     wire: WireName = None,
     gradient_wire: GradientWire = None,
     share: Annotated[
-        float, of_output("Share of time computing to look for the mildest strategy of.")
+        float, of_output("Share of time computing that the proposed strategy has to reach.")
     ] = 0.95,
     plot: Annotated[
-        Path | None, of_output("PNG file to draw share computing over bandwidth in.")
+        Path | None,
+        of_output("File (png, pdf, svg) for a plot of the share computing over bandwidth."),
     ] = None,
     as_json: Annotated[bool, of_output("Print JSON instead of a table.", "--json")] = False,
 ) -> None:
     """Tell how long training takes on a network that is not at hand.
 
-    Rounds, bytes and memory are those of `postlocal train` with the same options; seconds come from
-    the cost model in docs/plan.md.
+    Rounds, bytes and memory are those of `postlocal train` with the same
+    options; seconds come from the cost model in docs/plan.md.
     """
     check_plot(plot)
     steps = _steps(steps, tokens_a_step, token_budget)

@@ -65,20 +65,23 @@ def simulate(
     ] = "1,10,100,1000,10000",
     node_size: Annotated[int, _who("Workers in a node, who share its link and its fate.")] = 1,
     bandwidth: Annotated[
-        str, _who("Of nodes' links to the world, or shares of them: 10Mbit:0.1,100Mbit:0.9.")
+        str,
+        _who("Rate of nodes' links to the world, or rates with shares: 10Mbit:0.1,100Mbit:0.9."),
     ] = "1Gbit",
-    latency: Annotated[str, _who("One way, between nodes.")] = "0",
-    node_bandwidth: Annotated[str, _who("Between workers of a node.")] = "400Gbit",
+    latency: Annotated[str, _who("One-way latency between nodes.")] = "0",
+    node_bandwidth: Annotated[str, _who("Rate of links between workers of a node.")] = "400Gbit",
     speed_deviation: Annotated[
         float, _who("Standard deviation of workers' own, lasting factors on the time of a step.")
     ] = 0.0,
     mtbf: Annotated[
         str | None, _who("Mean time between failures of a node: 30d.", show_default="no failures")
     ] = None,
-    away: Annotated[str, _who("Until a lost node is back.")] = "30m",
-    restart: Annotated[str, _who("To come back to a checkpoint, where all have to.")] = "2m",
-    saving: Annotated[str, _who("That they stop for a checkpoint.")] = "10s",
-    parameters: Annotated[str, of_job("Of the model, such as 350M or 1e9.")] = "1e9",
+    away: Annotated[str, _who("Time until a lost node is back.")] = "30m",
+    restart: Annotated[
+        str, _who("Time to load a checkpoint after a failure that stops all.")
+    ] = "2m",
+    saving: Annotated[str, _who("Time that all stop to save a checkpoint.")] = "10s",
+    parameters: Annotated[str, of_job("Number of parameters, such as 350M or 1e9.")] = "1e9",
     step_seconds: Annotated[float, of_job("Seconds that a worker computes for a step.")] = 1.0,
     step_deviation: Annotated[
         float, of_job("Standard deviation of these seconds, from step to step.")
@@ -94,14 +97,16 @@ def simulate(
     given: Mapping[str, Any],
     wire: WireName = None,
     gradient_wire: GradientWire = None,
-    seed: Annotated[int, of_output("Of speeds, steps and failures.")] = 0,
-    plot: Annotated[Path | None, of_output("PNG file to draw efficiency over workers in.")] = None,
+    seed: Annotated[int, of_output("Seed of speeds, steps and failures.")] = 0,
+    plot: Annotated[
+        Path | None, of_output("File (png, pdf, svg) for a plot of efficiency over workers.")
+    ] = None,
     as_json: Annotated[bool, of_output("Print JSON instead of tables.", "--json")] = False,
 ) -> None:
     """Tell how each strategy scales to thousands of uneven workers that fail.
 
-    Rounds and bytes are those of `postlocal plan`; docs/scale.md tells what is drawn, what a
-    failure costs, and what is left out.
+    Rounds and bytes are those of `postlocal plan`; docs/scale.md tells what is
+    drawn, what a failure costs, and what is left out.
     """
     check_plot(plot)
     check_size("steps", steps, MOST_STEPS)

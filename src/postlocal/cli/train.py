@@ -30,9 +30,7 @@ def train(
     workers: Annotated[
         int, _run("Workers to start on this machine; under torchrun its own count.")
     ] = _D.workers,
-    node_size: Annotated[
-        int, _run("Workers that count as one node, for levels and gradients.")
-    ] = _D.node_size,
+    node_size: Annotated[int, _run("Workers that count as one node.")] = _D.node_size,
     data: Annotated[
         list[str] | None,
         _run(
@@ -40,13 +38,13 @@ def train(
             show_default="Python's standard library",
         ),
     ] = None,
-    model: Annotated[str, _run(f"Size: {', '.join(SIZES)}.")] = _D.model,
-    seed: Annotated[int, _run("Of data order and initialization.")] = _D.seed,
+    model: Annotated[str, _run(f"Size of the model: {', '.join(SIZES)}.")] = _D.model,
+    seed: Annotated[int, _run("Seed of data order and initialization.")] = _D.seed,
     compare: Annotated[
         str | None,
         _run(
-            "Train under this strategy too, first. It takes the options given that it has, ddp "
-            "fp32 wires; the same strategy takes its defaults."
+            "Train under this strategy first, and compare. It takes those of the given options "
+            "that it has; ddp takes fp32 wires."
         ),
     ] = None,
     link: Annotated[
@@ -63,21 +61,24 @@ def train(
     wire: WireName = None,
     gradient_wire: GradientWire = None,
     optimizer_state: Annotated[
-        str, of_strategy("At a synchronization: keep, average or reset.")
+        str,
+        of_strategy(
+            "What a synchronization does with the optimizer's state: keep, average or reset."
+        ),
     ] = _D.optimizer_state,
     steps: Annotated[int, _fit("Optimizer steps.")] = _D.steps,
-    batch_size: Annotated[int, _fit("Sequences a step for each worker.")] = _D.batch_size,
+    batch_size: Annotated[int, _fit("Sequences that each worker takes in a step.")] = _D.batch_size,
     accumulate: Annotated[
-        int, _fit("Parts that a worker's batch is taken in, to save memory.")
+        int, _fit("Micro-batches that a worker's batch is split into, to save memory.")
     ] = _D.accumulate,
-    sequence_length: Annotated[int, _fit("Bytes a sequence.")] = _D.sequence_length,
+    sequence_length: Annotated[int, _fit("Bytes in a sequence.")] = _D.sequence_length,
     lr: Annotated[float, _fit("Peak learning rate of AdamW.")] = _D.lr,
     lr_warmup: Annotated[
         int | None,
-        _fit("Steps in which it rises.", show_default="a tenth"),
+        _fit("Steps in which the learning rate rises to its peak.", show_default="a tenth"),
     ] = None,
-    weight_decay: Annotated[float, _fit("Of AdamW.")] = _D.weight_decay,
-    clip: Annotated[float, _fit("Largest gradient norm.")] = _D.clip,
+    weight_decay: Annotated[float, _fit("Weight decay of AdamW.")] = _D.weight_decay,
+    clip: Annotated[float, _fit("Norm that gradients are clipped to.")] = _D.clip,
     timeout: Annotated[float, _fit("Seconds to wait for a missing worker.")] = _D.timeout,
     out: Annotated[str, _kept("Folder for all that the run leaves.")] = str(_D.out),
     resume: Annotated[
@@ -98,13 +99,14 @@ def train(
         int | None, _kept("Steps between evaluations.", show_default="a tenth")
     ] = None,
     eval_sequences: Annotated[
-        int, _kept("Held-out sequences an evaluation looks at.")
+        int, _kept("Held-out sequences in an evaluation.")
     ] = _D.eval_sequences,
 ) -> None:
     """Train a language model on bytes of text, with workers that communicate seldom.
 
-    Alone it starts its own workers; under torchrun it joins that world. It leaves config.json,
-    metrics.jsonl, summary.json, loss.png, checkpoints and model.safetensors in the output folder.
+    Alone it starts its own workers; under torchrun it joins that world. It
+    leaves config.json, metrics.jsonl, summary.json, loss.png, checkpoints and
+    model.safetensors in the output folder.
     """
     settings = dict(locals())
     if not out:
