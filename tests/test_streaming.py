@@ -483,6 +483,13 @@ def test_work_is_refused_where_it_is_no_share(work: float) -> None:
         sync.step(work=work)
 
 
+def test_work_is_given_by_name_so_that_a_step_number_is_refused() -> None:
+    model = stack()
+    sync = postlocal.attach(model, OPTIMIZERS["sgd"](model), strategies.local_sgd(4))
+    with pytest.raises(TypeError, match="positional argument"):
+        sync.step(7)  # type: ignore[call-arg]
+
+
 def test_real_ranks_stream_as_threads_do(ranks: Ranks) -> None:
     strategy = replace(streaming(4, delay=2), fragments=fragments.streaming(2, delay=2, mix=0.5))
     real = ranks(2, train, strategy, 9, "adamw", finish=True)
