@@ -66,6 +66,7 @@ class Replica:
         self._places = _places(self.module)
         self._samples = _Samples(self.frozen)
         self._sampled = self._samples.read()
+        self._written = _versions(self.frozen)
 
     def refresh(self) -> str | None:
         """Follow tensors that were moved in memory, and buffers that were assigned anew.
@@ -82,6 +83,8 @@ class Replica:
             self._places = places
             self._samples = _Samples(self.frozen)
         self.moving |= self._samples.differing(self._sampled)
+        # A loop may write to other values than those that are looked at.
+        self.moving |= {name for name, _ in _versions(self.frozen) - self._written}
         return None
 
     def every_parameter(self) -> Iterator[Tensor]:
@@ -198,6 +201,11 @@ def _places(module: nn.Module) -> list[tuple[int, int, bool]]:
         for tensor in chain(layer._parameters.values(), layer._buffers.values())
         if tensor is not None
     ]
+
+
+def _versions(tensors: Mapping[str, Tensor]) -> set[tuple[str, int]]:
+    """What changes where a tensor is written to, except through ``.data``."""
+    return {(n, tensor._version) for n, tensor in tensors.items() if not tensor.is_inference()}
 
 
 class _Samples:
