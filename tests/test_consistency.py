@@ -804,3 +804,40 @@ def states_of_unlike_optimizers(rank: int) -> str:
 def test_a_state_that_only_one_rank_has_is_refused_on_all(ranks: Ranks) -> None:
     for message in ranks(2, states_of_unlike_optimizers):
         assert message.startswith("ranks differ in state of the optimizer: rank 0 has 0 of them")
+
+
+class Cached(nn.Module):
+    """A layer with buffers that grow, and come, as a rank needs them."""
+
+    table: Tensor
+    mask: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+        self.register_buffer("table", torch.ones(2, 4), persistent=False)
+        self.register_buffer("mask", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > len(self.table):
+            self.table = torch.ones(len(x), 4)
+        self.mask = torch.ones(4)
+        y: Tensor = self.layer(x) * self.table[: len(x)] * self.mask
+        return y
+
+
+def test_buffers_that_a_rank_keeps_for_itself_may_grow_and_come() -> None:
+    for name, ignored in (("table", ["mask"]), ("mask", ["table"]), ("", ["table", "mask"])):
+        model = Cached()
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
+            model, ignored
+        )
+        optimizer = sgd(model)
+        sync = postlocal.attach(model, optimizer, strategies.diloco(2))
+        for x, y in batches(0, 1):
+            train_step(model, optimizer, x, y)
+        if not name:
+            sync.finish()
+            continue
+        with pytest.raises(ModelChangedError, match=rf"'{name}' was .* keeps for itself"):
+            sync.finish()

@@ -124,10 +124,12 @@ class Replica:
             if name not in present:
                 return f"{name!r} was in the model at attach and is not any more"
         for name, tensor in present.items():
+            hint = "" if isinstance(tensor, nn.Parameter) else _CACHE
             if name not in self._kinds:
-                return f"{name!r} was not in the model at attach, or shared memory with another"
+                new = "was not in the model at attach, or shared memory with another"
+                return f"{name!r} {new}{hint}"
             if (kind := _kind(tensor)) != self._kinds[name]:
-                return f"{name!r} was {self._kinds[name]} at attach and is {kind} now"
+                return f"{name!r} was {self._kinds[name]} at attach and is {kind} now{hint}"
         return None
 
     def _other_object(self, present: Mapping[str, Tensor]) -> str | None:
@@ -185,6 +187,11 @@ def others(tensors: Iterable[Tensor]) -> list[Tensor]:
 _FIX = (
     "call sync.finish() and sync.close() before such a change, and attach again after it, with a "
     "new DistributedDataParallel if there is one"
+)
+_CACHE = (
+    "; a buffer that each rank keeps for itself, such as a cache, is left alone where it was named "
+    "before attach in DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, "
+    "names)"
 )
 _SAMPLE = 4  # values of a frozen parameter that are looked at: an average of others moves them all
 
