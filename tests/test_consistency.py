@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -668,3 +669,175 @@ def test_a_rank_that_ends_where_replicas_agree_is_told_apart_from_those_that_go_
 ) -> None:
     for message in ranks(2, end_early):
         assert "rank 1 of the group has taken 4 steps, rank 0 8" in message
+
+
+class Codebook(nn.Module):
+    """A layer, and frozen codes that each rank moves by its own data, some rows at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+        self.codes = nn.Parameter(torch.zeros(16, 4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        with torch.no_grad():
+            self.codes[5].lerp_(y.detach().mean(0), 0.1)
+        return y + self.codes[5]
+
+
+def train_codebook(rank: int, strategy: Strategy, steps: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Codebook())
+    optimizer = torch.optim.SGD(model.module.layer.parameters(), lr=0.1)
+    sync = postlocal.attach(model, optimizer, strategy)
+    for x, y in batches(rank, steps):
+        train_step(model, optimizer, x, y)
+        sync.step()
+    sync.finish()
+    return values(model)
+
+
+@pytest.mark.parametrize("steps", [2, 7])
+@pytest.mark.parametrize(
+    "strategy",
+    [strategies.local_sgd(2), strategies.post_local_sgd(3, 2, "rank"), strategies.edit(2, 3)],
+    ids=["local", "warm-up", "warm-up and anchor"],
+)
+def test_frozen_parameters_that_ranks_write_to_in_places_are_equal_at_the_end(
+    ranks: Ranks, strategy: Strategy, steps: int
+) -> None:
+    one, other = ranks(2, train_codebook, strategy, steps)
+    assert equal(one, other)
+    assert one[0][5].abs().sum() > 0
+
+
+def start_frozen_apart(rank: int, strategy: Strategy) -> tuple[list[Tensor], set[str]]:
+    model = DistributedDataParallel(Target("lerp"))
+    with torch.no_grad():
+        model.module.fixed.weight.add_(rank)
+    optimizer = adamw(model.module.online)
+    sync = postlocal.attach(model, optimizer, strategy, timeout=10)
+    for x, y in batches(rank, 7):
+        train_step(model, optimizer, x, y)
+        sync.step()
+    sync.finish()
+    return values(model), sync.replica.moving
+
+
+@pytest.mark.parametrize("strategy", [strategies.diloco(2), strategies.edit(2, warmup=3)])
+def test_frozen_parameters_that_attach_made_equal_are_not_written_to(
+    ranks: Ranks, strategy: Strategy
+) -> None:
+    (one, moving), (other, also) = ranks(2, start_frozen_apart, strategy)
+    assert equal(one, other)
+    assert moving == also == set()
+
+
+def synchronous_after_local(rank: int, lr: float, initial: Any) -> tuple[list[Tensor], str]:
+    """Local rounds leave each rank its own state of the optimizer."""
+    model = DistributedDataParallel(mlp())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    for strategy in (strategies.diloco(2), strategies.ddp()):
+        try:
+            sync = postlocal.attach(model, optimizer, strategy, initial=initial)
+        except DisagreementError as error:
+            return values(model), str(error)
+        for x, y in batches(rank, 20 if strategy == strategies.ddp() else 5):
+            train_step(model, optimizer, x, y)
+            sync.step()
+        sync.finish()
+        sync.close()
+    return values(model), ""
+
+
+@pytest.mark.parametrize("lr", [1e-2, 1e-4])
+def test_averaged_gradients_after_local_rounds_start_from_one_state_of_the_optimizer(
+    ranks: Ranks, lr: float
+) -> None:
+    (one, _), (other, _) = ranks(2, synchronous_after_local, lr, "broadcast")
+    assert equal(one, other)
+
+
+def test_states_of_optimizers_that_differ_are_refused_if_asked(ranks: Ranks) -> None:
+    for _, message in ranks(2, synchronous_after_local, 1e-3, "refuse"):
+        assert message.startswith(
+            "ranks differ in the state of the optimizer: exp_avg of 0.weight; start from equal"
+        )
+
+
+def resume_synchronously(rank: int, folder: Path) -> list[Tensor]:
+    for strategy in (strategies.diloco(2), strategies.ddp()):
+        model = DistributedDataParallel(mlp())
+        optimizer = adamw(model)
+        sync = postlocal.attach(model, optimizer, strategy)
+        checkpoint.restore(folder, sync, on_strategy_change="restart")
+        for x, y in batches(rank, 5):
+            train_step(model, optimizer, x, y)
+            sync.step()
+        checkpoint.save(folder, sync)
+        sync.finish()
+    return values(model)
+
+
+def test_a_resume_with_averaged_gradients_starts_from_one_state_of_the_optimizer(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    one, other = ranks(2, resume_synchronously, tmp_path)
+    assert equal(one, other)
+
+
+def states_of_unlike_optimizers(rank: int) -> str:
+    model = DistributedDataParallel(mlp())
+    optimizer = adamw(model)
+    if rank == 1:
+        for x, y in batches(0, 1):
+            with model.no_sync():
+                train_step(model, optimizer, x, y)
+    try:
+        postlocal.attach(model, optimizer, strategies.ddp())
+    except DisagreementError as error:
+        return str(error)
+    return ""
+
+
+def test_a_state_that_only_one_rank_has_is_refused_on_all(ranks: Ranks) -> None:
+    for message in ranks(2, states_of_unlike_optimizers):
+        assert message.startswith("ranks differ in state of the optimizer: rank 0 has 0 of them")
+
+
+class Cached(nn.Module):
+    """A layer with buffers that grow, and come, as a rank needs them."""
+
+    table: Tensor
+    mask: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+        self.register_buffer("table", torch.ones(2, 4), persistent=False)
+        self.register_buffer("mask", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > len(self.table):
+            self.table = torch.ones(len(x), 4)
+        self.mask = torch.ones(4)
+        y: Tensor = self.layer(x) * self.table[: len(x)] * self.mask
+        return y
+
+
+def test_buffers_that_a_rank_keeps_for_itself_may_grow_and_come() -> None:
+    for name, ignored in (("table", ["mask"]), ("mask", ["table"]), ("", ["table", "mask"])):
+        model = Cached()
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
+            model, ignored
+        )
+        optimizer = sgd(model)
+        sync = postlocal.attach(model, optimizer, strategies.diloco(2))
+        for x, y in batches(0, 1):
+            train_step(model, optimizer, x, y)
+        if not name:
+            sync.finish()
+            continue
+        with pytest.raises(ModelChangedError, match=rf"'{name}' was .* keeps for itself"):
+            sync.finish()

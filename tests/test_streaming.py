@@ -479,7 +479,7 @@ def test_replicas_that_all_did_nothing_are_averaged_as_ever() -> None:
 def test_work_is_refused_where_it_is_no_share(work: float) -> None:
     model = stack()
     sync = postlocal.attach(model, OPTIMIZERS["sgd"](model), strategies.local_sgd(4))
-    with pytest.raises(ValueError, match="work must be a share of a step, at least 0"):
+    with pytest.raises(ValueError, match="work must be a"):
         sync.step(work=work)
 
 

@@ -1,12 +1,16 @@
 """Attaching a strategy, and what a mistake on one rank or all of them leads to."""
 
+import copy
 import logging
+import math
 import re
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +25,7 @@ from postlocal import (
     DisagreementError,
     PeerError,
     Strategy,
+    checkpoint,
     guard,
     outer,
     schedule,
@@ -488,3 +493,125 @@ def test_a_clock_says_in_words_what_it_did(ranks: Ranks) -> None:
     assert "after step 2 replicas part: rounds of local steps begin" in said
     assert any(line.startswith("synchronized: step 6, world: ") for line in said)
     assert not elsewhere, "one rank speaks for all"
+
+
+def drifted(period: int = 4) -> tuple[nn.Module, postlocal.Sync]:
+    """A model and its clock in the middle of a round."""
+    model = mlp()
+    sync = attach(model, strategies.diloco(period))
+    for x, y in batches(0, 2):
+        train_step(model, sync.inner.optimizer, x, y)
+        sync.step()
+    return model, sync
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda sync, _: sync.step(),
+        lambda sync, _: sync.finish(),
+        lambda sync, _: sync.state_dict(),
+        lambda sync, _: sync.load_state_dict({}),
+        lambda sync, folder: checkpoint.save(folder, sync),
+        lambda sync, folder: checkpoint.restore(folder, sync),
+    ],
+    ids=["step", "finish", "state_dict", "load_state_dict", "save", "restore"],
+)
+def test_nothing_is_synchronized_or_saved_while_the_model_holds_agreed_parameters(
+    call: Callable[[postlocal.Sync, Path], object], tmp_path: Path
+) -> None:
+    model, sync = drifted()
+    own = values(model)
+    with sync.agreed_parameters():
+        assert not equal(values(model), own)
+        with pytest.raises(RuntimeError, match=r"inside sync.agreed_parameters\(\), where"):
+            call(sync, tmp_path)
+    assert equal(values(model), own)
+    sync.step()
+
+
+def save_within(rank: int, folder: Path) -> str:
+    """One rank alone saves within the block."""
+    _, sync = drifted()
+    try:
+        with sync.agreed_parameters() if rank == 0 else nullcontext():
+            checkpoint.save(folder, sync)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_saves_agreed_parameters_is_named_on_all(ranks: Ranks, tmp_path: Path) -> None:
+    for message in ranks(2, save_within, tmp_path):
+        assert "called inside sync.agreed_parameters()" in message
+    assert not list(tmp_path.glob("step-*"))
+
+
+@pytest.mark.parametrize("work", ["1", None, torch.ones(1), -1, math.nan, math.inf])
+def test_work_that_is_no_share_of_a_step_is_refused_and_not_counted(work: Any) -> None:
+    sync = attach(mlp(), strategies.local_sgd(2))
+    with pytest.raises((TypeError, ValueError), match="work must be a"):
+        sync.step(work=work)
+    assert sync.steps == 0
+
+
+WRONG_STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "nothing": (lambda state: None, "state must be what state_dict() of a Sync gave, got None"),
+    "of a model": (lambda state: mlp().state_dict(), "got one without 'strategy'"),
+    "cut": (lambda state: {**state, "fragments": []}, "state is of another model"),
+    "of another model": (
+        lambda state: attach(nn.Linear(1, 4), strategies.diloco(4)).state_dict(),
+        "state is of another model: names or shapes",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["load_state_dict", "restart"])
+@pytest.mark.parametrize("name", WRONG_STATES)
+def test_what_is_no_state_of_the_clock_is_refused_and_changes_nothing(
+    name: str, method: str
+) -> None:
+    make, message = WRONG_STATES[name]
+    model, sync = drifted()
+    before, own = copy.deepcopy(sync.state_dict()["fragments"]), values(model)
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        getattr(sync, method)(make(sync.state_dict()))
+    assert sync.steps == 2
+    assert equal(values(model), own)
+    after = sync.state_dict()["fragments"]
+    for one, other in zip(before, after, strict=True):
+        tensors = (list(state["anchor"]["tensors"].values()) for state in (one, other))
+        assert equal(*tensors)
+
+
+def test_a_checkpoint_of_a_closed_clock_or_of_none_is_refused(tmp_path: Path) -> None:
+    model, sync = drifted()
+    for call in (checkpoint.save, checkpoint.restore):
+        with pytest.raises(TypeError, match="sync must be the Sync that"):
+            call(tmp_path, model)  # type: ignore[arg-type]
+    sync.close()
+    for call in (checkpoint.save, checkpoint.restore):
+        with pytest.raises(RuntimeError, match=rf"call checkpoint.{call.__name__} before"):
+            call(tmp_path, sync)
+
+
+def test_a_model_has_one_clock_at_a_time() -> None:
+    model: Any = mlp()
+    first = attach(model, strategies.diloco(4))
+    second = postlocal.attach(model, sgd(model[2]), strategies.diloco(4))
+    for call in (first.step, first.finish, first.state_dict):
+        with pytest.raises(RuntimeError, match="the model was attached again since"):
+            call()
+    first.close()
+    second.step()
+    second.close()
+
+
+def test_two_parts_of_a_model_are_attached_side_by_side() -> None:
+    model: Any = mlp()
+    one, other = (attach(part, strategies.diloco(2)) for part in (model[0], model[2]))
+    for x, y in batches(0, 4):
+        train_step(model, one.inner.optimizer, x, y)
+        one.step()
+        other.step()
+    assert one.steps == other.steps == 4

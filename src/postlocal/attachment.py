@@ -8,7 +8,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
+from threading import Lock
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch.distributed as dist
 from torch import nn
@@ -18,6 +20,7 @@ from torch.optim import Optimizer
 from postlocal import agreement, fragments, group, kinds, outer, schedule
 from postlocal.checks import choice, optional, seconds
 from postlocal.codec import kernels
+from postlocal.consistency import take_first_
 from postlocal.errors import DisagreementError
 from postlocal.flight import Fragment
 from postlocal.gradients import Local, Reduced, check_ddp
@@ -43,6 +46,8 @@ from postlocal.wrappers import check_model, check_optimizer, find_ddp
 logger = logging.getLogger("postlocal")
 
 _LONGEST_SECONDS = 1e7  # that a timeout may have: sixteen weeks, and far from any overflow
+_attached: WeakSet[Sync] = WeakSet()
+_lock = Lock()  # ranks may be threads
 _LARGE = 2**23  # parameters for which compiled codecs are worth their half a minute
 
 
@@ -75,7 +80,8 @@ def attach(
         process_group: the replicas; None: torch's default group, or one rank alone where torch
             has none. A group of `postlocal.virtual` works too.
         initial: what to do with parameters and buffers that differ between ranks: take rank 0's,
-            or raise.
+            or raise. The same holds for the optimizer's state where gradients are averaged over
+            all ranks from the first step on.
         timeout: seconds that a synchronization waits for a missing rank, at most 1e7; None: as
             long as ``process_group`` does. `attach` itself always waits as long as that.
 
@@ -129,12 +135,15 @@ def attach(
             opened.callback(where.close)
             where.use(loop.first.gradients)
         _agree_on_start(layout[WORLD], loop.replica, initial)
+        if loop.first.gradients == WORLD:
+            _agree_on_state(layout[WORLD], loop.replica, loop.inner, initial)
         with agreement.together(everyone):
             pieces = _pieces(loop, layout)
             sync = Sync(strategy, loop.replica, loop.inner, layout, where, meter, pieces)
             opened.pop_all()
             opened.callback(sync.close)
         opened.pop_all()
+    _take_over(sync)
     if everyone.rank == 0:
         _warn_of_one_group(strategy, loop.partitions)
         logger.info("attached: %r; %s; %s", sync, loop.replica, loop.inner)
@@ -349,8 +358,36 @@ def _describe(ddp: DistributedDataParallel | None) -> str:
     return f"DistributedDataParallel({values})"
 
 
+def _take_over(sync: Sync) -> None:
+    """Have earlier clocks of the same parameters refuse to go on: two would undo each other."""
+    taken = {id(parameter) for parameter in sync.replica.parameters.values()}
+    with _lock:
+        for earlier in _attached:
+            held = {id(parameter) for parameter in earlier.replica.parameters.values()}
+            if held & taken and not earlier.closed:
+                earlier.give_way()
+        _attached.add(sync)
+
+
+def _agree_on_state(group: Group, replica: Replica, inner: Inner, initial: str) -> None:
+    """Where gradients are averaged from the start, equal replicas need equal optimizers."""
+    agreement.check(group, {"state of the optimizer": inner.describe()})
+    device = next(iter(replica.parameters.values())).device
+    differing = take_first_(group, inner.tensors, device)
+    if differing and initial == "refuse":
+        raise DisagreementError(
+            f"ranks differ in the state of the optimizer: {differing[0]}; start from equal states, "
+            "or pass initial='broadcast'"
+        )
+    if differing and group.rank == 0:
+        logger.info(
+            "states of the optimizer differed, as after rounds of local steps, and are rank 0's now"
+        )
+
+
 def _agree_on_start(group: Group, replica: Replica, initial: str) -> None:
     differing = agreement.same_values_(group, replica.tensors)
+    replica.mark()
     if initial == "broadcast":
         return
     for rank, names in enumerate(group.all_gather_object(differing)):

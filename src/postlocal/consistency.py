@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from postlocal.agreement import raise_together, ranks_named, same_values_
-from postlocal.ballot import Ballot, Vote
+from postlocal.ballot import Ballot, Vote, layout_number
 from postlocal.errors import DisagreementError
 from postlocal.group import Group
 from postlocal.tensors import flat_view
@@ -75,6 +75,7 @@ def check_equal_(
     vote: Vote = _NOTHING,
     modules: int = 0,
     problem: str | None = None,
+    moving: set[str] | None = None,
 ) -> int:
     """Check that all ranks hold equal values; collective, and one ballot where they do.
 
@@ -90,6 +91,8 @@ def check_equal_(
         modules: number of squared norms in ballots of the group: a rank that synchronizes while
             another compares is then told that their steps differ.
         problem: what is wrong with the model of this rank, if anything is.
+        moving: names of tensors that this rank writes to by itself, which may differ; those of all
+            ranks afterwards.
 
     Returns:
         Bytes of payload that this rank sent, where values were equal.
@@ -105,15 +108,22 @@ def check_equal_(
             raise_together(group, problem)
         return 0
     prints = {name: fingerprint(tensor) for name, tensor in tensors.items()}
-    number = contents_number(prints.values())
-    vote = replace(vote, fingerprint=number, changed=problem is not None)
+    moving = set() if moving is None else moving
+    vote = replace(
+        vote,
+        fingerprint=contents_number(prints.values()),
+        moving=layout_number(sorted(moving)),
+        changed=problem is not None,
+    )
     device = next(iter(tensors.values())).device
     ballot = Ballot(group, device, vote, [0.0] * modules, problem)
     ballot.check_models()
-    if ballot.unanimous("fingerprint"):
+    if ballot.unanimous("fingerprint") and ballot.unanimous("moving"):
         return ballot.payload_bytes
-    everyones = group.all_gather_object(prints)
-    differing = [n for n in tensors if any(theirs[n] != everyones[0][n] for theirs in everyones)]
+    moving.update(*group.all_gather_object(moving))
+    differing = [name for name in _differing(group, prints) if name not in moving]
+    if not differing:
+        return ballot.payload_bytes
     distances = _distances(group, {name: tensors[name] for name in differing})
     worst = max(max(theirs.values()) for theirs in distances)
     if worst <= _ROUNDING:
@@ -128,6 +138,35 @@ def check_equal_(
     raise DisagreementError(
         f"ranks hold different values although {claim}: {_shown(differing, distances)}; {advice}"
     )
+
+
+def take_first_(group: Group, tensors: Mapping[str, Tensor], device: torch.device) -> list[str]:
+    """Take rank 0's values of tensors that differ between ranks; the others are not sent.
+
+    Args:
+        group: the ranks; collective.
+        tensors: of the same names, shapes and dtypes on all ranks; changed in place.
+        device: where collectives of the group take tensors from.
+
+    Returns:
+        Names of the tensors that differed on any rank.
+    """
+    if group.size == 1:
+        return []
+    differing = _differing(group, {name: fingerprint(t) for name, t in tensors.items()})
+    with torch.no_grad():
+        for name in differing:
+            tensor = tensors[name]
+            first = tensor.to(device, copy=True, memory_format=torch.contiguous_format)
+            group.broadcast(first.view(-1).view(torch.uint8)).wait()
+            tensor.copy_(first)
+    return differing
+
+
+def _differing(group: Group, prints: Mapping[str, bytes]) -> list[str]:
+    """Names of the fingerprints that are not the same on all ranks; collective."""
+    everyones = group.all_gather_object(dict(prints))
+    return [n for n in prints if any(theirs[n] != everyones[0][n] for theirs in everyones)]
 
 
 def _distances(group: Group, tensors: Mapping[str, Tensor]) -> list[dict[str, float]]:

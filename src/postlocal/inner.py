@@ -89,6 +89,11 @@ class Inner:
         known = [float(lr) for lr in given if isinstance(lr, Real | Tensor)]
         return max(known, default=math.nan)
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of its state, by what they are and the parameter's name."""
+        return {f"{key} of {name}": tensor for name, key, tensor in self._state()}
+
     def describe(self) -> list[str]:
         """One line for each tensor of its state, in the order in which `average_` takes them."""
         return [

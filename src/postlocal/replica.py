@@ -66,6 +66,7 @@ class Replica:
         self._places = _places(self.module)
         self._samples = _Samples(self.frozen)
         self._sampled = self._samples.read()
+        self._written = _versions(self.frozen)
 
     def refresh(self) -> str | None:
         """Follow tensors that were moved in memory, and buffers that were assigned anew.
@@ -82,6 +83,8 @@ class Replica:
             self._places = places
             self._samples = _Samples(self.frozen)
         self.moving |= self._samples.differing(self._sampled)
+        # A loop may write to other values than those that are looked at.
+        self.moving |= {name for name, _ in _versions(self.frozen) - self._written}
         return None
 
     def every_parameter(self) -> Iterator[Tensor]:
@@ -121,10 +124,12 @@ class Replica:
             if name not in present:
                 return f"{name!r} was in the model at attach and is not any more"
         for name, tensor in present.items():
+            hint = "" if isinstance(tensor, nn.Parameter) else _CACHE
             if name not in self._kinds:
-                return f"{name!r} was not in the model at attach, or shared memory with another"
+                new = "was not in the model at attach, or shared memory with another"
+                return f"{name!r} {new}{hint}"
             if (kind := _kind(tensor)) != self._kinds[name]:
-                return f"{name!r} was {self._kinds[name]} at attach and is {kind} now"
+                return f"{name!r} was {self._kinds[name]} at attach and is {kind} now{hint}"
         return None
 
     def _other_object(self, present: Mapping[str, Tensor]) -> str | None:
@@ -183,6 +188,11 @@ _FIX = (
     "call sync.finish() and sync.close() before such a change, and attach again after it, with a "
     "new DistributedDataParallel if there is one"
 )
+_CACHE = (
+    "; a buffer that each rank keeps for itself, such as a cache, is left alone where it was named "
+    "before attach in DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, "
+    "names)"
+)
 _SAMPLE = 4  # values of a frozen parameter that are looked at: an average of others moves them all
 
 
@@ -198,6 +208,11 @@ def _places(module: nn.Module) -> list[tuple[int, int, bool]]:
         for tensor in chain(layer._parameters.values(), layer._buffers.values())
         if tensor is not None
     ]
+
+
+def _versions(tensors: Mapping[str, Tensor]) -> set[tuple[str, int]]:
+    """What changes where a tensor is written to, except through ``.data``."""
+    return {(n, tensor._version) for n, tensor in tensors.items() if not tensor.is_inference()}
 
 
 class _Samples:

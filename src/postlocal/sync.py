@@ -14,6 +14,7 @@ from postlocal import fragments, schedule
 from postlocal.agreed import Agreed, copy_, put_back
 from postlocal.agreement import same_values_
 from postlocal.ballot import Vote, layout_number
+from postlocal.checks import number, shown
 from postlocal.consistency import check_equal_, contents_number, fingerprint
 from postlocal.courier import Courier
 from postlocal.errors import ModelChangedError
@@ -31,8 +32,9 @@ from postlocal.wrappers import gradients_reduced_elsewhere
 logger = logging.getLogger("postlocal")
 
 _ADVICE = (
-    "call sync.step() on every rank after each optimizer step, and the DistributedDataParallel "
-    "object in every forward pass, not the module inside it"
+    "call sync.step() on every rank after each optimizer step, start from equal states of the "
+    "optimizer, and call the DistributedDataParallel object in every forward pass, not the module "
+    "inside it"
 )
 
 
@@ -83,6 +85,8 @@ class Sync:
         self._compared = False
         self._perhaps_equal = True  # not seen apart after local steps, nor told of
         self._closed = False
+        self._lent = 0
+        self._gave_way = False
         self._begin(self._plan())
 
     def __repr__(self) -> str:
@@ -109,6 +113,11 @@ class Sync:
     def round(self) -> Round:
         """The round under way."""
         return self._round
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
 
     @property
     def agreed(self) -> bool:
@@ -139,13 +148,14 @@ class Sync:
             ModelChangedError: if the model or the optimizer was changed so that it cannot be
                 synchronized any more.
             NonFiniteError: if every replica is non-finite and the strategy has no anchor.
-            RuntimeError: if called inside ``model.no_sync()``.
+            RuntimeError: if called inside ``model.no_sync()`` or `agreed_parameters`, or after
+                `close`.
+            TypeError: if ``work`` is no number.
             ValueError: if ``work`` is negative or not finite.
         """
         self._check_open()
         self._gradients.check()
-        if not 0 <= work < math.inf:
-            raise ValueError(f"work must be a share of a step, at least 0, got {work}")
+        work = number("work", work, least=0)
         self._steps += 1
         self._work += work
         self._lr = max(self._lr, self.inner.lr)
@@ -177,7 +187,7 @@ class Sync:
         self._land_launched_until(self._steps)
         if self._lockstep:
             self._compare()
-            self._share_buffers(self.replica.buffers)
+            self._share_buffers(self.replica.averaged)
         elif self._steps != self._agreed.step:
             for fragment in self._fragments:
                 if self.strategy.streams and fragment.since == self._steps:
@@ -195,7 +205,9 @@ class Sync:
         """A ``with`` block in which the model holds parameters and buffers last agreed on.
 
         These are what a strategy with fragments, delay or mix is evaluated on: its replicas are
-        never all equal before `finish`. It needs memory for a second copy of the parameters.
+        never all equal before `finish`. It needs memory for a second copy of the parameters. This
+        rank's own values are back after the block: nothing can be synchronized, saved or loaded
+        within it, and what is written to parameters there is lost.
 
         Raises:
             RuntimeError: if replicas have gone apart and the strategy keeps no anchor.
@@ -226,7 +238,11 @@ class Sync:
         with put_back([*parameters, *buffers]):
             self._give_anchor(*self._fragments)
             copy_(buffers, list(self._agreed.buffers.values()))
-            yield
+            self._lent += 1
+            try:
+                yield
+            finally:
+                self._lent -= 1
 
     def follow_model(self) -> str | None:
         """Follow what may change in the model and the optimizer; on this rank alone.
@@ -257,18 +273,41 @@ class Sync:
         self._gradients.close()
         self.layout.close()
 
+    def give_way(self) -> None:
+        """Refuse to go on, since the model has come under another clock; `close` is still due."""
+        self._gave_way = True
+
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this Sync was closed: attach again to go on under a strategy")
+        self._check_own()
+
+    def _check_own(self) -> None:
+        """That the model holds what this rank trains, under this clock alone."""
+        if self._gave_way:
+            raise RuntimeError(
+                "the model was attached again since, and two clocks would undo each other: call "
+                "the newer Sync alone; where a model has several optimizers, attach to each "
+                "optimizer's own part of the model"
+            )
+        if self._lent:
+            raise RuntimeError(
+                "called inside sync.agreed_parameters(), where the model does not hold what this "
+                "rank trains: step, finish, save and load after the with block"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume in the middle of a round needs beside the model and the optimizer.
 
         Local to this rank and not copied. It waits for what is under way; calling it changes
         nothing.
+
+        Raises:
+            RuntimeError: if called inside `agreed_parameters`.
         """
         for flight in self._flights:
             flight.wait()
+        self._check_own()
         return {
             "strategy": self.strategy.fingerprint,
             "steps": self._steps,
@@ -298,9 +337,12 @@ class Sync:
         The model and the optimizer are loaded by the caller; `postlocal.checkpoint` does it all.
 
         Raises:
-            ValueError: if the state is that of another strategy.
+            TypeError: if ``state`` is no mapping.
+            ValueError: if it is nothing that `state_dict` gave, or that of another strategy or
+                model; nothing was changed.
         """
         self._check_open()
+        self._check_state(state)
         self._load_clock(state)
         self._gradients.load_state_dict(state["gradients"])
         for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
@@ -320,8 +362,12 @@ class Sync:
 
         Args:
             state: the `state_dict` of any of the ranks that saved it.
+
+        Raises:
+            TypeError, ValueError: as `load_state_dict` does.
         """
         self._check_open()
+        self._check_state(state)
         self._load_clock(state)
         for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
             if fragment.anchor is not None:
@@ -335,11 +381,27 @@ class Sync:
         self._agreed.note(self._steps)
         self._begin(self._adapt(self._plan(), math.nan))
 
-    def _load_clock(self, state: Mapping[str, Any]) -> None:
+    def _check_state(self, state: Any) -> None:
+        """Refuse what is no state of this clock, before anything is changed."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be what state_dict() of a Sync gave, got {shown(state)}")
+        missing = [key for key in self.state_dict() if key not in state]
+        if missing:
+            raise ValueError(
+                f"state must be what state_dict() of a Sync gave, got one without {missing[0]!r}"
+            )
         if state["strategy"] != self.strategy.fingerprint:
             raise ValueError(
                 f"state is of strategy {state['strategy']}, this is {self.strategy.fingerprint}"
             )
+        saved = [_shapes(fragment["anchor"]) for fragment in state["fragments"]]
+        if saved != [_shapes(fragment.state_dict()["anchor"]) for fragment in self._fragments]:
+            raise ValueError(
+                "state is of another model: names or shapes of its parameters are not those that "
+                "attach was given; load it into a Sync of the model that it was saved with"
+            )
+
+    def _load_clock(self, state: Mapping[str, Any]) -> None:
         while self._flights:  # of what was before
             flight = self._flights.popleft()
             flight.wait()
@@ -413,7 +475,10 @@ class Sync:
         world.arrive(self._steps)
         vote = Vote(step=self._steps, lr=self.inner.lr)
         with self.meter.waiting():
-            sent = check_equal_(world, tensors, claim, _ADVICE, vote, len(first.modules), problem)
+            sent = check_equal_(
+                world, tensors, claim, _ADVICE, vote, len(first.modules), problem,
+                self.replica.moving,
+            )  # fmt: skip
         self.meter.count("control", sent)
 
     def _say(self, message: str, *values: object) -> None:
@@ -597,3 +662,8 @@ class Sync:
             for fragment in chosen:
                 if fragment.anchor is not None:
                     fragment.anchor.give()
+
+
+def _shapes(anchor: Mapping[str, Any] | None) -> dict[str, torch.Size]:
+    tensors = {} if anchor is None else anchor["tensors"]
+    return {name: tensor.shape for name, tensor in tensors.items()}

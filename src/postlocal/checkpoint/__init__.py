@@ -28,7 +28,7 @@ from postlocal.agreement import check, together
 from postlocal.checkpoint import reading, writing
 from postlocal.checkpoint.folder import Damaged, Place, Sharing, locate
 from postlocal.checkpoint.ranks import on_all_ranks
-from postlocal.checks import choice
+from postlocal.checks import choice, shown
 from postlocal.errors import CheckpointError, PeerError
 from postlocal.group import Alone, Group, Processes
 from postlocal.packing import pack
@@ -86,7 +86,9 @@ def save(
     Raises:
         ValueError: if ``keep`` or ``layout`` is out of its range, or the group is neither
             processes nor alone.
-        TypeError: if ``extra`` holds what cannot be stored; the message names where.
+        TypeError: if ``extra`` holds what cannot be stored; the message names where. If ``sync``
+            is of another type.
+        RuntimeError: if ``sync`` was closed, or lends the model in ``agreed_parameters``.
         DisagreementError: if that is so on another rank, or ranks differ in steps or arguments.
         CheckpointError: on every rank, if any could not write its part, does not see what rank 0
             writes, or changed the model so that it cannot be synchronized.
@@ -105,8 +107,7 @@ def save(
         ...     path.name, list(checkpoint.restore(folder, sync).extra)
         ('step-00000000', ['rng'])
     """
-    group = sync.layout[WORLD]
-    _meet(sync, "save", f"the checkpoint after step {sync.steps}")
+    group = _meet(sync, "save", "the checkpoint after step {}")
     on_all_ranks(group, lambda: writing.follow_model(sync), "cannot save the model:")
     with together(group):
         _check_choices(group, keep, layout)
@@ -157,15 +158,15 @@ def restore(
         What was loaded; None if there was nothing to load and ``missing`` is ``"start"``.
 
     Raises:
-        ValueError: if an argument is bad.
+        TypeError, ValueError: if an argument is bad.
+        RuntimeError: if ``sync`` was closed, or lends the model in ``agreed_parameters``.
         CheckpointError: on every rank: if the folder is there, and no checkpoint in it can be
             loaded; if a checkpoint asked for is not there; if it is of another model, optimizer or
             strategy, or was saved in another format; if ranks see different folders.
         DisagreementError: if ranks differ in arguments.
         PeerError: if a rank does not call it within the timeout given to `attach`.
     """
-    group = sync.layout[WORLD]
-    _meet(sync, "restore", f"restore after step {sync.steps}")
+    group = _meet(sync, "restore", "restore after step {}")
     with together(group):
         choice("missing", missing, ("start", "raise"))
         choice("on_strategy_change", on_strategy_change, ("refuse", "restart"))
@@ -206,12 +207,19 @@ def _check_choices(group: Group, keep: object, layout: object) -> None:
         )
 
 
-def _meet(sync: Sync, function: str, place: str) -> None:
+def _meet(sync: object, function: str, place: str) -> Group:
     """Wait for all ranks, and for what is under way, before the first collective."""
+    if not isinstance(sync, Sync):
+        raise TypeError(f"sync must be the Sync that postlocal.attach returned, got {shown(sync)}")
+    if sync.closed:
+        raise RuntimeError(f"this Sync was closed: call checkpoint.{function} before sync.close()")
     try:
-        sync.layout[WORLD].meet(sync.steps, place)
+        sync.layout[WORLD].meet(sync.steps, place.format(sync.steps))
     except PeerError as error:
         raise PeerError(
             f"{error}: checkpoint.{function} is collective, call it on every rank"
         ) from None
-    sync.state_dict()  # a thread may still exchange fragments over the same group
+    group = sync.layout[WORLD]
+    with together(group):
+        sync.state_dict()  # a thread may still exchange fragments over the same group
+    return group

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from postlocal.agreement import check
 from postlocal.checkpoint import agreed, matching, tensors
 from postlocal.checkpoint import folder as folders
 from postlocal.checkpoint.folder import INDEX, Place, Seen
 from postlocal.checkpoint.ranks import by_words, on_all_ranks
 from postlocal.checkpoint.writing import follow_model
+from postlocal.consistency import take_first_
 from postlocal.errors import CheckpointError
 from postlocal.group import Group
 from postlocal.packing import keys, unpack
@@ -121,13 +123,23 @@ def apply(sync: Sync, saved: Saved, change: bool) -> None:
         _log(sync, saved, words, values)
     with torch.no_grad():
         on_all_ranks(group, lambda: _load(sync, state, model), f"{name} was loaded in part only:")
-        if changed:
-            keep = _same_outer(sync, saved)
-            sync.restart(agreed.restarted(sync, state["sync"], model, keep))
-        elif world != group.size:
-            sync.restart(state["sync"])
-        else:
+        if not changed and world == group.size:
             sync.load_state_dict(state["sync"])
+            return
+        clock = state["sync"]
+        if changed:
+            clock = agreed.restarted(sync, clock, model, _same_outer(sync, saved))
+        _restart(sync, clock, group)
+
+
+def _restart(sync: Sync, clock: Mapping[str, Any], group: Group) -> None:
+    """Start a new round; replicas that stay equal in it get equal states of the optimizer."""
+    sync.restart(clock)
+    if sync.round.gradients != WORLD:
+        return
+    check(group, {"state of the optimizer": sync.inner.describe()})
+    device = next(iter(sync.replica.parameters.values())).device
+    take_first_(group, sync.inner.tensors, device)
 
 
 def _load(sync: Sync, state: Mapping[str, Any], model: Mapping[str, Tensor]) -> None:
