@@ -1,5 +1,6 @@
 """Models, data and loops that the distributed tests share."""
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -100,6 +101,18 @@ def train(
         history.append(values(model))
     sync.close()
     return history
+
+
+def listen() -> list[str]:
+    """What is logged from here on, as it comes."""
+    said: list[str] = []
+
+    class Listen(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logging.getLogger("postlocal").addHandler(Listen())
+    return said
 
 
 def equal(left: list[Tensor], right: list[Tensor]) -> bool:

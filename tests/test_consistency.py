@@ -20,7 +20,7 @@ from postlocal.consistency import check_equal_, fingerprint
 from postlocal.group import Group
 from postlocal.replica import Replica
 from postlocal.strategies import Strategy
-from tests.models import adamw, batches, convnet, equal, mlp, sgd, train_step, values
+from tests.models import adamw, batches, convnet, equal, listen, mlp, sgd, train_step, values
 
 Ranks = Callable[..., list[Any]]
 
@@ -841,3 +841,48 @@ def test_buffers_that_a_rank_keeps_for_itself_may_grow_and_come() -> None:
             continue
         with pytest.raises(ModelChangedError, match=rf"'{name}' was .* keeps for itself"):
             sync.finish()
+
+
+def step_another(rank: int, name: str, how: str) -> list[str]:
+    """What is logged where another optimizer than the one that attach was given steps."""
+    said = listen()
+    model = mlp()
+    given = adamw(model)
+    sync = postlocal.attach(model, given, STRATEGIES[name])
+    used = adamw(model) if how == "another" else given
+    for x, y in batches(rank, 10):
+        train_step(model, used, x, y)
+        if how == "both":
+            adamw(model).step()
+        sync.step()
+    sync.close()
+    assert not given._optimizer_step_post_hooks, "close leaves nothing behind"
+    return said
+
+
+@pytest.mark.parametrize("how", ["the same", "another", "both"])
+@pytest.mark.parametrize("name", ["no anchor", "anchor", "delay"])
+def test_an_optimizer_that_never_steps_while_parameters_change_is_told_of_once(
+    ranks: Ranks, name: str, how: str
+) -> None:
+    said, elsewhere = ranks(2, step_another, name, how)
+    assert not elsewhere
+    assert len(said) == (how == "another")
+    assert all("the optimizer that attach was given took no step" in words for words in said)
+
+
+def step_nothing(rank: int, name: str) -> list[str]:
+    """Rounds in which no optimizer steps, as where a GradScaler skips all."""
+    said = listen()
+    model = mlp(seed=rank)
+    sync = postlocal.attach(model, adamw(model), STRATEGIES[name])
+    for _ in range(16):
+        sync.step()
+    return [words for words in said if "optimizer" in words]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_rounds_without_any_step_are_not_taken_for_those_of_another_optimizer(
+    ranks: Ranks, name: str
+) -> None:
+    assert ranks(2, step_nothing, name) == [[], []]

@@ -42,6 +42,7 @@ from tests.models import (
     convnet,
     distance,
     equal,
+    listen,
     mlp,
     sgd,
     train,
@@ -459,15 +460,8 @@ def test_every_strategy_runs_with_one_process_and_no_process_group(name: str) ->
 
 
 def describe(rank: int) -> tuple[list[str], list[str]]:
-    said: list[str] = []
-
-    class Listen(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    logger = logging.getLogger("postlocal")
-    logger.addHandler(Listen())
-    logger.setLevel(logging.DEBUG)
+    said = listen()
+    logging.getLogger("postlocal").setLevel(logging.DEBUG)
     model = DistributedDataParallel(mlp())
     optimizer = sgd(model)
     sync = attach(model, strategies.edit(period=4, warmup=2))

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from postlocal.group import Group
 from postlocal.model_averaging.averagers import PeriodicModelAverager
 from postlocal.optim import PostLocalSGDOptimizer as OurPostLocalSGDOptimizer
 from postlocal.wrappers import gradients_reduced_elsewhere
-from tests.models import batches, mlp, momentum, sgd, train_step, values
+from tests.models import batches, listen, mlp, momentum, sgd, train_step, values
 
 Ranks = Callable[..., list[Any]]
 
@@ -319,13 +318,7 @@ def test_a_model_without_parameters_on_one_rank_is_told_by_all(ranks: Ranks) -> 
 
 def reduced_behind(rank: int, how: str) -> list[str]:
     """Gradients that something else averages, ranks with the same data, or replicas near by."""
-    said: list[str] = []
-
-    class Listen(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    logging.getLogger("postlocal").addHandler(Listen())
+    said = listen()
     net = mlp()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-7 if "near" in how else 0.1)
     model = DistributedDataParallel(net) if "wrapped" in how else net
@@ -377,3 +370,18 @@ def test_batch_norm_over_all_ranks_stays_local_where_ranks_are_threads() -> None
         return postlocal.attach(net, sgd(net), strategies.local_sgd(2), process_group=group).steps
 
     assert virtual.run(2, steps) == [0, 0]
+
+
+def round_to_few_bits(rank: int) -> list[str]:
+    said = listen()
+    model = mlp()
+    optimizer = sgd(model)
+    sync = postlocal.attach(model, optimizer, strategies.streaming_diloco(4, 2))
+    for x, y in batches(rank, 20):
+        train_step(model, optimizer, x, y)
+        sync.step()
+    return said
+
+
+def test_a_mean_of_few_bits_is_not_taken_for_replicas_that_are_equal(ranks: Ranks) -> None:
+    assert ranks(2, round_to_few_bits) == [[], []]

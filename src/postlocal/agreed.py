@@ -42,18 +42,18 @@ class Agreed:
     def note(self, step: int) -> None:
         """Note that replicas hold equal parameters now, after some steps."""
         self.step = step
-        self._noted = self._versions()
+        self._noted = self.versions()
 
     def holds(self, step: int) -> bool:
         """Whether they do after ``step`` steps: no step was taken and no parameter written to."""
-        return step == self.step and self._versions() == self._noted
+        return step == self.step and self.versions() == self._noted
 
     def keep(self, buffers: Mapping[str, Tensor]) -> None:
         """Copy buffers that are equal on all ranks, where they are kept."""
         if self._keeps_buffers:
             self.buffers = {name: tensor.clone() for name, tensor in buffers.items()}
 
-    def _versions(self) -> int:
+    def versions(self) -> int:
         """A number that changes where a parameter is written to."""
         return sum(parameter._version for parameter in self._replica.parameters.values())
 

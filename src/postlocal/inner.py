@@ -7,12 +7,14 @@ from numbers import Real
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from postlocal.ballot import layout_number
 from postlocal.group import Group
 from postlocal.replica import Replica
 from postlocal.tensors import weigh_
 from postlocal.wire import Divisor, fp32, maximum_, mean_
+from postlocal.wrappers import innermost
 
 _FIX = "call sync.finish() and sync.close() before such a change, and attach again after it"
 
@@ -40,6 +42,32 @@ class Inner:
             )
         if strangers := self._strangers(self._held):
             raise ValueError(f"optimizer must hold parameters of model only, {strangers}")
+        self._calls: int | None = None
+        self._seen: object = None
+        self._hook = self._count_calls()
+        self.worked()
+
+    def worked(self) -> bool:
+        """Whether the optimizer took a step since this was asked before, as far as can be seen."""
+        before, self._seen = self._seen, (self._calls, [t._version for _, _, t in self._state()])
+        return self._calls is None or before != self._seen
+
+    def close(self) -> None:
+        """Leave the optimizer as it was before."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _count_calls(self) -> RemovableHandle | None:
+        register = getattr(innermost(self.optimizer), "register_step_post_hook", None)
+        if register is None:
+            return None
+        self._calls = 0
+        handle: RemovableHandle = register(self._count_call)
+        return handle
+
+    def _count_call(self, *_: object) -> None:
+        assert self._calls is not None
+        self._calls += 1
 
     def __str__(self) -> str:
         held, total = len(self._parameters), len(self._replica.parameters)

@@ -85,6 +85,8 @@ class Sync:
         self._compared = False
         self._perhaps_equal = True  # not seen apart after local steps, nor told of
         self._closed = False
+        self._written = self._agreed.versions()
+        self._told_of_optimizer = False
         self._lent = 0
         self._gave_way = False
         self._begin(self._plan())
@@ -271,6 +273,7 @@ class Sync:
         if self._courier is not None:
             self._courier.close()
         self._gradients.close()
+        self.inner.close()
         self.layout.close()
 
     def give_way(self) -> None:
@@ -535,6 +538,7 @@ class Sync:
                 self._load(flight, following)
                 flight.exchange()
             self._land(flight, mix)
+            self._written = self._agreed.versions()
         except Exception:
             if flight.in_place:
                 self._give_anchor(fragment)
@@ -572,6 +576,7 @@ class Sync:
         if flight.buffers is not None:
             self._begin_narrower(flight.record.level)
         contents = self._contents(flight.fragment)
+        self._watch_optimizer()
         flight.load()
         flight.vote(
             buffers_finite=not self.replica.has_nan_buffer(),
@@ -598,6 +603,7 @@ class Sync:
     def _land(self, flight: Flight, mix: float) -> None:
         if flight.record.step != self._steps:
             self.replica.refresh()  # a change that cannot be followed is told at the next launch
+        before = self._agreed.versions()
         with torch.no_grad(), self.meter.waiting(flight.record):
             flight.land(self._steps, mix)
             if flight.buffers is not None:
@@ -606,6 +612,7 @@ class Sync:
                 self._settle_optimizer(flight)
             if not flight.finite:
                 self._recover(flight)
+        self._written += self._agreed.versions() - before  # by this clock, not by an optimizer
         self._drift = flight.record.drift
         self._watch_replicas(flight)
         self.meter.close(flight.record)
@@ -633,6 +640,19 @@ class Sync:
         if owner is not None:
             reason = f"{owner} averages their gradients in each step: pass it to attach"
         logger.warning("replicas are equal to the bit after %d local steps: %s", local, reason)
+
+    def _watch_optimizer(self) -> None:
+        """Say that parameters move by another optimizer than the one that attach was given."""
+        written, self._written = self._written, self._agreed.versions()
+        if self.inner.worked() or written == self._written or self._told_of_optimizer:
+            return
+        self._told_of_optimizer = True
+        if self.layout[WORLD].rank == 0:
+            logger.warning(
+                "parameters changed, and the optimizer that attach was given took no step: if "
+                "another one was made since, its learning rate and its state are not seen, nor "
+                "saved; call sync.finish() and sync.close(), and attach again with it"
+            )
 
     def _settle_optimizer(self, flight: Flight) -> None:
         match self.strategy.optimizer_state:

@@ -236,6 +236,19 @@ def _check_whole(name: str, tensor: Tensor) -> None:
         )
 
 
+def innermost(optimizer: object) -> object:
+    """The optimizer that a proxy hands on to, or the optimizer itself.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1)
+        >>> innermost(optimizer) is optimizer
+        True
+    """
+    *_, inner = _wrapped(optimizer)
+    return inner
+
+
 def _wrapped(optimizer: object) -> Iterator[object]:
     """An optimizer, and those that it hands on to."""
     seen: set[int] = set()
