@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from threading import RLock
 
+import torch.distributed as dist
+
 _PATIENCE_SECONDS = 5.0  # how long a rank that ends waits for collectives of others
 _GRACE_SECONDS = 0.2  # how long a thread takes to let go of what it has completed
 _under_way: list[Callable[[], bool]] = []
@@ -46,7 +48,7 @@ def _wait() -> None:
             _leave()
             return
         time.sleep(0.01)
-    if _watched:
+    if _watched or (dist.is_available() and dist.is_initialized()):
         time.sleep(_GRACE_SECONDS)
 
 
