@@ -886,3 +886,47 @@ def test_rounds_without_any_step_are_not_taken_for_those_of_another_optimizer(
     ranks: Ranks, name: str
 ) -> None:
     assert ranks(2, step_nothing, name) == [[], []]
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Trains on one point and evaluates another, which is in its state."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            z = state.setdefault("z", parameter.detach().clone())
+            z.sub_(parameter.grad, alpha=0.1)
+            parameter.detach().lerp_(z, 0.5)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.lerp_(self.state[parameter]["z"], -1.0)
+
+    def train(self) -> None:
+        raise NotImplementedError
+
+
+def evaluate_schedule_free(rank: int, state: Any) -> tuple[list[str], list[Tensor]]:
+    said = listen()
+    model = mlp()
+    optimizer = ScheduleFree(model.parameters(), lr=0.1)
+    strategy = dataclasses.replace(strategies.local_sgd(4), optimizer_state=state)
+    sync = postlocal.attach(model, optimizer, strategy)
+    for x, y in batches(rank, 8):
+        train_step(model, optimizer, x, y)
+        sync.step()
+    sync.finish()
+    optimizer.eval()
+    return said, values(model)
+
+
+@pytest.mark.parametrize("state", ["keep", "average"])
+def test_schedule_free_optimizers_evaluate_equal_models_where_their_state_is_averaged(
+    ranks: Ranks, state: str
+) -> None:
+    (said, one), (elsewhere, other) = ranks(2, evaluate_schedule_free, state)
+    assert not elsewhere
+    assert equal(one, other) == (state == "average")
+    assert len(said) == (state == "keep")
+    assert all(words.startswith("ScheduleFree computes the parameters of") for words in said)

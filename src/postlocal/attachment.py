@@ -146,6 +146,7 @@ def attach(
     _take_over(sync)
     if everyone.rank == 0:
         _warn_of_one_group(strategy, loop.partitions)
+        _warn_of_averages_in_state(strategy, optimizer)
         logger.info("attached: %r; %s; %s", sync, loop.replica, loop.inner)
     return sync
 
@@ -243,6 +244,18 @@ def _warn_of_one_group(strategy: Strategy, partitions: Mapping[str, Partition]) 
                 "a topology with more than one group, such as topology.nodes(size=1)",
                 level, ranks,
             )  # fmt: skip
+
+
+def _warn_of_averages_in_state(strategy: Strategy, optimizer: Optimizer) -> None:
+    """Say that a schedule-free optimizer evaluates what is in its own state, rank by rank."""
+    switches = all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+    local = strategy.schedule != schedule.every_step()
+    if switches and local and strategy.optimizer_state != "average":
+        logger.warning(
+            "%s computes the parameters of optimizer.eval() from its state, which is each rank's "
+            "own with optimizer_state=%r: take optimizer_state='average'",
+            type(optimizer).__name__, strategy.optimizer_state,
+        )  # fmt: skip
 
 
 def _span(timeout: float | None) -> timedelta | None:
