@@ -871,6 +871,17 @@ def test_an_optimizer_that_never_steps_while_parameters_change_is_told_of_once(
     assert all("the optimizer that attach was given took no step" in words for words in said)
 
 
+def test_an_attach_that_is_refused_leaves_no_hook_on_the_optimizer() -> None:
+    def work(group: Group) -> int:
+        model = mlp()
+        optimizer = sgd(model)
+        with pytest.raises(ValueError, match="nothing that reduces gradients"):
+            postlocal.attach(model, optimizer, strategies.ddp(), process_group=group)
+        return len(optimizer._optimizer_step_post_hooks)
+
+    assert virtual.run(2, work) == [0, 0]
+
+
 def step_nothing(rank: int, name: str) -> list[str]:
     """Rounds in which no optimizer steps, as where a GradScaler skips all."""
     said = listen()

@@ -220,7 +220,7 @@ def _pieces(loop: _Loop, layout: Layout) -> list[Fragment]:
 
 
 def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> None:
-    """Check that a strategy's levels are there, and warn of one that is the whole world.
+    """Check that a strategy's levels are there.
 
     Args:
         strategy: its schedule names levels.

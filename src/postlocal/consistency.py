@@ -26,6 +26,8 @@ _NOTHING = Vote()
 def fingerprint(tensor: Tensor) -> bytes:
     """Sixteen bytes that tell values apart by their bits; one pass over the memory.
 
+    Rows of 32 KiB that trade places within a tensor are the one difference that it does not show.
+
     Args:
         tensor: dense, of any dtype; tensors to be compared have equal shapes and strides.
 

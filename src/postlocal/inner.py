@@ -44,7 +44,14 @@ class Inner:
             raise ValueError(f"optimizer must hold parameters of model only, {strangers}")
         self._calls: int | None = None
         self._seen: object = None
-        self._hook = self._count_calls()
+        self._hook: RemovableHandle | None = None
+
+    def watch(self) -> None:
+        """Count the optimizer's steps from here on, until `close`; see `worked`."""
+        register = getattr(innermost(self.optimizer), "register_step_post_hook", None)
+        if register is not None:
+            self._calls = 0
+            self._hook = register(self._count_call)
         self.worked()
 
     def worked(self) -> bool:
@@ -56,14 +63,6 @@ class Inner:
         """Leave the optimizer as it was before."""
         if self._hook is not None:
             self._hook.remove()
-
-    def _count_calls(self) -> RemovableHandle | None:
-        register = getattr(innermost(self.optimizer), "register_step_post_hook", None)
-        if register is None:
-            return None
-        self._calls = 0
-        handle: RemovableHandle = register(self._count_call)
-        return handle
 
     def _count_call(self, *_: object) -> None:
         assert self._calls is not None

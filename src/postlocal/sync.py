@@ -90,6 +90,7 @@ class Sync:
         self._lent = 0
         self._gave_way = False
         self._begin(self._plan())
+        inner.watch()  # last, so that a clock that could not be made leaves nothing behind
 
     def __repr__(self) -> str:
         ranks, meter, ddp = self.layout[WORLD].size, self.meter, self.ddp_payload_bytes
