@@ -15,7 +15,7 @@ import postlocal
 from benchmarks.pool import Cache, Run, Tick, train_all
 from benchmarks.training import Worker, held_out_loss
 from postlocal import Strategy, strategies, virtual
-from postlocal.group import Group
+from postlocal.comm.group import Group
 from postlocal.train import TrainConfig
 from postlocal.train.data import open_data
 from postlocal.wire import fp32

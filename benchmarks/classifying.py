@@ -19,7 +19,7 @@ from benchmarks.images import FOLDER, Images, Share, load
 from benchmarks.pool import Tick
 from benchmarks.resnet import ResNet
 from postlocal import Strategy, virtual
-from postlocal.group import Group
+from postlocal.comm.group import Group
 from postlocal.schedule import every_step, post_local
 
 _PART = 1000  # images scored at a time

@@ -18,9 +18,9 @@ from benchmarks.contenders import Contender, named
 from benchmarks.hosts import DEVICE
 from benchmarks.network import traffic
 from benchmarks.training import held_out_loss
+from postlocal.sync.wrappers import unwrap
 from postlocal.train import TrainConfig
 from postlocal.train.data import open_data
-from postlocal.wrappers import unwrap
 
 
 @dataclass

@@ -13,9 +13,10 @@ import torch.distributed as dist
 import typer
 
 from benchmarks import cluster
-from postlocal import group
+from postlocal.comm import group
+from postlocal.comm.groups import LevelGroups
 from postlocal.planning import Link, measure_links
-from postlocal.topology import WORLD, Layout, world
+from postlocal.topology import WORLD, world
 
 NUMEL = 2**20
 """fp32 values of the all-reduces that are timed: about as many as a model of size `tiny` has."""
@@ -42,7 +43,7 @@ def main(
     """Measure, together with the other ranks that a launcher started."""
     dist.init_process_group("gloo")
     everyone = group.resolve(None, None)
-    links = measure_links(Layout(everyone, world()), numel=NUMEL)
+    links = measure_links(LevelGroups(everyone, world()), numel=NUMEL)
     if everyone.rank == 0:
         out.write_text(json.dumps(asdict(links[WORLD])))
     dist.destroy_process_group()

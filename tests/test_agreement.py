@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import postlocal
 from postlocal import DisagreementError, PostlocalError, Strategy, schedule, strategies, virtual
-from postlocal.agreement import check, same_values_, together
-from postlocal.group import Group
+from postlocal.comm.agreement import check, same_values_, together
+from postlocal.comm.group import Group
 from tests.models import batches, equal, mlp, sgd, train_step, values
 
 Ranks = Callable[..., list[Any]]

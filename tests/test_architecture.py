@@ -12,19 +12,15 @@ import postlocal
 SOURCE = Path(postlocal.__file__).parent
 
 ROWS = (
-    {"errors", "exiting", "drawing", "checks", "tensors"},
-    {"roll"},
-    {"group", "kinds", "schedule", "outer", "fragments", "guard", "meter", "packing", "codec"}
-    | {"wrappers"},
-    {"topology", "virtual", "replica", "agreement", "anchor", "courier", "powersgd"},
-    {"wire", "ballot", "agreed"},
-    {"inner", "strategies", "gradients", "consistency"},
-    {"flight"},
+    {"errors", "checks", "tensors"},
+    {"topology", "schedule", "outer", "fragments", "guard", "meter", "codec"},
+    {"comm"},
+    {"virtual", "wire"},
+    {"strategies"},
     {"sync"},
-    {"attachment"},
-    {"checkpoint", "planning", "report"},
-    {"train", "ddp_comm_hooks", "model_averaging"},
-    {"cli", "optim"},
+    {"checkpoint", "planning", "ddp_comm_hooks", "model_averaging"},
+    {"train", "optim"},
+    {"cli"},
     {"__init__", "__main__"},
 )
 ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}

@@ -33,7 +33,7 @@ from postlocal import (
     virtual,
     wire,
 )
-from postlocal.group import Group
+from postlocal.comm.group import Group
 from tests.models import mlp, sgd
 
 COUNT, NUMBER, LEVEL, FLAG, OTHER = "count", "number", "level", "flag", "other"
@@ -534,12 +534,12 @@ def levels_of(group: Group, strategy: Strategy) -> dict[str, int]:
     # No DDP: a level of more than one rank for gradients is refused.
     levels = replace(strategy, schedule=schedule.hierarchical({"node": 2, "world": 4}))
     sync = postlocal.attach(model, sgd(model), levels, process_group=group)
-    return {level: sync.layout[level].size for level in sync.layout.levels}
+    return {level: sync.groups[level].size for level in sync.groups.levels}
 
 
 def test_without_levels_below_the_world_there_is_the_world_only() -> None:
     model = mlp()
-    assert postlocal.attach(model, sgd(model), strategies.diloco()).layout.levels == (
+    assert postlocal.attach(model, sgd(model), strategies.diloco()).groups.levels == (
         "rank",
         "world",
     )

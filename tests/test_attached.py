@@ -633,7 +633,7 @@ FAILING_RANK = """
 import sys, time
 import torch
 import torch.distributed as dist
-from postlocal.courier import Courier
+from postlocal.comm.background import Courier
 
 store = dist.TCPStore("127.0.0.1", 0, 1, True)
 begun = time.monotonic()

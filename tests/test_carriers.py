@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from postlocal import codec, virtual, wire
-from postlocal.group import Group
-from postlocal.packing import pack, unpack
-from postlocal.topology import WORLD, Layout, Partition
+from postlocal.checkpoint.packing import pack, unpack
+from postlocal.comm.group import Group
+from postlocal.comm.groups import LevelGroups
+from postlocal.topology import WORLD, Partition
 from postlocal.wire import Carrier, Staging, Wire
 
 Ranks = Callable[..., list[Any]]
@@ -74,7 +75,7 @@ def runs(size: int, length: int) -> Partition:
 
 
 def opened(recipe: Wire, group: Group) -> Carrier:
-    return recipe.open(Layout(group, uneven()), WORLD)
+    return recipe.open(LevelGroups(group, uneven()), WORLD)
 
 
 def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -406,7 +407,7 @@ BOUNDED = {
 def test_staging_is_bounded(name: str, kind: str) -> None:
     def work(group: Group) -> int:
         staging = Watched()
-        carrier = BOUNDED[name].open(Layout(group, uneven()), WORLD, staging)
+        carrier = BOUNDED[name].open(LevelGroups(group, uneven()), WORLD, staging)
         carrier.mean_({str(index): make_one() for index, make_one in enumerate(MUCH[kind])})
         return staging.most
 
@@ -420,7 +421,7 @@ def test_staging_is_bounded_whatever_sizes_came_before(name: str) -> None:
 
     def work(group: Group) -> int:
         staging = Watched()
-        carrier = BOUNDED[name].open(Layout(group, uneven()), WORLD, staging)
+        carrier = BOUNDED[name].open(LevelGroups(group, uneven()), WORLD, staging)
         for index, size in enumerate(sizes):
             small = torch.zeros(size // 7, 3)[:, 1:]
             carrier.mean_({f"{index}": torch.zeros(size).bfloat16(), f"{index} small": small})
@@ -493,7 +494,7 @@ def test_a_mean_within_a_node_is_not_relayed() -> None:
 
     def work(group: Group) -> Tensor:
         mine = torch.tensor([1.0, 2.0, 3.0]) * (group.rank + 1)
-        recipe.open(Layout(group, uneven()), "pair").mean_({"weight": mine})
+        recipe.open(LevelGroups(group, uneven()), "pair").mean_({"weight": mine})
         return mine
 
     results = virtual.run(4, work)
@@ -508,7 +509,7 @@ def test_identical_replicas_stay_as_they_are_within_one_node(workers: int) -> No
     def work(group: Group) -> Tensor:
         mine = values.clone()
         carrier = wire.relayed(wire.named("int4"), level="world").open(
-            Layout(group, uneven()), WORLD
+            LevelGroups(group, uneven()), WORLD
         )
         carrier.mean_({"weight": mine})
         return mine
@@ -536,7 +537,7 @@ def test_an_unknown_name_is_refused_with_those_that_are_known() -> None:
 
 
 def over_processes(rank: int, name: str) -> tuple[list[dict[str, Tensor]], bool]:
-    from postlocal.group import resolve
+    from postlocal.comm.group import resolve
 
     carrier = opened(WIRES[name], resolve(None, None))
     rounds, predicted = [], True

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import postlocal
 from postlocal import CheckpointError, Strategy, checkpoint, codec, schedule, strategies, wire
-from postlocal.packing import pack
+from postlocal.checkpoint.packing import pack
 from tests.models import OPTIMIZERS, batches, convnet, distance, equal, mlp, train_step, values
 
 Ranks = Callable[..., list[Any]]

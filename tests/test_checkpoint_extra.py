@@ -14,7 +14,7 @@ from torch import nn
 
 import postlocal
 from postlocal import checkpoint, strategies
-from postlocal.packing import pack, unpack
+from postlocal.checkpoint.packing import pack, unpack
 from tests.models import mlp, sgd
 
 Ranks = Callable[..., list[Any]]

@@ -406,7 +406,7 @@ def resume_apart(rank: int, folder: Path) -> tuple[int, int, str]:
 
 def resume_refused(rank: int, folder: Path) -> str:
     sync = trained(rank, steps=0)
-    own = folder / (f"host{rank}" if sync.layout["world"].size == 2 else "host0")
+    own = folder / (f"host{rank}" if sync.groups["world"].size == 2 else "host0")
     words = words_of(lambda: checkpoint.restore(own, sync))[0]
     sync.close()
     return words

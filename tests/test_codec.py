@@ -22,7 +22,7 @@ from postlocal.codec import (
     sign,
     top_k,
 )
-from postlocal.group import Group
+from postlocal.comm.group import Group
 from postlocal.wire import mean_, quantised
 
 CODECS: dict[str, Codec] = {

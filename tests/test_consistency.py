@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import postlocal
 from postlocal import DisagreementError, ModelChangedError, checkpoint, strategies, virtual
-from postlocal.consistency import check_equal_, fingerprint
-from postlocal.group import Group
-from postlocal.replica import Replica
+from postlocal.comm.group import Group
 from postlocal.strategies import Strategy
+from postlocal.sync.consistency import check_equal_, fingerprint
+from postlocal.sync.parameters import Replica
 from tests.models import adamw, batches, convnet, equal, listen, mlp, sgd, train_step, values
 
 Ranks = Callable[..., list[Any]]

@@ -68,7 +68,7 @@ def node_level(rank: int) -> tuple[list[int], list[list[Tensor]], list[str]]:
     optimizer = sgd(model)
     strategy = strategies.post_local_sgd(warmup=2, period=3)
     sync = postlocal.attach(model, optimizer, strategy, topology=topology.nodes())
-    groups = [sync.layout[level].size for level in sync.layout.levels]
+    groups = [sync.groups[level].size for level in sync.groups.levels]
     known = set(dist.distributed_c10d._world.pg_names)
     history = []
     for x, y in batches(rank, 5):
@@ -103,7 +103,7 @@ def inside_a_process_group(rank: int) -> tuple[int, list[list[Tensor]]]:
         train_step(model, optimizer, x, y)
         sync.step()
         history.append(values(model))
-    return sync.layout["world"].size, history
+    return sync.groups["world"].size, history
 
 
 def test_01_the_process_group_that_is_given_is_the_one_that_is_used(ranks: Ranks) -> None:

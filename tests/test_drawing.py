@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from postlocal import drawing, strategies
-from postlocal.planning import Cluster, Job, Link, draw
+from postlocal import strategies
+from postlocal.planning import Cluster, Job, Link, draw, drawing
 from postlocal.train import make_config, train
 from tests.calling import calling
 

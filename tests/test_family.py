@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import postlocal
-from postlocal import Strategy, codec, guard, outer, packing, schedule, strategies, virtual, wire
-from postlocal.group import Group
+from postlocal import Strategy, codec, guard, outer, schedule, strategies, virtual, wire
+from postlocal.checkpoint import packing
+from postlocal.comm.group import Group
 from tests.models import OPTIMIZERS, batches, distance, equal, mlp, train_step, values
 
 Run = Callable[[postlocal.Sync, nn.Module, int], object]
@@ -148,7 +149,7 @@ def test_sparse_loco_keeps_a_share_of_even_progress(top_k: int, feedback: float)
 
 
 def leap(sync: postlocal.Sync, model: nn.Module, step: int, when: int, ranks: set[int]) -> None:
-    if step == when and sync.layout["world"].rank in ranks:
+    if step == when and sync.groups["world"].rank in ranks:
         with torch.no_grad():
             for parameter in model[0].parameters():  # type: ignore[index]
                 parameter.add_(100.0)
@@ -189,7 +190,7 @@ def test_outer_learning_rates_follow_the_clock() -> None:
     marks: dict[int, list[list[Tensor]]] = {}
 
     def keep(sync: postlocal.Sync, model: nn.Module, step: int) -> None:
-        if sync.layout["world"].rank == 0:
+        if sync.groups["world"].rank == 0:
             marks[step] = [values(model)]
 
     final = train(strategy, 8, workers=1, after=keep)[0][0]

@@ -21,15 +21,15 @@ from postlocal import (
     fragments,
     guard,
     outer,
-    packing,
     schedule,
     strategies,
     topology,
     virtual,
     wire,
 )
-from postlocal.group import Group
-from postlocal.sync import Sync
+from postlocal.checkpoint import packing
+from postlocal.comm.group import Group
+from postlocal.sync.clock import Sync
 from tests.models import OPTIMIZERS, batches, equal, train_step, values
 
 Ranks = Callable[..., list[Any]]

@@ -11,7 +11,7 @@ from torch import nn
 
 from postlocal import fragments
 from postlocal.fragments import Fragments, launch_steps, modules, streaming, whole
-from postlocal.replica import Replica
+from postlocal.sync.parameters import Replica
 from postlocal.train.model import Size, Transformer
 
 ORDERS = st.sampled_from(["strided", "sequential"])

@@ -10,9 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import postlocal
 from postlocal import codec, strategies, topology, wire
+from postlocal.checkpoint.packing import pack, unpack
 from postlocal.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
-from postlocal.packing import pack, unpack
-from postlocal.sync import Sync
+from postlocal.sync.clock import Sync
 from postlocal.wire import Wire
 from tests.models import OPTIMIZERS, batches, distance, equal, mlp, train_plain, train_step, values
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import postlocal
 from postlocal import Strategy, guard, strategies, virtual
-from postlocal.group import Group
+from postlocal.checkpoint.packing import pack, unpack
+from postlocal.comm.group import Group
 from postlocal.guard import Guard, Jury
-from postlocal.packing import pack, unpack
 
 norms = st.floats(0.0, 1e30)
 

@@ -16,7 +16,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as torch_p
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook as torch_noop
 from torch.nn.parallel import DistributedDataParallel
 
-from postlocal import powersgd, virtual, wire
+from postlocal import virtual, wire
+from postlocal.comm.group import Group
 from postlocal.ddp_comm_hooks import (
     DDPCommHookType,
     debugging,
@@ -30,7 +31,7 @@ from postlocal.ddp_comm_hooks.debugging_hooks import MeasureState, measure_hook
 from postlocal.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
 from postlocal.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from postlocal.ddp_comm_hooks.quantization_hooks import QuantizationState
-from postlocal.group import Group
+from postlocal.wire import low_rank as powersgd
 from tests.models import batches, distance, equal, mlp, sgd, train_step, values
 
 Ranks = Callable[..., list[Any]]

@@ -16,18 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import postlocal
-from postlocal import (
-    DisagreementError,
-    Strategy,
-    kinds,
-    schedule,
-    strategies,
-    topology,
-    virtual,
-    wire,
-)
+from postlocal import DisagreementError, Strategy, schedule, strategies, topology, virtual, wire
+from postlocal.comm.group import Group, Processes
+from postlocal.comm.groups import LevelGroups, by_node
 from postlocal.ddp_comm_hooks import default_hooks, powerSGD_hook, quantization_hooks
-from postlocal.group import Group, Processes
+from postlocal.sync import kinds
 from tests.models import mlp, sgd, train, train_step
 
 Ranks = Callable[..., list[Any]]
@@ -299,9 +292,9 @@ def nodes_of_sizes(rank: int, sizes: list[int]) -> topology.Partition:
     os.environ["LOCAL_WORLD_SIZE"] = str(sizes[node])
     os.environ["GROUP_RANK"] = str(node)
     group = Processes(dist.group.WORLD)  # type: ignore[arg-type]
-    machines = topology.by_node(group)
-    layout = topology.Layout(group, topology.default({"node"}, machines))
-    assert layout["node"].size == sizes[node]
+    machines = by_node(group)
+    groups = LevelGroups(group, topology.default({"node"}, machines))
+    assert groups["node"].size == sizes[node]
     return layout_partition(machines)
 
 
@@ -318,6 +311,6 @@ def test_a_schedule_of_several_levels_needs_no_topology() -> None:
         model = copy.deepcopy(MODEL)
         levels = Strategy(schedule.hierarchical({"node": 2, "world": 4}))
         sync = postlocal.attach(model, sgd(model), levels, process_group=group)
-        return {level: sync.layout[level].size for level in sync.layout.levels}
+        return {level: sync.groups[level].size for level in sync.groups.levels}
 
     assert virtual.run(3, work) == [{"rank": 1, "node": 1, "world": 3}] * 3

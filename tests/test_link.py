@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 import postlocal
 from postlocal import checkpoint, strategies, wire
 from postlocal.cli.units import parse_bandwidth
+from postlocal.comm.group import torch_group
 from postlocal.errors import PeerError
-from postlocal.group import torch_group
 from postlocal.strategies import Strategy
 from postlocal.train import make_config
 from postlocal.train.link import Link, LinkedProcesses, linked

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import postlocal
 from postlocal import strategies, virtual
-from postlocal.group import Group
+from postlocal.comm.group import Group
 from postlocal.meter import Meter, Purpose, SyncRecord, human_bytes
 from postlocal.wire import fp32
 from tests.models import batches, mlp, sgd, train_step

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from postlocal import outer
-from postlocal.anchor import Anchor
 from postlocal.outer import Outer
+from postlocal.sync.anchor import Anchor
 
 lrs = st.floats(0.01, 2.0)
 momenta = st.floats(0.0, 0.99)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from postlocal import codec, virtual, wire
-from postlocal.group import Group, Operation, Parts, Value, Work
-from postlocal.topology import WORLD, Layout, Partition
+from postlocal.comm.group import Group, Operation, Parts, Value, Work
+from postlocal.comm.groups import LevelGroups
+from postlocal.topology import WORLD, Partition
 from postlocal.wire import Wire, maximum_
 
 WIRES: dict[str, Wire] = {
@@ -93,7 +94,7 @@ def test_what_is_counted_and_predicted_is_what_was_sent(
 ) -> None:
     def work(group: Group) -> tuple[int, int, int]:
         counts: list[int] = []
-        carrier = WIRES[name].open(Layout(Counting(group, counts), nested()), WORLD)
+        carrier = WIRES[name].open(LevelGroups(Counting(group, counts), nested()), WORLD)
         tensors = shaped(numel, dtype)
         return carrier.payload_bytes(tensors), carrier.mean_(tensors), sum(counts)
 
@@ -106,7 +107,7 @@ def test_what_is_counted_and_predicted_is_what_was_sent(
 @pytest.mark.parametrize("numel", [1, 300, 100_003])
 def test_the_recipe_tells_the_most_that_a_rank_sends(name: str, workers: int, numel: int) -> None:
     def work(group: Group) -> int:
-        carrier = WIRES[name].open(Layout(group, nested()), WORLD)
+        carrier = WIRES[name].open(LevelGroups(group, nested()), WORLD)
         return carrier.payload_bytes({"flat": torch.zeros(numel)})
 
     most = max(virtual.run(workers, work))

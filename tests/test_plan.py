@@ -23,8 +23,9 @@ import postlocal
 from postlocal import Strategy, outer, schedule, strategies, topology, virtual, wire
 from postlocal.cli import app, main
 from postlocal.cli.units import by_level, parse_bandwidth, parse_count, parse_latency
+from postlocal.comm.group import Group
+from postlocal.comm.groups import LevelGroups
 from postlocal.fragments import streaming
-from postlocal.group import Group
 from postlocal.planning import (
     Cluster,
     Job,
@@ -39,7 +40,6 @@ from postlocal.planning import (
     steady,
 )
 from postlocal.planning.exchange import Costs
-from postlocal.topology import Layout
 from postlocal.train import make_config
 from postlocal.train.measure import measure_in
 from tests.calling import calling
@@ -623,7 +623,9 @@ def test_bad_options_are_one_line_and_exit_code_2(
 
 def measured(rank: int) -> Any:
     config = make_config(workers=2, node_size=2, batch_size=2, sequence_length=16)
-    return measure_in(postlocal.group.resolve(None, None), torch.device("cpu"), config, steps=3)
+    return measure_in(
+        postlocal.comm.group.resolve(None, None), torch.device("cpu"), config, steps=3
+    )
 
 
 def test_links_and_steps_are_measured_and_all_ranks_know_the_same(ranks: Ranks) -> None:
@@ -641,7 +643,7 @@ def test_a_rank_that_is_alone_at_a_level_helps_to_measure_the_others() -> None:
             return {"node": ((0, 1), (2,)), "world": ((0, 1, 2),)}
 
     def work(group: Group) -> set[str]:
-        return set(measure_links(Layout(group, lopsided()), numel=64))
+        return set(measure_links(LevelGroups(group, lopsided()), numel=64))
 
     assert virtual.run(3, work) == [{"node", "world"}] * 3
 

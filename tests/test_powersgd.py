@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from postlocal import powersgd
-from postlocal.group import Alone
+from postlocal.comm.group import Alone
+from postlocal.wire import low_rank as powersgd
 
 
 def mean_of(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:

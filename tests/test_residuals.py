@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import postlocal
 from postlocal import codec, guard, strategies, virtual, wire
-from postlocal.group import Group
-from postlocal.topology import WORLD, Layout, Partition
+from postlocal.comm.group import Group
+from postlocal.comm.groups import LevelGroups
+from postlocal.topology import WORLD, Partition
 from postlocal.wire import Divisor, Wire
 
 WORKERS = 3
@@ -76,7 +77,7 @@ def far_off(recipe: Wire, weigh: Weigh) -> float:
     """How far the sum of many means is from that of exact ones, in means of one round."""
 
     def work(group: Group) -> tuple[Tensor, Tensor]:
-        carrier = recipe.open(Layout(group, pairs()), WORLD)
+        carrier = recipe.open(LevelGroups(group, pairs()), WORLD)
         missing = torch.zeros(2, 16, 8)
         for step in range(ROUNDS):
             weights = [weigh(step, rank) for rank in range(WORKERS)]
@@ -111,7 +112,7 @@ def test_debts_are_the_same_whatever_unit_weights_are_in() -> None:
     recipe = wire.error_feedback(wire.int4(block=16), decay=0.9)
 
     def work(group: Group, unit: float) -> Tensor:
-        carrier = recipe.open(Layout(group, pairs()), WORLD)
+        carrier = recipe.open(LevelGroups(group, pairs()), WORLD)
         for step in range(4):
             mine = values(group.rank)
             weight = unit if step % 2 else 1.0  # a power of two: nothing is rounded
@@ -126,7 +127,7 @@ def test_debts_are_the_same_whatever_unit_weights_are_in() -> None:
 @pytest.mark.parametrize("name", REMEMBERING)
 def test_a_tensor_of_weight_zero_counts_as_zeros_and_its_residual_waits(name: str) -> None:
     def work(group: Group) -> tuple[dict[str, Tensor], Mapping[str, Any], Mapping[str, Any]]:
-        carrier = REMEMBERING[name].open(Layout(group, pairs()), WORLD)
+        carrier = REMEMBERING[name].open(LevelGroups(group, pairs()), WORLD)
         carrier.mean_(values(group.rank))
         before = {k: v.clone() for k, v in tensors_of(carrier.state_dict()).items()}
         mine = values(group.rank)

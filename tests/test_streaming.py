@@ -20,13 +20,13 @@ from postlocal import (
     codec,
     fragments,
     outer,
-    packing,
     schedule,
     strategies,
     virtual,
     wire,
 )
-from postlocal.group import Group
+from postlocal.checkpoint import packing
+from postlocal.comm.group import Group
 from tests.models import (
     OPTIMIZERS,
     batches,

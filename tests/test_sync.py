@@ -34,7 +34,7 @@ from postlocal import (
     virtual,
     wire,
 )
-from postlocal.group import Group
+from postlocal.comm.group import Group
 from postlocal.meter import Meter
 from tests.models import (
     adamw,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
 from postlocal import topology, virtual
-from postlocal.group import Group, resolve
-from postlocal.topology import Layout, by_node
+from postlocal.comm.group import Group, resolve
+from postlocal.comm.groups import LevelGroups, by_node
 
 Ranks = Callable[..., list[Any]]
 
@@ -74,8 +74,8 @@ def test_a_device_mesh_gives_the_levels_of_its_dimensions(ranks: Ranks) -> None:
 
 def test_a_layout_holds_this_ranks_group_at_each_level() -> None:
     def look(group: Group) -> list[tuple[str, int, int]]:
-        layout = Layout(group, topology.nested({"node": 2, "rack": 4}))
-        return [(level, layout[level].rank, layout[level].size) for level in layout.levels]
+        groups = LevelGroups(group, topology.nested({"node": 2, "rack": 4}))
+        return [(level, groups[level].rank, groups[level].size) for level in groups.levels]
 
     levels = virtual.run(8, look)
     assert levels[5] == [("rank", 0, 1), ("node", 1, 2), ("rack", 1, 4), ("world", 5, 8)]
@@ -83,7 +83,7 @@ def test_a_layout_holds_this_ranks_group_at_each_level() -> None:
 
 def test_an_unknown_level_is_named_with_those_that_are_there() -> None:
     def look(group: Group) -> None:
-        Layout(group, topology.nodes(2))["rack"]
+        LevelGroups(group, topology.nodes(2))["rack"]
 
     with pytest.raises(ValueError, match=r"\(rank, node, world\), got 'rack'"):
         virtual.run(2, look)
@@ -108,9 +108,9 @@ def test_nodes_are_found_by_what_the_launcher_tells_or_by_name(ranks: Ranks) -> 
 def layout_of_uneven_nodes(rank: int) -> list[tuple[str, int]]:
     base = resolve(None, None)
     base.subgroup([(0, 1), (2,)])
-    layout = Layout(base, topology.world())
-    leaders = layout.leaders("world")
-    return [(level, layout[level].size) for level in layout.levels] + [
+    groups = LevelGroups(base, topology.world())
+    leaders = groups.leaders("world")
+    return [(level, groups[level].size) for level in groups.levels] + [
         ("led", leaders["world"].size)
     ]
 
@@ -122,9 +122,9 @@ def test_groups_can_be_made_after_some_ranks_were_alone(ranks: Ranks) -> None:
 
 def test_leaders_meet_at_the_levels_above_theirs() -> None:
     def look(group: Group) -> list[int]:
-        layout = Layout(group, topology.nested({"node": 2, "rack": 4}))
-        led = layout.leaders("node")
-        assert layout.leaders("node") is led
+        groups = LevelGroups(group, topology.nested({"node": 2, "rack": 4}))
+        led = groups.leaders("node")
+        assert groups.leaders("node") is led
         return [led[level].size for level in led.levels]
 
     assert virtual.run(8, look)[:3] == [[1, 1, 2, 4], [1, 1, 1, 1], [1, 1, 2, 4]]

@@ -22,10 +22,10 @@ from torch import nn
 
 from postlocal import DisagreementError, wire
 from postlocal.meter import SyncRecord
-from postlocal.report import Metrics, Summary
 from postlocal.strategies import streaming_diloco
 from postlocal.train import make_config, train
 from postlocal.train.data import Corpus, Share, Windows, find_files
+from postlocal.train.metrics import Metrics, Summary
 from postlocal.train.model import SIZES, Transformer
 from postlocal.train.opening import WEIGHTS, open_run
 from postlocal.train.plots import plot

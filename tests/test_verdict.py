@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from postlocal.report import Metrics, Summary
 from postlocal.train import make_config
+from postlocal.train.metrics import Metrics, Summary
 from postlocal.train.run import _compare
 from postlocal.train.view import race, results, verdict
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import postlocal
 from postlocal import DisagreementError, PeerError, Strategy, strategies, topology, virtual
-from postlocal.group import Alone, Group, Processes, resolve
+from postlocal.comm.group import Alone, Group, Processes, resolve
 from tests.models import batches, distance, equal, mlp, momentum, sgd, train, train_step, values
 
 Ranks = Callable[..., list[Any]]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from postlocal import strategies, virtual
-from postlocal.group import Group
+from postlocal.comm.group import Group
 from tests.models import equal, values
 
 Ranks = Callable[..., list[Any]]

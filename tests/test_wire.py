@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from postlocal import virtual, wire
-from postlocal.group import Group
+from postlocal.comm.group import Group
 from postlocal.tensors import all_finite, flat_view, squared_norm, weigh_
 from postlocal.wire import ChunkWire, maximum_, mean_
 
@@ -173,7 +173,7 @@ def test_the_maximum_keeps_dtypes_and_large_integers() -> None:
 def over_processes(rank: int, name: str) -> list[Tensor]:
     import torch.distributed as dist
 
-    from postlocal.group import resolve
+    from postlocal.comm.group import resolve
 
     assert dist.is_initialized()
     tensors = make(rank, torch.float32)

@@ -18,11 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import postlocal
 from postlocal import checkpoint, strategies, virtual
+from postlocal.comm.group import Group
 from postlocal.errors import CheckpointError, DisagreementError
-from postlocal.group import Group
 from postlocal.model_averaging.averagers import PeriodicModelAverager
 from postlocal.optim import PostLocalSGDOptimizer as OurPostLocalSGDOptimizer
-from postlocal.wrappers import gradients_reduced_elsewhere
+from postlocal.sync.wrappers import gradients_reduced_elsewhere
 from tests.models import batches, listen, mlp, momentum, sgd, train_step, values
 
 Ranks = Callable[..., list[Any]]

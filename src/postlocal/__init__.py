@@ -1,6 +1,6 @@
 """Data-parallel PyTorch training that communicates seldom.
 
-`attach` puts a training loop under a `Strategy`; the modules are its axes. See `postlocal.sync`.
+`attach` puts a training loop under a `Strategy`; the modules are its axes.
 """
 
 from importlib import import_module
@@ -20,7 +20,6 @@ from postlocal import (
     virtual,
     wire,
 )
-from postlocal.attachment import attach
 from postlocal.errors import (
     CheckpointError,
     DisagreementError,
@@ -30,7 +29,8 @@ from postlocal.errors import (
     PostlocalError,
 )
 from postlocal.strategies import Strategy
-from postlocal.sync import Sync
+from postlocal.sync.attach import attach
+from postlocal.sync.clock import Sync
 
 if TYPE_CHECKING:
     from postlocal import checkpoint, planning

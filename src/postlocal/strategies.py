@@ -26,7 +26,7 @@ from postlocal import wire as wires
 from postlocal.checks import choice, no_steps_or_more, positive, settle, shown, text, whole
 from postlocal.codec.sparse import check_kept
 from postlocal.wire.carrier import is_wire
-from postlocal.wire.feedback import decay_of
+from postlocal.wire.error_feedback import decay_of
 
 OptimizerState = Literal["keep", "average", "reset"]
 

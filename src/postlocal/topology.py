@@ -11,17 +11,14 @@ Example:
 
 import logging
 import os
-import socket
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from postlocal.checks import count, made, optional, pairs, settle, shown, text, whole
-from postlocal.group import Alone, Group
 
 RANK = "rank"
 WORLD = "world"
@@ -212,39 +209,6 @@ class leaders:
         return {level: _lead(led, groups) for level, groups in levels.items()}
 
 
-def by_node(group: Group) -> Partition:
-    """The ranks of a group by machine, found out together; nodes may differ in size.
-
-    Two ranks share a machine if the launcher says so (``GROUP_RANK``, or the same
-    ``LOCAL_WORLD_SIZE`` on all ranks, as torchrun sets), or else if its name is the same.
-
-    Args:
-        group: who asks; collective.
-
-    Raises:
-        ValueError: on every rank, if a launcher's number is none on one of them.
-
-    Example:
-        >>> by_node(Alone())
-        ((0,),)
-    """
-    rank = dist.get_rank() if dist.is_initialized() else group.rank
-    said = (os.environ.get("GROUP_RANK"), os.environ.get("LOCAL_WORLD_SIZE"), rank)
-    everyones = group.all_gather_object((*said, socket.gethostname()))
-    # Where nodes differ in size, a rank and the size of its node do not tell which node it is.
-    alike = len({size for _, size, _, _ in everyones}) == 1
-    members: dict[str, list[int]] = {}
-    for member, (node, size, number, host) in enumerate(everyones):
-        if node is not None:
-            name = f"node {node}"
-        elif size is not None and alike:
-            name = f"node {number // _ranks_of_a_node(size)}"
-        else:
-            name = host
-        members.setdefault(name, []).append(member)
-    return tuple(tuple(ranks) for ranks in members.values())
-
-
 def default(levels: Collection[str], machines: Partition, rank: int = 0) -> Topology:
     """The levels of a run that was given no topology.
 
@@ -254,7 +218,7 @@ def default(levels: Collection[str], machines: Partition, rank: int = 0) -> Topo
 
     Args:
         levels: those that the strategy names.
-        machines: ranks by machine; see `by_node`.
+        machines: ranks by machine; see `postlocal.comm.groups.by_node`.
         rank: who asks.
 
     Example:
@@ -274,74 +238,6 @@ def default(levels: Collection[str], machines: Partition, rank: int = 0) -> Topo
             "its own; for larger nodes pass topology=topology.nodes(size=...)", ranks,
         )  # fmt: skip
     return nodes(size=1)
-
-
-class Layout:
-    """This rank's group at each level, made when the layout is.
-
-    Args:
-        base: the world's group.
-        topology: the recipe.
-        given: groups that are there already, by level; no new ones are made for these levels.
-
-    Raises:
-        ValueError: if the recipe does not fit the world.
-    """
-
-    def __init__(
-        self, base: Group, topology: Topology, given: Mapping[str, Group] | None = None
-    ) -> None:
-        self._base = base
-        self._topology = topology
-        self._groups: dict[str, Group] = {RANK: Alone()}
-        self._leaders: dict[str, Layout] = {}
-        self._beside: list[Layout] = []
-        self._made: list[Group] = []
-        given = given or {}
-        for level, partition in topology.partition(base.size).items():
-            self._groups[level] = given.get(level) or self._make(partition)
-
-    def __getitem__(self, level: str) -> Group:
-        if level not in self._groups:
-            raise ValueError(unknown_level(level, self._groups))
-        return self._groups[level]
-
-    def _make(self, partition: Partition) -> Group:
-        self._made.append(self._base.subgroup(partition))
-        return self._made[-1]
-
-    def beside(self, given: Mapping[str, Group] | None = None) -> "Layout":
-        """Other groups at the same levels, closed with these; collective.
-
-        Args:
-            given: as that of the class.
-        """
-        self._beside.append(Layout(self._base, self._topology, given))
-        return self._beside[-1]
-
-    def close(self) -> None:
-        """Give up all groups that were made for this layout, as `Group.close` does."""
-        self._base.close(list(self._all_made()))
-
-    def _all_made(self) -> Iterator[Group]:
-        yield from self._made
-        for layout in (*self._leaders.values(), *self._beside):
-            yield from layout._all_made()
-
-    @property
-    def levels(self) -> tuple[str, ...]:
-        """Names of all levels, from ``"rank"`` to ``"world"``."""
-        return tuple(self._groups)
-
-    def leaders(self, level: str) -> "Layout":
-        """The layout of `leaders` of the groups of a level; collective the first time.
-
-        Raises:
-            ValueError: if the level is unknown.
-        """
-        if level not in self._leaders:
-            self._leaders[level] = Layout(self._base, leaders(self._topology, level))
-        return self._leaders[level]
 
 
 def unknown_level(level: str, known: Iterable[str]) -> str:
@@ -384,10 +280,15 @@ def _local_world_size(size: int) -> int:
             "nodes() needs a size: LOCAL_WORLD_SIZE is not set; launch with torchrun, or pass "
             "nodes(size=...)"
         )
-    return _ranks_of_a_node(known or "1")
+    return ranks_of_a_node(known or "1")
 
 
-def _ranks_of_a_node(said: str) -> int:
+def ranks_of_a_node(said: str) -> int:
+    """The number that a launcher wrote into ``LOCAL_WORLD_SIZE``.
+
+    Raises:
+        ValueError: if it is no whole number of at least 1.
+    """
     if not said.isdecimal() or int(said) < 1:
         raise ValueError(
             f"LOCAL_WORLD_SIZE must be a whole number of at least 1, got {said!r}: it is what the "

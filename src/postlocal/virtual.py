@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from postlocal.checks import count, seconds
+from postlocal.comm.group import Alone, Done, Group, Operation, Parts, Work
 from postlocal.errors import PeerError
-from postlocal.group import Alone, Done, Group, Operation, Parts, Work
 
 Result = TypeVar("Result")
 Value = TypeVar("Value")

@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from uuid import uuid4
 
-from postlocal.agreement import check, together
 from postlocal.checkpoint import reading, writing
 from postlocal.checkpoint.folder import Damaged, Place, Sharing, locate
+from postlocal.checkpoint.packing import pack
 from postlocal.checkpoint.ranks import on_all_ranks
 from postlocal.checks import choice, shown
+from postlocal.comm.agreement import check, together
+from postlocal.comm.group import Alone, Group, Processes
 from postlocal.errors import CheckpointError, PeerError
-from postlocal.group import Alone, Group, Processes
-from postlocal.packing import pack
 from postlocal.schedule import WORLD
-from postlocal.sync import Sync
+from postlocal.sync.clock import Sync
 
 __all__ = ["Restored", "restore", "save"]
 
@@ -214,12 +214,12 @@ def _meet(sync: object, function: str, place: str) -> Group:
     if sync.closed:
         raise RuntimeError(f"this Sync was closed: call checkpoint.{function} before sync.close()")
     try:
-        sync.layout[WORLD].meet(sync.steps, place.format(sync.steps))
+        sync.groups[WORLD].meet(sync.steps, place.format(sync.steps))
     except PeerError as error:
         raise PeerError(
             f"{error}: checkpoint.{function} is collective, call it on every rank"
         ) from None
-    group = sync.layout[WORLD]
+    group = sync.groups[WORLD]
     with together(group):
         sync.state_dict()  # a thread may still exchange fragments over the same group
     return group

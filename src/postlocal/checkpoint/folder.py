@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from postlocal.checkpoint.packing import digest
 from postlocal.errors import CheckpointError
-from postlocal.packing import digest
 
 logger = logging.getLogger("postlocal")
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from postlocal.packing import pack
-from postlocal.sync import Sync
+from postlocal.checkpoint.packing import pack
+from postlocal.sync.clock import Sync
 
 _MOST = 5  # differences in a message
 _LONGEST = 60  # characters of a value in a message
@@ -36,7 +36,7 @@ def describe(sync: Sync) -> dict[str, Any]:
             for params in (group["params"] for group in sync.inner.optimizer.param_groups)
         ],
         "strategy": outline(sync.strategy),
-        "levels": {level: sync.layout[level].size for level in sync.layout.levels},
+        "levels": {level: sync.groups[level].size for level in sync.groups.levels},
     }
 
 

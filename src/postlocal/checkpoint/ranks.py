@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 from torch.distributed.checkpoint.api import CheckpointException
 
 from postlocal.checkpoint.folder import Damaged
+from postlocal.comm.group import Group
 from postlocal.errors import CheckpointError
-from postlocal.group import Group
 
 Value = TypeVar("Value")
 

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from postlocal.agreement import check
-from postlocal.checkpoint import agreed, matching, tensors
 from postlocal.checkpoint import folder as folders
+from postlocal.checkpoint import matching, tensors
+from postlocal.checkpoint import restart as agreed
 from postlocal.checkpoint.folder import INDEX, Place, Seen
+from postlocal.checkpoint.packing import keys, unpack
 from postlocal.checkpoint.ranks import by_words, on_all_ranks
 from postlocal.checkpoint.writing import follow_model
-from postlocal.consistency import take_first_
+from postlocal.comm.agreement import check
+from postlocal.comm.group import Group
 from postlocal.errors import CheckpointError
-from postlocal.group import Group
-from postlocal.packing import keys, unpack
 from postlocal.schedule import WORLD
-from postlocal.sync import Sync
+from postlocal.sync.clock import Sync
+from postlocal.sync.consistency import take_first_
 
 logger = logging.getLogger("postlocal")
 
@@ -103,7 +104,7 @@ def apply(sync: Sync, saved: Saved, change: bool) -> None:
     Raises:
         CheckpointError: if it does not fit; nothing was changed.
     """
-    group, world, state = sync.layout[WORLD], saved.world, saved.state
+    group, world, state = sync.groups[WORLD], saved.world, saved.state
     name = f"checkpoint {saved.place}"
     on_all_ranks(group, lambda: follow_model(sync), f"{name} cannot be loaded:")
     words = on_all_ranks(group, lambda: _differences(sync, saved, change), name)
@@ -274,7 +275,7 @@ def _differences(sync: Sync, saved: Saved, change: bool) -> str | None:
     fault = matching.model_difference(there, here) or matching.optimizer_difference(
         there, here, saved.state["optimizer"], sync.inner.optimizer
     )
-    same_world = saved.world == sync.layout[WORLD].size
+    same_world = saved.world == sync.groups[WORLD].size
     fault = fault or matching.own_difference(there, here, same_world)
     if fault is not None:
         raise CheckpointError(fault)
@@ -301,7 +302,7 @@ def _log(sync: Sync, saved: Saved, words: str | None, values: Sequence[str]) -> 
     """Say what is not as it was."""
     if values:
         logger.warning("values of the checkpoint are used: %s", "; ".join(values))
-    size = sync.layout[WORLD].size
+    size = sync.groups[WORLD].size
     if saved.world == size and words is None:
         return
     clock = saved.state["sync"]

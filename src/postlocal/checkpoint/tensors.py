@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from postlocal.checkpoint.folder import Damaged
-from postlocal.group import Group, Processes
-from postlocal.packing import empty, key_of
+from postlocal.checkpoint.packing import empty, key_of
+from postlocal.comm.group import Group, Processes
 
 
 def write(folder: Path, tensors: dict[str, Tensor], group: Group) -> None:

@@ -11,11 +11,11 @@ import torch
 from postlocal.checkpoint import folder as folders
 from postlocal.checkpoint import matching, tensors
 from postlocal.checkpoint.folder import Place
+from postlocal.checkpoint.packing import digest
 from postlocal.checkpoint.ranks import on_all_ranks
+from postlocal.comm.group import Alone, Group
 from postlocal.errors import CheckpointError
-from postlocal.group import Alone, Group
-from postlocal.packing import digest
-from postlocal.sync import Sync
+from postlocal.sync.clock import Sync
 
 
 def local_state(sync: Sync, extra: Mapping[Any, Any] | None) -> dict[str, Any]:

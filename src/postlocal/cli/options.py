@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from postlocal import drawing
+from postlocal.planning import drawing
 from postlocal.strategies import parameters_of
 from postlocal.train.config import TrainConfig, make_config
 from postlocal.wire import NAMED as WIRES

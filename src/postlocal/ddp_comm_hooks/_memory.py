@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 
-from postlocal.kinds import dense
+from postlocal.sync.kinds import dense
 
 
 class Memory:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
-from postlocal.courier import Courier
-from postlocal.group import Group, Processes
-from postlocal.kinds import dense
+from postlocal.comm.background import Courier
+from postlocal.comm.group import Group, Processes
+from postlocal.sync.kinds import dense
 from postlocal.wire import ChunkWire, mean_
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
-from postlocal.courier import promise
-from postlocal.group import torch_group
-from postlocal.kinds import dense
+from postlocal.comm.background import promise
+from postlocal.comm.group import torch_group
+from postlocal.sync.kinds import dense
 
 __all__ = [
     "Hook",

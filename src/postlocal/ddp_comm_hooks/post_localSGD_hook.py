@@ -28,10 +28,10 @@ from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from postlocal.comm.group import Processes, torch_group
+from postlocal.comm.groups import by_node
 from postlocal.ddp_comm_hooks._routes import route
 from postlocal.ddp_comm_hooks.default_hooks import Hook, allreduce_hook, kept
-from postlocal.group import Processes, torch_group
-from postlocal.topology import by_node
 from postlocal.wire import ChunkWire
 
 __all__ = ["Clock", "PostLocalSGDState", "post_localSGD_hook"]

@@ -28,12 +28,12 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
-from postlocal import powersgd
-from postlocal.courier import promise
+from postlocal.comm.background import promise
+from postlocal.comm.group import Processes, torch_group
 from postlocal.ddp_comm_hooks._memory import Memory
 from postlocal.ddp_comm_hooks.default_hooks import allreduce_hook
-from postlocal.group import Processes, torch_group
-from postlocal.kinds import dense
+from postlocal.sync.kinds import dense
+from postlocal.wire import low_rank as powersgd
 
 __all__ = ["PowerSGDState", "batched_powerSGD_hook", "powerSGD_hook"]
 

@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket
 
 from postlocal.codec import affine, int8
+from postlocal.comm.group import torch_group
 from postlocal.ddp_comm_hooks._memory import Memory
 from postlocal.ddp_comm_hooks._routes import route
-from postlocal.group import torch_group
 from postlocal.wire import quantised, travels_as
 
 __all__ = [

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from postlocal import agreement
-from postlocal.ballot import Ballot, Vote, layout_number
+from postlocal.comm import agreement
+from postlocal.comm.group import Group, Processes
 from postlocal.errors import NonFiniteError
-from postlocal.group import Group, Processes
-from postlocal.replica import once
+from postlocal.sync.parameters import once
+from postlocal.sync.status import Ballot, Vote, layout_number
 from postlocal.tensors import is_dtensor
 from postlocal.wire import Exact, Staging, maximum_, mean_
 

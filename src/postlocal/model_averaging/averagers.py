@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from postlocal.group import Processes, torch_group
+from postlocal.comm.group import Processes, torch_group
 from postlocal.model_averaging._averaging import Averaging
 from postlocal.model_averaging.utils import Parameters, get_params_to_average
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from postlocal.group import Processes, torch_group
+from postlocal.comm.group import Processes, torch_group
 from postlocal.model_averaging.averagers import ModelAverager, warn_of_period_one
 from postlocal.model_averaging.utils import Parameters
 

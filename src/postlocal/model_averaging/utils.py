@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch import nn
 
-from postlocal.group import torch_group
+from postlocal.comm.group import torch_group
 from postlocal.model_averaging._averaging import Averaging
 
 __all__ = [

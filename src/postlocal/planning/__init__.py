@@ -1,8 +1,8 @@
 """How long training takes on a network that is not at hand.
 
 A strategy's own schedule is rolled out step by step, its fragments are launched and landed by the
-rules of `postlocal.sync`, and its wires tell their own bytes: what is planned is what is run. Only
-seconds are modelled; `docs/plan.md` derives them.
+rules of `postlocal.sync.clock`, and its wires tell their own bytes: what is planned is what is run.
+Only seconds are modelled; `docs/plan.md` derives them.
 
 Example:
     >>> from postlocal import strategies

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from postlocal.group import Alone, Group
-from postlocal.topology import RANK, WORLD, Layout, Topology, world
+from postlocal.comm.group import Alone, Group
+from postlocal.comm.groups import LevelGroups
+from postlocal.topology import RANK, WORLD, Topology, world
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,16 @@ class Cluster:
         object.__setattr__(self, "links", tuple(links.items()))
         object.__setattr__(self, "topology", topology or world())
         for level in links:
-            if level == RANK or level not in self.layout.levels:
-                known = ", ".join(self.layout.levels[1:])
+            if level == RANK or level not in self.groups.levels:
+                known = ", ".join(self.groups.levels[1:])
                 raise ValueError(
                     f"links must be of levels of the topology ({known}), got {level!r}"
                 )
 
     @cached_property
-    def layout(self) -> Layout:
+    def groups(self) -> LevelGroups:
         """Rank 0's groups, which nobody can communicate over."""
-        return Layout(OnPaper(self.workers), self.topology)
+        return LevelGroups(OnPaper(self.workers), self.topology)
 
     def link(self, level: str) -> Link:
         """The link of a level.
@@ -101,16 +102,16 @@ class Cluster:
 
     def size(self, level: str) -> int:
         """Ranks in a group of a level, the largest one."""
-        return self.layout[level].size
+        return self.groups[level].size
 
     def host(self, level: str) -> int:
         """Ranks that share one end of a level's link: a group of the level below."""
-        levels = self.layout.levels
+        levels = self.groups.levels
         return self.size(levels[max(0, levels.index(level) - 1)])
 
     def narrowest(self, level: str) -> str:
         """The narrowest level with as large groups: whose link these communicate over."""
-        levels = self.layout.levels
+        levels = self.groups.levels
         return next(each for each in levels if self.size(each) == self.size(level))
 
     def with_bandwidth(self, bandwidth: float, level: str = WORLD) -> "Cluster":

@@ -1,7 +1,7 @@
 """What happens in a run, in order, with no clock: steps, launches, landings and meetings.
 
 It takes the rounds that `postlocal.schedule.rollout` gives, and launches and lands fragments where
-`postlocal.sync.Sync` does.
+`postlocal.sync.clock.Sync` does.
 """
 
 from collections import deque

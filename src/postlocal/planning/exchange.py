@@ -53,14 +53,14 @@ def of_tensors(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> Ex
     if cluster.size(level) == 1 or not tensors:
         return Exchange()
     level = cluster.narrowest(level)
-    payload = wire.open(cluster.layout, level).payload_bytes(tensors)
+    payload = wire.open(cluster.groups, level).payload_bytes(tensors)
     if isinstance(wire, relayed):
         return Exchange(payload, _relayed_seconds(wire, tensors, cluster, level))
     return Exchange(payload, _seconds(wire, payload, cluster, level))
 
 
 def of_gradients(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> Exchange:
-    """The mean of gradients over the groups of a level, as `postlocal.gradients` takes it.
+    """The mean of gradients over the groups of a level, as `postlocal.sync.ddp` takes it.
 
     fp32 gradients take torch's ring all-reduce, which enters and leaves each host once.
     """
@@ -200,7 +200,7 @@ def _seconds(wire: Wire, payload: int, cluster: Cluster, level: str) -> float:
 
 def _relayed_seconds(wire: relayed, tensors: Tensors, cluster: Cluster, level: str) -> float:
     """Sums come to the first rank of each node, means go between these, and back to all."""
-    inside = min(wire.level, level, key=cluster.layout.levels.index)
+    inside = min(wire.level, level, key=cluster.groups.levels.index)
     size = cluster.size(inside)
     hosts = math.ceil(cluster.size(level) / size)
     seconds = 0.0

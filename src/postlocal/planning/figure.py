@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from postlocal.drawing import new_figure
 from postlocal.planning.cluster import Cluster
 from postlocal.planning.course import timetable
+from postlocal.planning.drawing import new_figure
 from postlocal.planning.job import Job
 from postlocal.planning.plan import plan_rounds
 from postlocal.schedule import WORLD

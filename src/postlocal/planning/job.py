@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from postlocal.fragments import Fragments
 from postlocal.planning.step_time import StepTime, steady
-from postlocal.replica import Replica
-from postlocal.wrappers import unwrap
+from postlocal.sync.parameters import Replica
+from postlocal.sync.wrappers import unwrap
 
 Tensors = Mapping[str, Tensor]
 

@@ -5,15 +5,16 @@ from statistics import median
 
 import torch
 
-from postlocal.group import Group
+from postlocal.comm.group import Group
+from postlocal.comm.groups import LevelGroups
 from postlocal.planning.cluster import Link
-from postlocal.topology import WORLD, Layout
+from postlocal.topology import WORLD
 
 _LARGE = 2**22  # fp32 values: 16 MiB
 
 
 def measure_links(
-    layout: Layout,
+    groups: LevelGroups,
     device: torch.device | None = None,
     numel: int = _LARGE,
     rounds: int = 5,
@@ -24,7 +25,7 @@ def measure_links(
     bandwidth of a ring. Both are medians, of the group that is slowest.
 
     Args:
-        layout: the groups.
+        groups: the groups.
         device: where tensors lie; None: on the CPU.
         numel: fp32 values of a large all-reduce.
         rounds: of each size, after one that does not count.
@@ -38,16 +39,16 @@ def measure_links(
     Example:
         >>> from postlocal import topology, virtual
         >>> def work(group):
-        ...     return list(measure_links(Layout(group, topology.nodes(size=1)), numel=2**10))
+        ...     return list(measure_links(LevelGroups(group, topology.nodes(size=1)), numel=2**10))
         >>> virtual.run(2, work)
         [['world'], ['world']]
     """
     links = {}
-    for level in layout.levels[1:]:
-        group = layout[level]
+    for level in groups.levels[1:]:
+        group = groups[level]
         mine = [(_seconds(group, n, rounds, device)) for n in (numel, 1)] if group.size > 1 else []
         # Groups may differ in size, so that some ranks are alone where others are not.
-        said = layout[WORLD].all_gather_object((mine, group.size))
+        said = groups[WORLD].all_gather_object((mine, group.size))
         (large, small), size = max((each for each in said if each[0]), default=([0.0, 0.0], 1))
         if size > 1:
             messages = 2 * (size - 1)

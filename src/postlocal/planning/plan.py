@@ -139,7 +139,7 @@ def plan(strategy: Strategy, job: Job, cluster: Cluster) -> Plan:
 def plan_rounds(rounds: Timetable, strategy: Strategy, job: Job, cluster: Cluster) -> Plan:
     """The same with rounds that are known, to be planned for several clusters."""
     for level in levels_of(strategy.schedule):
-        _ = cluster.layout[level]  # raises with the fix where it is not there
+        _ = cluster.groups[level]  # raises with the fix where it is not there
     totals = replay(rounds, strategy, job, cluster)
     return Plan(
         name=strategy.name,

@@ -75,7 +75,7 @@ class _Run:
         self._air: deque[_Flight] = deque()
         self._free = 0.0  # at what second the world's link is
         # Steps since the ranks of each level last met, from the narrowest level on.
-        self._alone = dict.fromkeys(cluster.layout.levels[1:], 0)
+        self._alone = dict.fromkeys(cluster.groups.levels[1:], 0)
 
     def repeat(self, planned: Round, steps: int, times: int) -> None:
         """A round so many times over: one by one, until each is like the one before."""

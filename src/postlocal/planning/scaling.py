@@ -7,7 +7,7 @@ from itertools import cycle, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from postlocal.drawing import new_figure
+from postlocal.planning.drawing import new_figure
 from postlocal.planning.fleet import Fleet
 from postlocal.planning.job import Job
 from postlocal.planning.simulation import Simulated, simulate

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from postlocal.courier import promise
-from postlocal.group import Group, Operation, Parts, Processes, Work, torch_group
+from postlocal.comm.background import promise
+from postlocal.comm.group import Group, Operation, Parts, Processes, Work, torch_group
 from postlocal.wire.exchange import ring_bytes
 
 Result = TypeVar("Result")

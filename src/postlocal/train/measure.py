@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from postlocal import group
-from postlocal.group import Group
+from postlocal.comm import group
+from postlocal.comm.group import Group
+from postlocal.comm.groups import LevelGroups
 from postlocal.planning import Link, measure_links
-from postlocal.topology import Layout
 from postlocal.train.config import TrainConfig
 from postlocal.train.model import SIZES, VOCABULARY, Transformer
 from postlocal.train.run import cross_entropy, make_optimizer
@@ -53,8 +53,8 @@ def measure_in(
     everyone: Group, device: torch.device, config: TrainConfig, steps: int = 10
 ) -> Measured:
     """The same among the ranks of a group; collective."""
-    layout = Layout(everyone, config.make_topology())
-    links = measure_links(layout, device)
+    groups = LevelGroups(everyone, config.make_topology())
+    links = measure_links(groups, device)
     model = Transformer(SIZES[config.model]).to(device)
     seconds = everyone.all_gather_object(_step_seconds(model, device, config, steps))
     return Measured(

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from postlocal.attachment import check_levels
 from postlocal.meter import human_bytes
 from postlocal.planning.course import Course, Launch
-from postlocal.report import METRICS, PLOT, SUMMARY
 from postlocal.schedule import WORLD, rollout
+from postlocal.sync.attach import check_levels
 from postlocal.train import saved
 from postlocal.train.config import TrainConfig
 from postlocal.train.data import open_data
+from postlocal.train.metrics import METRICS, PLOT, SUMMARY
 from postlocal.train.model import SIZES, Transformer
 from postlocal.train.saved import CONFIG, SavedRun, Text
 from postlocal.train.view import human_rate

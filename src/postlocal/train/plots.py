@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from postlocal.drawing import new_figure
-from postlocal.report import Metrics
+from postlocal.planning.drawing import new_figure
+from postlocal.train.metrics import Metrics
 
 
 def plot(runs: Mapping[str, Path], to: Path) -> None:

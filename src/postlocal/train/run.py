@@ -17,22 +17,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from postlocal import agreement, group
-from postlocal.attachment import attach
-from postlocal.group import Group
-from postlocal.packing import key_of
-from postlocal.report import PLOT, SUMMARY, Metrics, Summary
+from postlocal.comm import agreement, group
+from postlocal.comm.group import Group
+from postlocal.sync.attach import attach
+from postlocal.sync.wrappers import unwrap
 from postlocal.train import view
 from postlocal.train.config import TrainConfig
 from postlocal.train.data import open_data
 from postlocal.train.link import Link, linked
+from postlocal.train.metrics import PLOT, SUMMARY, Metrics, Summary
 from postlocal.train.model import SIZES, Transformer
 from postlocal.train.opening import CHECKPOINTS, WEIGHTS, Opening, open_run, prepare_folder
 from postlocal.train.plots import plot
 from postlocal.train.saved import CONFIG, SavedRun, Text, settle
 from postlocal.train.stop import Stop
 from postlocal.train.world import announced, joined, restarted, store
-from postlocal.wrappers import unwrap
 
 if TYPE_CHECKING:
     from postlocal.checkpoint import Restored
@@ -404,6 +403,8 @@ class _Run:
         )
 
     def _digests(self) -> Iterator[str]:
+        from postlocal.checkpoint.packing import key_of
+
         for parameter in self.model.parameters():
             yield key_of(parameter)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from postlocal.report import write_whole
 from postlocal.strategies import parameters_of
 from postlocal.train.config import TrainConfig
 from postlocal.train.data import Corpus, find_files
+from postlocal.train.metrics import write_whole
 
 CONFIG = "config.json"
 

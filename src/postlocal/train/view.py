@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from postlocal.meter import human_bytes
-from postlocal.report import Summary
+from postlocal.train.metrics import Summary
 
 _BAR = 40  # columns
 

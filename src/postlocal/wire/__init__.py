@@ -7,9 +7,10 @@ without one: `mean_` takes a `ChunkWire`.
 Example:
     >>> import torch
     >>> from postlocal import virtual, wire
-    >>> from postlocal.topology import Layout, world
+    >>> from postlocal.topology import world
+    >>> from postlocal.comm.groups import LevelGroups
     >>> def work(group):
-    ...     carrier = wire.error_feedback(wire.bf16()).open(Layout(group, world()), "world")
+    ...     carrier = wire.error_feedback(wire.bf16()).open(LevelGroups(group, world()), "world")
     ...     weight = torch.full((8,), float(group.rank))
     ...     return carrier.mean_({"weight": weight}), weight[0].item()
     >>> virtual.run(2, work)
@@ -18,10 +19,9 @@ Example:
 
 from postlocal.wire.carrier import Carrier, Wire
 from postlocal.wire.chunks import CHUNK, Chunk, travels_as
-from postlocal.wire.direct import Direct
+from postlocal.wire.error_feedback import error_feedback
+from postlocal.wire.exact import Direct
 from postlocal.wire.exchange import ChunkWire, Divisor, Exchange, Repair, Staged
-from postlocal.wire.feedback import error_feedback
-from postlocal.wire.low_rank import powersgd
 from postlocal.wire.mean import maximum_, mean_
 from postlocal.wire.named import (
     NAMED,
@@ -36,9 +36,10 @@ from postlocal.wire.named import (
     sign,
     top_k,
 )
+from postlocal.wire.power_sgd import powersgd
 from postlocal.wire.recipes import Coded, Exact, Gathered, bf16, fp16, fp32, gathered, quantised
-from postlocal.wire.relay import relayed
 from postlocal.wire.staging import Staging
+from postlocal.wire.two_level import relayed
 
 __all__ = [
     "CHUNK",

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from postlocal.checks import made
-from postlocal.group import Group
-from postlocal.topology import Layout
+from postlocal.comm.group import Group
+from postlocal.comm.groups import LevelGroups
 from postlocal.wire.cargo import Terms
 from postlocal.wire.chunks import Parcel
 from postlocal.wire.exchange import ChunkWire, Divisor
@@ -99,12 +99,12 @@ class Wire(Protocol):
         """
         ...
 
-    def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
+    def open(self, groups: LevelGroups, level: str, staging: Staging | None = None) -> Carrier:
         """Put it in use over this rank's group at a level; collective.
 
         Args:
-            layout: the groups.
-            level: one of the layout's.
+            groups: the groups.
+            level: one of theirs.
             staging: memory for what travels, which several carriers can share.
         """
         ...

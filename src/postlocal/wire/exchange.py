@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from postlocal.group import Group
+from postlocal.comm.group import Group
 from postlocal.wire.chunks import Chunk
 from postlocal.wire.staging import Staging
 

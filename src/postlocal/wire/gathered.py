@@ -3,7 +3,7 @@
 import torch
 
 from postlocal.codec import Codec
-from postlocal.group import Group, Work
+from postlocal.comm.group import Group, Work
 from postlocal.wire.cargo import Cargo
 from postlocal.wire.exchange import Divisor
 from postlocal.wire.staging import Staging

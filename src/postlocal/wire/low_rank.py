@@ -1,239 +1,191 @@
-"""PowerSGD as a wire: matrices travel as two factors, and what these lack is sent later."""
+"""Means of matrices by low-rank approximation: PowerSGD (arXiv 1905.13727, Algorithm 1).
 
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+One step of power iteration a call, from where the last one ended: two all-reduces in all, whatever
+the number of matrices.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from postlocal import powersgd as mathematics
-from postlocal.checks import count, positive, settle, whole
-from postlocal.group import Group
-from postlocal.tensors import flat_view, weigh_
-from postlocal.topology import Layout
-from postlocal.wire.cargo import Terms
-from postlocal.wire.carrier import Carrier, Weights, weight_of
-from postlocal.wire.chunks import Parcel, travels_as
-from postlocal.wire.exchange import Divisor, ring_bytes
-from postlocal.wire.mean import carry_, payload_bytes
-from postlocal.wire.memory import Memory
-from postlocal.wire.recipes import fp32
-from postlocal.wire.staging import Staging
+from postlocal.comm.group import Group
 
 
-@dataclass(frozen=True)
-class powersgd:
-    """Matrices as two factors of low rank, with error feedback; all else travels exactly.
+def mean_(
+    matrices: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    group: Group,
+    epsilon: float = 0.0,
+    divisor: Callable[[], float] | None = None,
+    residuals: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Write low-rank means of matrices to ``outputs``, and replace ``exact`` by their means.
 
-    A matrix of shape ``(n, m)`` travels as ``rank * (n + m)`` values, in two all-reduces for all of
-    them together. Each rank remembers the second factor, from where the next mean starts, and
-    what the mean lacks of its own matrices, for a weight of 1: one fp32 copy. Means of matrices of
-    16 bits take another one, of all of them at once, until they have come.
-
-    `payload_bytes` is that of a square matrix.
+    With ``M`` a matrix of this rank, ``mean`` over all ranks: ``P = orthogonal(mean(M Q))``, then
+    ``Q = mean(M^T P)``, and the output is ``P Q^T``.
 
     Args:
-        rank: columns of a factor; 1 to 4 is usual, 32 for some language models.
-        min_compression: matrices travel as factors where these are so many times smaller.
-        seed: of the first factors, the same on all ranks.
+        matrices: batches of matrices, each of shape ``(b, n, m)``, all of one dtype and device.
+        starts: ``Q`` to start from, of shapes ``(b, m, r)`` with ``r`` at most ``n`` and ``m``;
+            equal on all ranks. Orthogonalised in place.
+        outputs: of the matrices' shapes; they may be the matrices themselves.
+        exact: tensors of the same dtype that are averaged as they are, along with ``P``.
+        group: who takes part.
+        epsilon: added to the norms of columns that are divided by them.
+        divisor: gives the sum of the weights of all ranks' matrices, called when the first sums
+            are here; None: the size of the group.
+        residuals: take ``M - P P^T M``, what the mean lacks of this rank's matrices; of their
+            shapes, and they may be the matrices themselves.
+
+    Returns:
+        ``Q`` of each batch, equal on all ranks: where to start from next time.
 
     Raises:
-        TypeError: if an argument is of another type.
-        ValueError: if ``rank`` is below 1, or ``min_compression`` not above 0.
+        PeerError: if a rank did not take part in time.
 
     Example:
-        >>> powersgd(rank=4).payload_bytes(numel=2**20, size=2)
-        32768
-
-    Source: arXiv 1905.13727, Algorithms 1 and 2. The error here is ``M - P P^T M`` rather than
-    ``M - P Q^T``: it has the same mean over ranks, does not grow with what ranks differ in, and
-    holds for any weights.
+        >>> from postlocal.comm.group import Alone
+        >>> matrix = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0]))[None]
+        >>> output = torch.empty_like(matrix)
+        >>> _ = mean_([matrix], [torch.ones(1, 3, 1)], [output], [], Alone())
+        >>> torch.allclose(output, matrix)  # its rank is 1
+        True
     """
+    shapes = [(len(m), m.shape[1], q.shape[2]) for m, q in zip(matrices, starts, strict=True)]
+    sizes = [b * n * r for b, n, r in shapes] + [tensor.numel() for tensor in exact]
+    like = exact[0] if exact else matrices[0]
+    flat = like.new_empty(sum(sizes))
+    parts = torch.split(flat, sizes)
+    ps = [part.view(shape) for part, shape in zip(parts, shapes, strict=False)]
+    for matrix, q, p in zip(matrices, starts, ps, strict=True):
+        orthogonalise_(q, epsilon)
+        torch.bmm(matrix, q, out=p)
+    for tensor, part in zip(exact, parts[len(ps) :], strict=True):
+        part.copy_(tensor.reshape(-1))
+    group.all_reduce(flat).wait()
+    total = float(group.size) if divisor is None else divisor()
+    for tensor, part in zip(exact, parts[len(ps) :], strict=True):
+        torch.div(part.view(tensor.shape), total, out=tensor)
+    if not matrices:
+        return []
+    for p in ps:
+        orthogonalise_(p, epsilon)
+    return _second_leg(matrices, ps, outputs, group, total, residuals)
 
-    rank: int = 4
-    min_compression: float = 2.0
-    seed: int = 0
-    lossy = True
 
-    def __post_init__(self) -> None:
-        settle(self, rank=partial(count, unit="column"), min_compression=positive, seed=_seed)
+def _second_leg(
+    matrices: Sequence[Tensor],
+    ps: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    group: Group,
+    total: float,
+    residuals: Sequence[Tensor] | None,
+) -> list[Tensor]:
+    shapes = [(len(m), m.shape[2], p.shape[2]) for m, p in zip(matrices, ps, strict=True)]
+    flat = ps[0].new_empty(sum(b * m * r for b, m, r in shapes))
+    parts = torch.split(flat, [b * m * r for b, m, r in shapes])
+    qs = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    for matrix, p, q in zip(matrices, ps, qs, strict=True):
+        torch.bmm(matrix.transpose(1, 2), p, out=q)
+    for matrix, p, q, residual in zip(matrices, ps, qs, residuals or (), strict=False):
+        torch.baddbmm(matrix, p, q.transpose(1, 2), alpha=-1, out=residual)
+    group.all_reduce(flat).wait()
+    flat.div_(total)
+    for p, q, output in zip(ps, qs, outputs, strict=True):
+        torch.bmm(p, q.transpose(1, 2), out=output)
+    return qs
 
-    def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
-        side = round(numel**0.5)
-        if not mathematics.is_compressed(side, side, self.rank, self.min_compression):
-            return fp32().payload_bytes(numel, size, dtype)
-        factor = side * min(side, self.rank)
-        return 2 * ring_bytes(factor, size, travels_as(dtype))
 
-    def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
-        return _LowRank(self, layout[level], staging)
+def matrix_shape(tensor: Tensor) -> tuple[int, int]:
+    """A tensor as a matrix, as it lies in memory: rows are its slowest dimension.
 
-
-@dataclass
-class _Matrix:
-    """A tensor seen as a matrix.
-
-    Attributes:
-        name: the tensor's.
-        tensor: takes the mean.
-        output: where the mean comes to, shape ``(1, n, m)``: the tensor's own memory, if it is of
-            the dtype in which it travels.
-        values: contribution and what was lost before; then what is lost now, if its weight is
-            above 0.
-        weight: of the contribution.
+    Example:
+        >>> matrix_shape(torch.zeros(8, 4, 3, 3))
+        (8, 36)
     """
-
-    name: str
-    tensor: Tensor
-    output: Tensor
-    values: Tensor
-    weight: float
-
-    def settle(self, *, finite: bool) -> None:
-        """Give the tensor its mean, and keep what was lost for a weight of 1."""
-        if self.tensor.dtype != self.output.dtype:
-            _flat(self.tensor).copy_(self.output.view(-1))
-        if self.weight:
-            weigh_([self.values], 1 / self.weight if finite else 0.0)
+    if tensor.ndim == 0 or tensor.numel() == 0:
+        return 1, tensor.numel()
+    slowest = max(range(tensor.ndim), key=tensor.stride)
+    rows = tensor.shape[slowest]
+    return rows, tensor.numel() // rows
 
 
-class _LowRank:
-    """A carrier by low-rank approximation.
+def factors_numel(n: int, m: int, rank: int) -> int:
+    """Elements of both factors of a matrix of shape ``(n, m)``.
+
+    Example:
+        >>> factors_numel(1000, 100, rank=4)
+        4400
+    """
+    return (n + m) * min(n, m, rank)
+
+
+def is_compressed(n: int, m: int, rank: int, min_compression: float) -> bool:
+    """Whether a matrix travels as factors: where they are so many times smaller than it.
+
+    Example:
+        >>> is_compressed(1000, 100, rank=4, min_compression=2.0)
+        True
+    """
+    return factors_numel(n, m, rank) * min_compression < n * m
+
+
+def random_start(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
+    """A random ``Q``, the same for the same state of a CPU generator; of the dtype of ``like``."""
+    return torch.randn(*shape, generator=generator, dtype=like.dtype).to(like.device)
+
+
+def orthogonalise_(matrices: Tensor, epsilon: float = 0.0) -> None:
+    """Replace columns by orthonormal ones that span the same space.
+
+    By QR, or by Gram-Schmidt where that is faster (at most 2 columns) or QR is missing (16 bits). A
+    column that depends on those before it, such as one of zeros, becomes another direction: power
+    iteration that starts from zero would never leave it.
 
     Args:
-        wire: the recipe.
-        group: whose mean is taken.
-        staging: memory for what travels exactly.
+        matrices: shape ``(b, n, r)`` with ``r`` at most ``n``.
+        epsilon: added to the norms that columns are divided by, in Gram-Schmidt.
+
+    Example:
+        >>> columns = torch.tensor([[[3.0, 1.0], [4.0, 1.0]]])
+        >>> orthogonalise_(columns)
+        >>> torch.allclose(columns[0].T @ columns[0], torch.eye(2), atol=1e-6)
+        True
     """
-
-    def __init__(self, wire: powersgd, group: Group, staging: Staging | None) -> None:
-        self.group = group
-        self._wire = wire
-        self._staging = staging or Staging()
-        self._memory = Memory()
-        self._qs: dict[str, Tensor] = {}
-
-    def mean_(
-        self,
-        tensors: Mapping[str, Tensor],
-        divisor: Divisor | None = None,
-        weights: Weights | None = None,
-    ) -> int:
-        alone = self.group.size == 1
-        plain = [
-            Parcel(tensor, terms=Terms(weight_of(name, weights)))
-            for name, tensor in tensors.items()
-            if alone or not self._is_compressed(tensor)
-        ]
-        sent = carry_(plain, self.group, fp32(), divisor, self._staging)
-        if not alone:
-            for dtype in (torch.float32, torch.float64):
-                sent += self._approximate(self._matrices(tensors, dtype, weights), divisor)
-        return sent
-
-    def payload_bytes(self, tensors: Mapping[str, Tensor]) -> int:
-        plain = [tensor for tensor in tensors.values() if not self._is_compressed(tensor)]
-        total = payload_bytes(plain, self.group, fp32())
-        for dtype in (torch.float32, torch.float64):
-            shapes = [
-                mathematics.matrix_shape(tensor)
-                for tensor in tensors.values()
-                if travels_as(tensor.dtype) == dtype and self._is_compressed(tensor)
-            ]
-            total += self._factors_bytes(shapes, dtype)
-        return total
-
-    def forget(self, names: Iterable[str] | None = None) -> None:
-        # Where to start from stays: it is equal on all ranks.
-        self._memory.forget(names)
-
-    def state_dict(self) -> dict[str, Any]:
-        if not self._qs:
-            return {}
-        return {"errors": self._memory.state_dict(), "starts": dict(self._qs)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._memory.load_state_dict(state.get("errors", {}))
-        self._qs = {name: q.clone() for name, q in state.get("starts", {}).items()}
-
-    def _is_compressed(self, tensor: Tensor) -> bool:
-        n, m = mathematics.matrix_shape(tensor)
-        fits = mathematics.is_compressed(n, m, self._wire.rank, self._wire.min_compression)
-        return fits and flat_view(tensor) is not None
-
-    def _factors_bytes(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
-        """Bytes of the all-reduces of both factors of matrices of shapes ``(n, m)``."""
-        ranks = [min(n, m, self._wire.rank) for n, m in shapes]
-        return sum(
-            ring_bytes(sum(shape[side] * r for shape, r in zip(shapes, ranks, strict=True)),
-                       self.group.size, dtype)
-            for side in (0, 1)
-        )  # fmt: skip
-
-    def _matrices(
-        self, tensors: Mapping[str, Tensor], dtype: torch.dtype, weights: Weights | None
-    ) -> list[_Matrix]:
-        return [
-            self._matrix(name, tensor, dtype, weight_of(name, weights))
-            for name, tensor in tensors.items()
-            if travels_as(tensor.dtype) == dtype and self._is_compressed(tensor)
-        ]
-
-    def _matrix(self, name: str, tensor: Tensor, dtype: torch.dtype, weight: float) -> _Matrix:
-        shape = (1, *mathematics.matrix_shape(tensor))
-        flat = _flat(tensor.detach())
-        output = (flat if tensor.dtype == dtype else torch.empty_like(flat, dtype=dtype)).view(
-            shape
-        )
-        if weight == 0:  # the residual waits, and zeros take its place
-            return _Matrix(name, tensor, output, output.zero_(), weight)
-        values = _flat(self._memory.residual(name, tensor).add_(tensor)).view(shape)
-        weigh_([values], weight)
-        return _Matrix(name, tensor, output, values, weight)
-
-    def _approximate(self, matrices: Sequence[_Matrix], divisor: Divisor | None) -> int:
-        """Replace matrices by their low-rank means; returns the bytes that this rank sent."""
-        if not matrices:
-            return 0
-        values = [matrix.values for matrix in matrices]
-        outputs = [matrix.output for matrix in matrices]
-        starts = [self._start(matrix) for matrix in matrices]
-        qs = mathematics.mean_(
-            values, starts, outputs, [], self.group, divisor=divisor, residuals=values
-        )
-        finite = torch.stack([q.sum() for q in qs]).isfinite().tolist()
-        for matrix, q, fine in zip(matrices, qs, finite, strict=True):
-            matrix.settle(finite=fine)
-            # What a value that is not finite has spoilt begins anew, on all ranks.
-            self._qs.pop(matrix.name, None)
-            if fine:
-                self._qs[matrix.name] = q
-        shapes = [(matrix.values.shape[1], matrix.values.shape[2]) for matrix in matrices]
-        return self._factors_bytes(shapes, values[0].dtype)
-
-    def _start(self, matrix: _Matrix) -> Tensor:
-        """``Q`` to start from, the same on all ranks: where the last mean ended, or random."""
-        known = self._qs.get(matrix.name)
-        if known is not None:
-            return known.to(matrix.values)
-        _, n, m = matrix.values.shape
-        seed = zlib.crc32(matrix.name.encode()) ^ self._wire.seed
-        generator = torch.Generator().manual_seed(seed)
-        shape = (1, m, min(n, m, self._wire.rank))
-        return mathematics.random_start(shape, generator, matrix.values)
+    rows, columns = matrices.shape[1:]
+    if columns > 2 and matrices.dtype not in (torch.float16, torch.bfloat16):
+        for index in range(columns):  # of zeros QR makes unit vectors, which many matrices miss
+            column = matrices[:, :, index : index + 1]
+            _replace(column, ~column.any(dim=1, keepdim=True), index)
+        matrices.copy_(torch.linalg.qr(matrices).Q)
+        return
+    negligible = min(0.05, torch.finfo(matrices.dtype).eps * rows**0.5)
+    for index in range(columns):
+        before, column = matrices[:, :, :index], matrices[:, :, index : index + 1]
+        greatest = torch.linalg.vector_norm(column, dim=1, keepdim=True) * negligible
+        norm = _remove(before, column)
+        if _replace(column, (norm < greatest) | (norm == 0), index):  # never where it is infinite
+            norm = _remove(before, column)
+        column.div_(norm.add_(epsilon))
 
 
-def _seed(name: str, value: Any) -> int:
-    seed = whole(name, value)
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{name} must be a number of 64 bits, got {seed}")
-    return seed
+def _remove(before: Tensor, column: Tensor) -> Tensor:
+    """Make columns orthogonal to those before them; returns the norms that are left."""
+    for _ in range(2):  # what rounding leaves of nearly parallel ones goes the second time
+        column.sub_(before @ (before.transpose(1, 2) @ column))
+    norms: Tensor = torch.linalg.vector_norm(column, dim=1, keepdim=True)
+    return norms
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    flat = flat_view(tensor)
-    assert flat is not None
-    return flat
+def _replace(column: Tensor, lost: Tensor, index: int) -> bool:
+    """Put a direction that looks random, and is the same anywhere, where columns are lost."""
+    if not lost.any():
+        return False
+    golden = 0.6180339887498949
+    turns = torch.arange(1, column.shape[1] + 1, dtype=torch.float64) * (golden * (index + 1))
+    direction = (turns % 1 - 0.5).view(1, -1, 1).to(column)
+    column.copy_(torch.where(lost, direction, column))
+    return True

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from postlocal.group import Group
+from postlocal.comm.group import Group
 from postlocal.tensors import weigh_
 from postlocal.wire.chunks import Chunk, Parcel, chunks
-from postlocal.wire.convoy import Convoy
 from postlocal.wire.exchange import ChunkWire, Divisor, ring_bytes
+from postlocal.wire.pipeline import Convoy
 from postlocal.wire.staging import Staging
 
 
@@ -77,7 +77,7 @@ def payload_bytes(tensors: Iterable[Tensor], group: Group, wire: ChunkWire) -> i
     """What `mean_` of tensors will return on this rank.
 
     Example:
-        >>> from postlocal.group import Alone
+        >>> from postlocal.comm.group import Alone
         >>> from postlocal.wire import fp32
         >>> payload_bytes([torch.zeros(1000), torch.zeros(24)], Alone(), fp32())
         0

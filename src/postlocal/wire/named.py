@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from postlocal import codec
 from postlocal.checks import choice
 from postlocal.wire.carrier import Wire
-from postlocal.wire.feedback import error_feedback
-from postlocal.wire.low_rank import powersgd
+from postlocal.wire.error_feedback import error_feedback
+from postlocal.wire.power_sgd import powersgd
 from postlocal.wire.recipes import Coded, Gathered, bf16, fp16, fp32, gathered, quantised
 
 

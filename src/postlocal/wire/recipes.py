@@ -7,12 +7,12 @@ import torch
 from postlocal.checks import settle
 from postlocal.codec import Codec, cast, exact
 from postlocal.codec.protocol import is_codec
-from postlocal.group import Group
-from postlocal.topology import Layout
+from postlocal.comm.group import Group
+from postlocal.comm.groups import LevelGroups
 from postlocal.wire.carrier import Carrier, Forgetful
 from postlocal.wire.chunks import CHUNK, Chunk, share_of
-from postlocal.wire.direct import Direct
-from postlocal.wire.encoded import Encoded, exchanged_bytes
+from postlocal.wire.coded import Encoded, exchanged_bytes
+from postlocal.wire.exact import Direct
 from postlocal.wire.exchange import ChunkWire, Divisor, Exchange, Repair, Staged
 from postlocal.wire.gathered import ToEveryone
 from postlocal.wire.staging import Staging
@@ -24,8 +24,8 @@ class _Forgetting(ChunkWire):
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
         return self.sent_bytes(numel, 0, size, dtype)
 
-    def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
-        return Forgetful(self, layout[level], staging)
+    def open(self, groups: LevelGroups, level: str, staging: Staging | None = None) -> Carrier:
+        return Forgetful(self, groups[level], staging)
 
 
 @dataclass(frozen=True)

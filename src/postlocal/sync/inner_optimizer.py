@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from postlocal.ballot import layout_number
-from postlocal.group import Group
-from postlocal.replica import Replica
+from postlocal.comm.group import Group
+from postlocal.sync.parameters import Replica
+from postlocal.sync.status import layout_number
+from postlocal.sync.wrappers import innermost
 from postlocal.tensors import weigh_
 from postlocal.wire import Divisor, fp32, maximum_, mean_
-from postlocal.wrappers import innermost
 
 _FIX = "call sync.finish() and sync.close() before such a change, and attach again after it"
 

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
-from postlocal.anchor import Anchor
-from postlocal.ballot import Ballot, Vote, shares
-from postlocal.courier import Courier
+from postlocal.comm.background import Courier
+from postlocal.comm.group import Group
 from postlocal.errors import NonFiniteError, PeerError
-from postlocal.group import Group
 from postlocal.guard import Jury
 from postlocal.meter import Meter, SyncRecord
-from postlocal.replica import Replica, floats, others
 from postlocal.schedule import WORLD
 from postlocal.strategies import Strategy
+from postlocal.sync.anchor import Anchor
+from postlocal.sync.parameters import Replica, floats, others
+from postlocal.sync.status import Ballot, Vote, shares
 from postlocal.tensors import all_finite, squared_norm, weigh_
 from postlocal.wire import Carrier, Divisor, Staging, fp32, maximum_, mean_
 

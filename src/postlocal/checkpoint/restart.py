@@ -8,9 +8,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from postlocal.replica import Replica
 from postlocal.schedule import WORLD, planned
-from postlocal.sync import Sync
+from postlocal.sync.clock import Sync
+from postlocal.sync.parameters import Replica
 from postlocal.tensors import all_finite
 from postlocal.wire import fp32, maximum_, mean_
 
@@ -40,7 +40,7 @@ def mean(load: Load, world: int, sync: Sync, locally: Locally) -> dict[str, Tens
         sync: the clock of the ranks that are here.
         locally: calls the parts that read.
     """
-    group, replica = sync.layout[WORLD], sync.replica
+    group, replica = sync.groups[WORLD], sync.replica
     mine = range(group.rank, world, group.size)
     found = locally(lambda: {rank: _is_well(load(rank), replica) for rank in mine})
     well = [pair for theirs in group.all_gather_object(found) for pair in theirs.items()]

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from postlocal.agreement import raise_together
+from postlocal.comm.agreement import raise_together
+from postlocal.comm.group import Group
 from postlocal.errors import DisagreementError
-from postlocal.group import Group
 
 
 def layout_number(lines: Sequence[str]) -> int:

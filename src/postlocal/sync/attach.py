@@ -17,31 +17,26 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from postlocal import agreement, fragments, group, kinds, outer, schedule
+from postlocal import fragments, outer, schedule
 from postlocal.checks import choice, optional, seconds
 from postlocal.codec import kernels
-from postlocal.consistency import take_first_
+from postlocal.comm import agreement, group
+from postlocal.comm.group import Group, Processes
+from postlocal.comm.groups import LevelGroups, by_node
 from postlocal.errors import DisagreementError
-from postlocal.flight import Fragment
-from postlocal.gradients import Local, Reduced, check_ddp
-from postlocal.group import Group, Processes
-from postlocal.inner import Inner
 from postlocal.meter import Meter
-from postlocal.replica import Replica
 from postlocal.schedule import WORLD, Round
 from postlocal.strategies import Strategy, is_strategy
-from postlocal.sync import Sync
-from postlocal.topology import (
-    Layout,
-    Partition,
-    Topology,
-    by_node,
-    default,
-    is_topology,
-    unknown_level,
-)
+from postlocal.sync import kinds
+from postlocal.sync.clock import Sync
+from postlocal.sync.consistency import take_first_
+from postlocal.sync.ddp import Local, Reduced, check_ddp
+from postlocal.sync.inner_optimizer import Inner
+from postlocal.sync.parameters import Replica
+from postlocal.sync.synchronization import Fragment
+from postlocal.sync.wrappers import check_model, check_optimizer, find_ddp
+from postlocal.topology import Partition, Topology, default, is_topology, unknown_level
 from postlocal.wire import Staging, codecs, fp32, travels_as
-from postlocal.wrappers import check_model, check_optimizer, find_ddp
 
 logger = logging.getLogger("postlocal")
 
@@ -127,19 +122,19 @@ def attach(
         loop = _look_at(model, optimizer, strategy, topology, everyone)
     agreement.check(everyone, loop.described() | {"initial": [initial]})
     with ExitStack() as opened:  # what is closed where something fails
-        layout = Layout(everyone, topology)
-        opened.callback(layout.close)
+        groups = LevelGroups(everyone, topology)
+        opened.callback(groups.close)
         meter = Meter()
         with agreement.together(everyone):
-            where = _gradients(loop.ddp, strategy, everyone, layout, meter)
+            where = _gradients(loop.ddp, strategy, everyone, groups, meter)
             opened.callback(where.close)
             where.use(loop.first.gradients)
-        _agree_on_start(layout[WORLD], loop.replica, initial)
+        _agree_on_start(groups[WORLD], loop.replica, initial)
         if loop.first.gradients == WORLD:
-            _agree_on_state(layout[WORLD], loop.replica, loop.inner, initial)
+            _agree_on_state(groups[WORLD], loop.replica, loop.inner, initial)
         with agreement.together(everyone):
-            pieces = _pieces(loop, layout)
-            sync = Sync(strategy, loop.replica, loop.inner, layout, where, meter, pieces)
+            pieces = _pieces(loop, groups)
+            sync = Sync(strategy, loop.replica, loop.inner, groups, where, meter, pieces)
             opened.pop_all()
             opened.callback(sync.close)
         opened.pop_all()
@@ -203,14 +198,14 @@ def _look_at(
     return _Loop(strategy, partitions, replica, inner, ddp, parts, first)
 
 
-def _pieces(loop: _Loop, layout: Layout) -> list[Fragment]:
+def _pieces(loop: _Loop, groups: LevelGroups) -> list[Fragment]:
     """What is synchronized at level ``"world"``, with wires and anchors."""
     strategy, parameters, staging = loop.strategy, loop.replica.parameters, Staging()
     return [
         Fragment(
             {name: parameters[name] for name in names},
             WORLD,
-            strategy.wire.open(layout, WORLD, staging),
+            strategy.wire.open(groups, WORLD, staging),
             strategy,
             fragments.modules(loop.replica.module, names, strategy.fragments.layers),
             number=index if len(loop.parts) > 1 else None,
@@ -331,19 +326,19 @@ def _gradients(
     ddp: DistributedDataParallel | None,
     strategy: Strategy,
     everyone: Group,
-    layout: Layout,
+    groups: LevelGroups,
     meter: Meter,
 ) -> Local | Reduced:
     if ddp is None:
-        return Local(layout)
+        return Local(groups)
     # What travels in several legs runs beside the backward pass, where DDP may communicate too.
     wire = strategy.gradient_wire
     its_own = {WORLD: _over(everyone, ddp.process_group)}
-    groups = layout.beside({} if wire.lossy else its_own)
+    own = groups.beside({} if wire.lossy else its_own)
     search = None
     if ddp.find_unused_parameters and not ddp.static_graph:
-        search = groups if wire == fp32() else layout.beside(its_own)
-    return Reduced(ddp, groups, wire, meter, search)
+        search = own if wire == fp32() else groups.beside(its_own)
+    return Reduced(ddp, own, wire, meter, search)
 
 
 def _over(everyone: Group, process_group: dist.ProcessGroup) -> Group:

@@ -17,9 +17,9 @@ from torch.distributed import distributed_c10d
 from torch.futures import Future
 
 from postlocal.checks import made
+from postlocal.comm.exiting import note_failure, watch
+from postlocal.comm.missing_ranks import Release, Roll
 from postlocal.errors import PeerError
-from postlocal.exiting import note_failure, watch
-from postlocal.roll import Release, Roll
 
 Value = TypeVar("Value")
 Operation = Literal["sum", "max"]

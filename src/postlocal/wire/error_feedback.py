@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from postlocal.checks import number, settle
-from postlocal.group import Group
-from postlocal.topology import Layout
+from postlocal.comm.group import Group
+from postlocal.comm.groups import LevelGroups
 from postlocal.wire.cargo import Terms
 from postlocal.wire.carrier import Carrier, Forgetful, Weights, Wire, is_wire, weight_of
 from postlocal.wire.chunks import Parcel
 from postlocal.wire.exchange import ChunkWire, Divisor
 from postlocal.wire.mean import carry_
-from postlocal.wire.memory import Memory
+from postlocal.wire.residuals import Memory
 from postlocal.wire.staging import Staging
 
 decay_of = partial(number, above=0, most=1)
@@ -70,9 +70,9 @@ class error_feedback:
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
         return self.inner.payload_bytes(numel, size, dtype)
 
-    def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
+    def open(self, groups: LevelGroups, level: str, staging: Staging | None = None) -> Carrier:
         assert isinstance(self.inner, ChunkWire)
-        return _Remembering(self.inner, layout[level], self.decay, staging)
+        return _Remembering(self.inner, groups[level], self.decay, staging)
 
 
 class _Remembering(Forgetful):

@@ -11,23 +11,23 @@ import torch
 from torch import Tensor
 
 from postlocal import fragments, schedule
-from postlocal.agreed import Agreed, copy_, put_back
-from postlocal.agreement import same_values_
-from postlocal.ballot import Vote, layout_number
 from postlocal.checks import number, shown
-from postlocal.consistency import check_equal_, contents_number, fingerprint
-from postlocal.courier import Courier
+from postlocal.comm.agreement import same_values_
+from postlocal.comm.background import Courier
+from postlocal.comm.groups import LevelGroups
 from postlocal.errors import ModelChangedError
-from postlocal.flight import Buffers, Flight, Fragment
-from postlocal.gradients import Local, Reduced
-from postlocal.inner import Inner
 from postlocal.meter import Meter, SyncRecord, human_bytes, human_seconds
-from postlocal.replica import Replica
 from postlocal.schedule import RANK, WORLD, Round
 from postlocal.strategies import Strategy
-from postlocal.topology import Layout
+from postlocal.sync.agreed import Agreed, copy_, put_back
+from postlocal.sync.consistency import check_equal_, contents_number, fingerprint
+from postlocal.sync.ddp import Local, Reduced
+from postlocal.sync.inner_optimizer import Inner
+from postlocal.sync.parameters import Replica
+from postlocal.sync.status import Vote, layout_number
+from postlocal.sync.synchronization import Buffers, Flight, Fragment
+from postlocal.sync.wrappers import gradients_reduced_elsewhere
 from postlocal.wire import Staging, fp32
-from postlocal.wrappers import gradients_reduced_elsewhere
 
 logger = logging.getLogger("postlocal")
 
@@ -44,7 +44,7 @@ class Sync:
     Attributes:
         strategy: what it runs.
         meter: bytes, waiting and drift so far.
-        layout: this rank's groups for synchronizations.
+        groups: this rank's groups for synchronizations.
         replica: what is synchronized.
         inner: the user's optimizer.
     """
@@ -54,7 +54,7 @@ class Sync:
         strategy: Strategy,
         replica: Replica,
         inner: Inner,
-        layout: Layout,
+        groups: LevelGroups,
         where: Local | Reduced,
         meter: Meter,
         parts: Sequence[Fragment],
@@ -62,13 +62,13 @@ class Sync:
         self.strategy = strategy
         self.replica = replica
         self.inner = inner
-        self.layout = layout
+        self.groups = groups
         self.meter = meter
         self._gradients = where
         self._fragments = parts
         self._narrow = {
-            level: Fragment(replica.parameters, level, fp32().open(layout, level), strategy)
-            for level in layout.levels
+            level: Fragment(replica.parameters, level, fp32().open(groups, level), strategy)
+            for level in groups.levels
             if level not in (RANK, WORLD)
         }
         cut = strategy.fragments
@@ -93,7 +93,7 @@ class Sync:
         inner.watch()  # last, so that a clock that could not be made leaves nothing behind
 
     def __repr__(self) -> str:
-        ranks, meter, ddp = self.layout[WORLD].size, self.meter, self.ddp_payload_bytes
+        ranks, meter, ddp = self.groups[WORLD].size, self.meter, self.ddp_payload_bytes
         share = f" ({meter.total_bytes / ddp:.1%} of DDP's)" if ddp else ""
         return (
             f"<Sync: {self.strategy.name} on {ranks} ranks: {self._steps:,} steps, "
@@ -110,7 +110,7 @@ class Sync:
     def ddp_payload_bytes(self) -> int:
         """Bytes that this rank would have sent in as many steps of DDP with fp32 gradients."""
         numel = sum(parameter.numel() for parameter in self.replica.parameters.values())
-        return self._steps * fp32().payload_bytes(numel, self.layout[WORLD].size)
+        return self._steps * fp32().payload_bytes(numel, self.groups[WORLD].size)
 
     @property
     def round(self) -> Round:
@@ -275,7 +275,7 @@ class Sync:
             self._courier.close()
         self._gradients.close()
         self.inner.close()
-        self.layout.close()
+        self.groups.close()
 
     def give_way(self) -> None:
         """Refuse to go on, since the model has come under another clock; `close` is still due."""
@@ -474,7 +474,7 @@ class Sync:
             claim = f"gradients were averaged over all ranks in each of {self._steps} steps"
         else:
             claim = f"they were synchronized after step {self._agreed.step}"
-        world, problem, first = self.layout[WORLD], self.follow_model(), self._fragments[0]
+        world, problem, first = self.groups[WORLD], self.follow_model(), self._fragments[0]
         tensors = self.replica.compared if problem is None else first.zeros()
         world.arrive(self._steps)
         vote = Vote(step=self._steps, lr=self.inner.lr)
@@ -487,12 +487,12 @@ class Sync:
 
     def _say(self, message: str, *values: object) -> None:
         """Log on one rank what all of them do."""
-        if self.layout[WORLD].rank == 0:
+        if self.groups[WORLD].rank == 0:
             logger.info(message, *values)
 
     def _share_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Take rank 0's, as DistributedDataParallel does before a forward pass."""
-        world = self.layout[WORLD]
+        world = self.groups[WORLD]
         if not buffers or world.size == 1:
             return
         with self.meter.waiting():
@@ -570,7 +570,7 @@ class Sync:
         )
 
     def _load(self, flight: Flight, following: Round) -> None:
-        self.layout[WORLD].arrive(self._steps)
+        self.groups[WORLD].arrive(self._steps)
         averages = self.strategy.optimizer_state == "average"
         work = flight.fragment.work(self._steps, self._work)
         flight.fragment.begin(self._steps, self._work)
@@ -593,7 +593,7 @@ class Sync:
 
     def _begin_narrower(self, level: str) -> None:
         """Count work anew at all levels within the one that is synchronized."""
-        levels = self.layout.levels
+        levels = self.groups.levels
         for narrower in levels[1 : levels.index(level)]:
             self._narrow[narrower].begin(self._steps, self._work)
 
@@ -617,7 +617,7 @@ class Sync:
         self._drift = flight.record.drift
         self._watch_replicas(flight)
         self.meter.close(flight.record)
-        if self.layout[WORLD].rank == 0:
+        if self.groups[WORLD].rank == 0:
             logger.debug("synchronized: %s", flight.record)
 
     def _contents(self, fragment: Fragment) -> int:
@@ -633,7 +633,7 @@ class Sync:
         if not (local and self._perhaps_equal and flight.ballot.vote.fingerprint):
             return
         self._perhaps_equal = False
-        if not flight.ballot.unanimous("fingerprint") or self.layout[WORLD].rank:
+        if not flight.ballot.unanimous("fingerprint") or self.groups[WORLD].rank:
             return
         wrapper = self._gradients.wrapper
         owner = gradients_reduced_elsewhere(self.replica.parameters.values(), wrapper)
@@ -648,7 +648,7 @@ class Sync:
         if self.inner.worked() or written == self._written or self._told_of_optimizer:
             return
         self._told_of_optimizer = True
-        if self.layout[WORLD].rank == 0:
+        if self.groups[WORLD].rank == 0:
             logger.warning(
                 "parameters changed, and the optimizer that attach was given took no step: if "
                 "another one was made since, its learning rate and its state are not seen, nor "

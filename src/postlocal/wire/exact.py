@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from postlocal.group import Group, Work
+from postlocal.comm.group import Group, Work
 from postlocal.wire.exchange import Divisor, Repair
 from postlocal.wire.staging import Staging
 

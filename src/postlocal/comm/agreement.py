@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from postlocal.comm.group import Group
 from postlocal.errors import DisagreementError, ModelChangedError, PostlocalError
-from postlocal.group import Group
 
 Lines = Sequence[str]
 

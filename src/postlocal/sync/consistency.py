@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from postlocal.agreement import raise_together, ranks_named, same_values_
-from postlocal.ballot import Ballot, Vote, layout_number
+from postlocal.comm.agreement import raise_together, ranks_named, same_values_
+from postlocal.comm.group import Group
 from postlocal.errors import DisagreementError
-from postlocal.group import Group
+from postlocal.sync.status import Ballot, Vote, layout_number
 from postlocal.tensors import flat_view
 
 logger = logging.getLogger("postlocal")

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from postlocal.courier import Courier, promise
-from postlocal.exiting import drop_done
-from postlocal.group import Group, Processes
+from postlocal.comm.background import Courier, promise
+from postlocal.comm.exiting import drop_done
+from postlocal.comm.group import Group, Processes
+from postlocal.comm.groups import LevelGroups
 from postlocal.meter import Meter
 from postlocal.schedule import WORLD
-from postlocal.topology import Layout
 from postlocal.wire import ChunkWire, Staging, Wire, fp32
 
 
@@ -28,13 +28,13 @@ class Local:
     """Gradients of a model that nothing reduces: they stay on their rank.
 
     Args:
-        layout: this rank's groups.
+        groups: this rank's groups.
     """
 
     wrapper = None
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, groups: LevelGroups) -> None:
+        self._groups = groups
 
     def use(self, level: str) -> None:
         """Refuse a level at which there is anybody to meet.
@@ -42,7 +42,7 @@ class Local:
         Raises:
             ValueError: naming the level and the fix.
         """
-        if self._layout[level].size > 1:
+        if self._groups[level].size > 1:
             raise ValueError(
                 f"the schedule averages gradients at level {level!r}, and model has nothing that "
                 "reduces gradients: wrap it in torch.nn.parallel.DistributedDataParallel, or "
@@ -81,7 +81,7 @@ class Reduced:
 
     Args:
         model: the DDP module; it must have no communication hook yet.
-        layout: this rank's groups, for gradients only.
+        groups: this rank's groups, for gradients only.
         wire: how gradients travel.
         meter: where bytes and exposed waiting are counted.
         search: groups for DDP's search for unused parameters, where it has one.
@@ -90,19 +90,19 @@ class Reduced:
     def __init__(
         self,
         model: DistributedDataParallel,
-        layout: Layout,
+        groups: LevelGroups,
         wire: Wire,
         meter: Meter,
-        search: Layout | None = None,
+        search: LevelGroups | None = None,
     ) -> None:
         self._model = self.wrapper = model
-        self._layout = layout
+        self._groups = groups
         self._search = search
         self._meter = meter
-        self._group: Group = layout[WORLD]
+        self._group: Group = groups[WORLD]
         self._names = {parameter: name for name, parameter in model.module.named_parameters()}
         staging = Staging()  # one thread runs all exchanges
-        self._carriers = {level: wire.open(layout, level, staging) for level in layout.levels}
+        self._carriers = {level: wire.open(groups, level, staging) for level in groups.levels}
         self._carrier = self._carriers[WORLD]
         self._reducing = True
         self._at_world = True
@@ -119,7 +119,7 @@ class Reduced:
 
     def use(self, level: str) -> None:
         """Reduce gradients at ``level`` from the next forward pass on."""
-        self._group = self._layout[level]
+        self._group = self._groups[level]
         self._carrier = self._carriers[level]
         self._at_world = level == WORLD
         # A static graph has to be seen by the reducer from the first pass on: there the hook is

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
-from postlocal.exiting import watch
+from postlocal.comm.exiting import watch
 
 
 def promise(tensor: Tensor) -> Future[Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from postlocal.codec import Codec
-from postlocal.group import Group, Work
+from postlocal.comm.group import Group, Work
 from postlocal.wire.cargo import Cargo
 from postlocal.wire.exchange import Divisor
 from postlocal.wire.staging import Staging

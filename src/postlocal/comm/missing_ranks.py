@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import distributed_c10d
 
-from postlocal.exiting import watch
+from postlocal.comm.exiting import watch
 
 Value = TypeVar("Value")
 _LATER_SECONDS = 2.0  # how much later than this rank others may see that a collective failed

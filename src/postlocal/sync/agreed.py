@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from postlocal.replica import Replica
+from postlocal.sync.parameters import Replica
 
 
 class Agreed:

@@ -6,9 +6,9 @@ from itertools import chain, pairwise
 import torch
 from torch import Tensor, nn
 
-from postlocal import kinds
+from postlocal.sync import kinds
+from postlocal.sync.wrappers import ignored, unwrap
 from postlocal.tensors import flat_view
-from postlocal.wrappers import ignored, unwrap
 
 
 class Replica:
@@ -31,7 +31,7 @@ class Replica:
 
     Raises:
         ValueError: if nothing requires grad, or tensors overlap in memory without being the same.
-        TypeError: if a parameter or a buffer is of a kind that `postlocal.kinds` refuses.
+        TypeError: if a parameter or a buffer is of a kind that `postlocal.sync.kinds` refuses.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from postlocal.checks import settle, text
-from postlocal.group import Group, Work
+from postlocal.comm.group import Group, Work
+from postlocal.comm.groups import LevelGroups
 from postlocal.tensors import weigh_
-from postlocal.topology import Layout
 from postlocal.wire.cargo import Terms
 from postlocal.wire.carrier import Carrier, Forgetful, Weights, Wire, is_wire, weight_of
 from postlocal.wire.chunks import Chunk, Parcel, travels_as
-from postlocal.wire.direct import Direct
+from postlocal.wire.exact import Direct
 from postlocal.wire.exchange import Divisor, Exchange
 from postlocal.wire.mean import carry_, payload_bytes
 from postlocal.wire.recipes import Exact
@@ -65,14 +65,14 @@ class relayed:
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
         return self.between.payload_bytes(numel, size, dtype)
 
-    def open(self, layout: Layout, level: str, staging: Staging | None = None) -> Carrier:
+    def open(self, groups: LevelGroups, level: str, staging: Staging | None = None) -> Carrier:
         staging = staging or Staging()
-        leaders = layout.leaders(self.level)
-        inside = layout[min(self.level, level, key=layout.levels.index)]
+        leaders = groups.leaders(self.level)
+        inside = groups[min(self.level, level, key=groups.levels.index)]
         between = self.between.open(leaders, level, staging)
-        if inside.size == layout[level].size:
+        if inside.size == groups[level].size:
             return Forgetful(Exact(), inside, staging)
-        return _Relay(layout[level], inside, between, staging, weighs=self.lossy)
+        return _Relay(groups[level], inside, between, staging, weighs=self.lossy)
 
 
 class _Relay:

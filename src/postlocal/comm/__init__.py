@@ -1,0 +1,1 @@
+"""Communication: groups of ranks, missing ranks, and the thread that works beside training."""

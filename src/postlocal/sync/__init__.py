@@ -1,0 +1,1 @@
+"""A training loop under a strategy: the clock, synchronizations, and what they act on."""
