@@ -17,8 +17,9 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.measure import ratios, write_record
+from benchmarks.measure import as_text, ratios, rotated
 from benchmarks.options import Record
+from benchmarks.report import markdown_table, write_record
 from postlocal.codec import (
     Codec,
     affine,
@@ -150,14 +151,12 @@ def paired(
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"copy": [], "encode": [], "decode": []} for name in cases
     }
-    names = list(cases)
 
     def copy() -> None:
         out.copy_(values)
 
     for index in range(WARMUP + rounds):
-        # Another case begins each round, so that none always follows the same one.
-        for name in names[index % len(names) :] + names[: index % len(names)]:
+        for name in rotated(list(cases), index):
             steps = (copy, cases[name].encode, cases[name].decode)
             for step, times in zip(steps, seconds[name].values(), strict=True):
                 start = time.perf_counter()
@@ -191,32 +190,29 @@ def _row(case: Case, seconds: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def _ratio(value: dict[str, float]) -> str:
-    return f"{value['median']:.2f} ({value['lower']:.2f}..{value['upper']:.2f})"
-
-
 def _table(numel: int, threads: int, rows: dict[str, Any]) -> str:
-    lines = [
+    parts = [
         f"## {threads} thread{'s' if threads > 1 else ''}, {numel / 1e6:g} M values of fp32",
-        "",
         "Time over that of one copy; median and quartiles of ratios within a round.",
-        "",
-        "| codec | bytes a value | encode | decode | both |",
-        "|---|---|---|---|---|",
+        markdown_table(
+            ["codec", "bytes a value", "encode", "decode", "both"],
+            [_cells(name, row) for name, row in rows.items()],
+        ),
     ]
-    for name, row in rows.items():
-        if "skipped" in row:
-            lines.append(f"| {name} | {row['skipped']} | | | |")
-            continue
-        cells = " | ".join(_ratio(row[step]) for step in ("encode", "decode", "both"))
-        lines.append(f"| {name} | {row['bytes_a_value']:.3f} | {cells} |")
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(name: str, row: dict[str, Any]) -> list[str]:
+    if "skipped" in row:
+        return [name, row["skipped"], "", "", ""]
+    times = [as_text(row[step]) for step in ("encode", "decode", "both")]
+    return [name, f"{row['bytes_a_value']:.3f}", *times]
 
 
 def main(
-    threads: Annotated[list[int] | None, typer.Option(help="Threads; repeatable.")] = None,
-    numel: Annotated[int, typer.Option(min=2**17, help="Values.")] = 10_000_000,
-    rounds: Annotated[int, typer.Option(min=4, help="Rounds.")] = 40,
+    threads: Annotated[list[int] | None, typer.Option(help="number of threads; repeatable")] = None,
+    numel: Annotated[int, typer.Option(min=2**17, help="number of values")] = 10_000_000,
+    rounds: Annotated[int, typer.Option(min=4, help="number of rounds")] = 40,
     record: Record = True,
 ) -> None:
     """Measure codecs against a copy, beside torch's quantisers and hivemind's."""
@@ -230,8 +226,7 @@ def main(
         texts.append(_table(numel, count, rows))
         console.print(texts[-1], markup=False, soft_wrap=True)
     if record:
-        path = write_record("codec", "Codecs", content, "\n".join(texts))
-        console.print(f"Record: {path}")
+        write_record("codec", "Codecs", content, "\n".join(texts))
 
 
 if __name__ == "__main__":

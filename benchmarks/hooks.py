@@ -30,9 +30,9 @@ from benchmarks.measure import (
     paired,
     ratios,
     run_ranks,
-    write_record,
 )
-from benchmarks.options import Record
+from benchmarks.options import Record, Worlds
+from benchmarks.report import markdown_table, write_record
 from benchmarks.shapes import fifty_million
 from postlocal.ddp_comm_hooks import default, powerSGD, quantization
 from postlocal.model_averaging import utils
@@ -153,39 +153,43 @@ def measure_averaging(rank: int, rounds: int) -> dict[str, Any]:
 
 
 def _table(world: int, hooks: dict[str, Any], averaging: dict[str, Any]) -> str:
-    lines = [
+    parts = [
         f"## {world} ranks",
-        "",
         "A step of a model of 4.2 M parameters; median and quartiles of ratios within a round.",
-        "",
-        "| hook | time / DDP's | time / torch's | MB a rank a step | MiB more |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in hooks.items():
-        over_torch = as_text(row["time_over_torch"]) if row["time_over_torch"] else ""
-        lines.append(
-            f"| {name} | {as_text(row['time_over_ddp'])} | {over_torch} "
-            f"| {row['bytes_a_step'] / 1e6:.2f} | {row['extra_memory'] / 2**20:.0f} |"
-        )
-    lines += [
-        "",
+        markdown_table(
+            ["hook", "time / DDP's", "time / torch's", "MB a rank a step", "MiB more"],
+            [
+                [
+                    name,
+                    as_text(row["time_over_ddp"]),
+                    as_text(row["time_over_torch"]) if row["time_over_torch"] else "",
+                    f"{row['bytes_a_step'] / 1e6:.2f}",
+                    f"{row['extra_memory'] / 2**20:.0f}",
+                ]
+                for name, row in hooks.items()
+            ],
+        ),
         "Averaging of 50 M parameters in fp32, in tensors of a GPT.",
-        "",
-        "| averaging | time / raw all_reduce | MB a rank | MiB more |",
-        "|---|---|---|---|",
+        markdown_table(
+            ["averaging", "time / raw all_reduce", "MB a rank", "MiB more"],
+            [
+                [
+                    name,
+                    as_text(row["time_over_raw"]),
+                    f"{row['bytes'] / 1e6:.0f}",
+                    f"{row['extra_memory'] / 2**20:.0f}",
+                ]
+                for name, row in averaging.items()
+            ],
+        ),
     ]
-    for name, row in averaging.items():
-        lines.append(
-            f"| {name} | {as_text(row['time_over_raw'])} | {row['bytes'] / 1e6:.0f} "
-            f"| {row['extra_memory'] / 2**20:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def main(
-    world: Annotated[list[int] | None, typer.Option(help="Numbers of ranks; repeatable.")] = None,
+    world: Worlds = None,
     rounds: Annotated[
-        int, typer.Option(min=4, help="Rounds of hooks; half as many of averaging.")
+        int, typer.Option(min=4, help="rounds of hooks; half as many of averaging")
     ] = 80,
     record: Record = True,
 ) -> None:
@@ -202,9 +206,7 @@ def main(
         texts.append(_table(size, hooks, averaging))
         console.print(texts[-1], markup=False)
     if record:
-        console.print(
-            f"Record: {write_record('hooks', 'Hooks and averagers', content, chr(10).join(texts))}"
-        )
+        write_record("hooks", "Hooks and averagers", content, "\n".join(texts))
 
 
 if __name__ == "__main__":

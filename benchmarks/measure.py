@@ -1,27 +1,18 @@
-"""What all benchmarks share: ranks, paired rounds, counters of the machine, and records."""
+"""Ranks, paired rounds, and counters of the machine, for all benchmarks that time something."""
 
-import json
 import multiprocessing
 import os
-import platform
-import shlex
 import socket
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
-from importlib import metadata
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.network import traffic
-
-_PACKAGES = ("accelerate", "hivemind", "torchft")  # the packages of the extra `peers`
-RECORDS = Path(__file__).parent / "records"
+from benchmarks.cluster.network import traffic
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> Any:
@@ -69,10 +60,8 @@ def paired(
 ) -> dict[str, list[float]]:
     """Seconds that each case takes, once a round, all ranks starting together."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    names = list(cases)
     for index in range(warmup + rounds):
-        # Another case begins each round, so that none always follows the same one.
-        for name in names[index % len(names) :] + names[: index % len(names)]:
+        for name in rotated(list(cases), index):
             dist.barrier()
             start = time.perf_counter()
             cases[name]()
@@ -80,6 +69,17 @@ def paired(
             if index >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def rotated(names: Sequence[str], index: int) -> Sequence[str]:
+    """The order of a round: another case begins each, so that none always follows the same one.
+
+    Example:
+        >>> rotated(["a", "b", "c"], 4)
+        ['b', 'c', 'a']
+    """
+    start = index % len(names)
+    return [*names[start:], *names[:start]]
 
 
 def slowest(seconds: float) -> float:
@@ -131,59 +131,3 @@ def _status(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"there is no {field} in /proc/self/status")
-
-
-def machine() -> dict[str, Any]:
-    """Hardware and versions, for a record."""
-    cpu = "unknown"
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.split(":", 1)[1].strip()
-            break
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(memory / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "peers": _peers(),
-        "backend": "gloo over loopback, 1 thread a rank",
-        "kernels": os.environ.get("POSTLOCAL_KERNELS", "auto"),
-        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
-    }
-
-
-def _peers() -> str:
-    known = {d.metadata["Name"]: d.version for d in metadata.distributions()}
-    found = [f"{name} {known[name]}" for name in _PACKAGES if name in known]
-    return ", ".join(found) or "none installed"
-
-
-def _module() -> str:
-    return "benchmarks." + Path(sys.argv[0]).stem
-
-
-def write_record(
-    name: str,
-    title: str,
-    content: dict[str, Any],
-    text: str,
-    draw: Callable[[Path], None] | None = None,
-) -> Path:
-    """Write ``records/DATE-name.json`` and ``.md``, and ``.png`` where there is a drawing.
-
-    Returns:
-        The path of the ``.md``.
-    """
-    about = machine()
-    RECORDS.mkdir(exist_ok=True)
-    path = RECORDS / f"{about['date']}-{name}"
-    path.with_suffix(".json").write_text(json.dumps({"machine": about, **content}, indent=1) + "\n")
-    facts = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in about.items())
-    path.with_suffix(".md").write_text(f"# {title}\n\n{facts}\n\n{text}")
-    if draw is not None:
-        draw(path.with_suffix(".png"))
-    return path.with_suffix(".md")

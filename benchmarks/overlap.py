@@ -12,16 +12,17 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
 import torch.distributed as dist
 import typer
 from rich.console import Console
 
 import postlocal
-from benchmarks.measure import loopback_traffic, run_ranks, slowest, write_record
-from benchmarks.network import missing, own_loopback
-from benchmarks.options import Record
+from benchmarks.cluster.network import missing, own_loopback
+from benchmarks.measure import loopback_traffic, run_ranks, slowest
+from benchmarks.options import Record, Worlds
+from benchmarks.report import markdown_table, write_record
 from benchmarks.training import Worker
 from postlocal import Strategy, strategies, wire
 from postlocal.train import TrainConfig, make_config
@@ -133,36 +134,41 @@ def choose_rate(config: TrainConfig, seconds_a_step: float) -> float:
 
 
 def _waiting_table(rate: float, compute: float, rows: Mapping[str, Mapping[str, float]]) -> str:
-    lines = [
+    about = (
         f"A step computes for {1000 * compute:.0f} ms; the wire that all ranks share carries "
-        f"{rate / 1e6:.0f} Mbit/s.",
-        "",
-        "| strategy | ms a step | waiting, % | goal | MB a rank a step |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        goal = f"< {100 * GOAL:.0f}" if WAITING[name].overlaps else ""
-        megabytes = row["payload_bytes"] / row["ranks"] / row["steps"] / 1e6
-        lines.append(
-            f"| {name} | {1000 * row['seconds_a_step']:.0f} | {100 * row['wait_share']:.1f} "
-            f"| {goal} | {megabytes:.3f} |"
-        )
-    return "\n".join(lines) + "\n"
+        f"{rate / 1e6:.0f} Mbit/s."
+    )
+    figures = markdown_table(
+        ["strategy", "ms a step", "waiting, %", "goal", "MB a rank a step"],
+        [
+            [
+                name,
+                f"{1000 * row['seconds_a_step']:.0f}",
+                f"{100 * row['wait_share']:.1f}",
+                f"< {100 * GOAL:.0f}" if WAITING[name].overlaps else "",
+                f"{row['payload_bytes'] / row['ranks'] / row['steps'] / 1e6:.3f}",
+            ]
+            for name, row in rows.items()
+        ],
+    )
+    return f"{about}\n\n{figures}\n"
 
 
 def _bytes_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    lines = [
-        "Bytes of all ranks, by the meter and by the interface; the ratio is without headers.",
-        "",
-        "| strategy | MB, meter | MB, interface | interface / meter |",
-        "|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        lines.append(
-            f"| {name} | {row['payload_bytes'] / 1e6:.2f} | {row['interface_bytes'] / 1e6:.2f} "
-            f"| {row['interface_over_payload']:.4f} |"
-        )
-    return "\n".join(lines) + "\n"
+    about = "Bytes of all ranks, by the meter and by the interface; the ratio is without headers."
+    figures = markdown_table(
+        ["strategy", "MB, meter", "MB, interface", "interface / meter"],
+        [
+            [
+                name,
+                f"{row['payload_bytes'] / 1e6:.2f}",
+                f"{row['interface_bytes'] / 1e6:.2f}",
+                f"{row['interface_over_payload']:.4f}",
+            ]
+            for name, row in rows.items()
+        ],
+    )
+    return f"{about}\n\n{figures}\n"
 
 
 def _savings(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -186,7 +192,7 @@ def _run(config: TrainConfig, cases: Mapping[str, Case], console: Console) -> di
 
 
 def main(
-    world: Annotated[list[int] | None, typer.Option(help="Numbers of ranks; repeatable.")] = None,
+    world: Worlds = None,
     record: Record = True,
 ) -> None:
     """Measure waiting over a slow wire, and compare bytes counted with bytes sent."""
@@ -218,8 +224,7 @@ def main(
         texts.append("\n".join([f"## {ranks} ranks", "", *tables]))
         console.print(texts[-1], markup=False, soft_wrap=True)
     if record:
-        path = write_record("overlap", "Waiting for a slow wire", content, "\n".join(texts))
-        console.print(f"Record: {path}")
+        write_record("overlap", "Waiting for a slow wire", content, "\n".join(texts))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.measure import RECORDS
+from benchmarks.report import RECORDS
 
 _INTRODUCTION = """\
 # Records

@@ -14,18 +14,16 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import matplotlib as mpl
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.contenders import ALONE, PLANNED
-from benchmarks.launches import Launch, Results
-from benchmarks.links import measured_link
-from benchmarks.measure import write_record
-from benchmarks.network import missing
+from benchmarks.cluster.links import measured_link
+from benchmarks.cluster.network import missing
 from benchmarks.options import Record, Resume, Rounds
-from benchmarks.standings import Pace, paces
+from benchmarks.report import drawing, markdown_table, write_record
+from benchmarks.time_to_loss.analysis import Pace, paces
+from benchmarks.time_to_loss.launches import Launch, Results
+from benchmarks.time_to_loss.methods import ALONE, PLANNED
 from postlocal.planning import Cluster, Job, Link, plan
 from postlocal.train import make_config
 from postlocal.train.model import SIZES, Transformer
@@ -95,45 +93,49 @@ def table(predictions: Sequence[Prediction], links: Mapping[str, Link], rounds: 
         for rate, link in links.items()
     )
     errors = [abs(each.error) for each in predictions]
-    lines = [
+    about = (
         f"Seconds a step on {HOSTS} hosts of one rank; measured: median (least..greatest) of "
         f"{rounds} rounds. Over {len(errors)} combinations the plan is off by "
         f"{100 * statistics.median(errors):.1f} % (median) and {100 * max(errors):.1f} % (worst). "
-        f"Links as measured: {seen}.",
-        "",
-        "| strategy | model | rate | planned | measured | off by, % |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {each.strategy} | {each.model} | {each.rate} | {each.planned:.3f} "
-        f"| {each.measured:.3f} ({each.least:.3f}..{each.most:.3f}) | {100 * each.error:+.1f} |"
-        for each in predictions
-    ]
-    return "\n".join(lines) + "\n"
+        f"Links as measured: {seen}."
+    )
+    figures = markdown_table(
+        ["strategy", "model", "rate", "planned", "measured", "off by, %"],
+        [
+            [
+                each.strategy,
+                each.model,
+                each.rate,
+                f"{each.planned:.3f}",
+                f"{each.measured:.3f} ({each.least:.3f}..{each.most:.3f})",
+                f"{100 * each.error:+.1f}",
+            ]
+            for each in predictions
+        ],
+    )
+    return f"{about}\n\n{figures}\n"
 
 
 def plot(predictions: Sequence[Prediction], to: Path) -> None:
     """Draw planned against measured seconds."""
-    mpl.use("Agg", force=False)
-    figure = Figure(figsize=(6, 5.5), layout="constrained")
-    axes = figure.subplots()
-    for index, name in enumerate(PLANNED):
-        own = [each for each in predictions if each.strategy == name]
-        axes.plot(
-            [each.measured for each in own], [each.planned for each in own], "os^Dv"[index % 5],
-            label=name,
+    measured = [each.measured for each in predictions]
+    ends = [min(measured), max(measured)]
+    with drawing(to, width=6, height=5.5) as figure:
+        axes = figure.subplots()
+        for index, name in enumerate(PLANNED):
+            own = [each for each in predictions if each.strategy == name]
+            points = [each.measured for each in own], [each.planned for each in own]
+            axes.plot(*points, "os^Dv"[index % 5], label=name)
+        axes.plot(ends, ends, color="grey", linewidth=1)
+        axes.fill_between(
+            ends, [0.75 * end for end in ends], [1.25 * end for end in ends],
+            color="grey", alpha=0.15, label="within 25 %",
         )  # fmt: skip
-    ends = [min(each.measured for each in predictions), max(each.measured for each in predictions)]
-    axes.plot(ends, ends, color="grey", linewidth=1)
-    axes.fill_between(
-        ends, [0.75 * end for end in ends], [1.25 * end for end in ends],
-        color="grey", alpha=0.15, label="within 25 %",
-    )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="measured, s a step", ylabel="planned, s a step")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(to, dpi=110)
+        axes.set(
+            xscale="log", yscale="log", xlabel="measured, s a step", ylabel="planned, s a step"
+        )
+        axes.legend()
+        axes.grid(alpha=0.3)
 
 
 def main(
@@ -165,8 +167,7 @@ def main(
         rows = [asdict(each) | {"error": each.error} for each in predictions]
         seen = {rate: asdict(link) for rate, link in links.items()}
         results_of = {"predictions": rows, "links": seen}
-        path = write_record("planned", "Planned and measured steps", results_of, text, draw)
-        console.print(f"Record: {path}")
+        write_record("planned", "Planned and measured steps", results_of, text, draw)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.measure import write_record
 from benchmarks.options import Record
+from benchmarks.report import markdown_table, write_record
 from postlocal import Strategy, strategies, wire
 from postlocal.planning import (
     Failures,
@@ -137,27 +137,23 @@ def by_label(results: Results) -> Mapping[str, Sequence[Simulated]]:
 def scaling(case: Case, results: Results) -> str:
     """Efficiencies, and up to how many replicas it is at least a half."""
     counts = [f"{count:,}" for count in case.replicas]
-    lines = [_row(["strategy", *counts, "half up to"]), _row(["---"] * (len(counts) + 2))]
+    rows = []
     for label, row in by_label(results).items():
         half = max((done.replicas for done in row if done.efficiency >= 0.5), default=0)
         shares = [f"{done.efficiency:.1%}" for done in row]
-        lines.append(_row([label, *shares, f"{half:,}" if half else "none"]))
-    return "\n".join(lines)
+        rows.append([label, *shares, f"{half:,}" if half else "none"])
+    return markdown_table(["strategy", *counts, "half up to"], rows)
 
 
 def causes(results: Results) -> str:
     """What time goes into, of the largest fleet."""
     names = [field.name for field in fields(Spent)]
-    lines = [_row(["strategy", *names, "failures"]), _row(["---"] * (len(names) + 2))]
+    rows = []
     for label, row in by_label(results).items():
         largest = row[-1]
         shares = [f"{share:.1%}" for share in largest.shares.values()]
-        lines.append(_row([label, *shares, f"{largest.failures:,}"]))
-    return "\n".join(lines)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        rows.append([label, *shares, f"{largest.failures:,}"])
+    return markdown_table(["strategy", *names, "failures"], rows)
 
 
 def section(name: str, case: Case, results: Results) -> str:
@@ -188,9 +184,9 @@ def content(results: Mapping[str, Results]) -> dict[str, Any]:
 
 
 def main(
-    cases: Annotated[list[str] | None, typer.Option(help="Kinds of fleet; repeatable.")] = None,
-    seed: Annotated[int, typer.Option(help="Of speeds, steps and failures.")] = 0,
-    plot: Annotated[Path | None, typer.Option(help="PNG file, where no record is written.")] = None,
+    cases: Annotated[list[str] | None, typer.Option(help="kind of fleet; repeatable")] = None,
+    seed: Annotated[int, typer.Option(help="seed of speeds, steps and failures")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to draw into")] = None,
     record: Record = True,
 ) -> None:
     """Simulate fleets, and tell where each strategy stops scaling."""
@@ -203,10 +199,7 @@ def main(
     if plot is not None:
         draw(plot)
     if record:
-        path = write_record(
-            "scale", "Where each strategy stops scaling", content(results), text, draw
-        )
-        console.print(f"Record: {path}")
+        write_record("scale", "Where each strategy stops scaling", content(results), text, draw)
 
 
 if __name__ == "__main__":

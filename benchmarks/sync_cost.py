@@ -26,10 +26,10 @@ from benchmarks.measure import (
     ratios,
     run_ranks,
     slowest,
-    write_record,
 )
-from benchmarks.options import Record
+from benchmarks.options import Record, Worlds
 from benchmarks.peers import PEERS, Case, installed
+from benchmarks.report import markdown_table, write_record
 from benchmarks.shapes import fifty_million, small, ten_million
 from postlocal import Strategy, strategies, wire
 
@@ -141,29 +141,31 @@ def _rows(world: int, size: str, rounds: int, console: Console) -> dict[str, Any
 
 
 def _table(world: int, size: str, rows: dict[str, Any]) -> str:
-    lines = [
-        f"## {size} parameters, {world} ranks",
-        "",
+    about = (
         "Median and quartiles of ratios within a round. Copies are of all parameters, within "
         f"memory; the raw all-reduce takes as long as {_all_reduce_in_copies(rows):.1f} of them. "
         "Memory is the peak of the first synchronization, without outer state "
-        f"(goal: at most {MEMORY_GOAL} MiB).",
-        "",
-        "| synchronization | time / raw all-reduce | goal | copies beyond it | MB a rank "
-        "| MiB more |",
-        "|---|---|---|---|---|---|",
+        f"(goal: at most {MEMORY_GOAL} MiB)."
+    )
+    header = [
+        "synchronization", "time / raw all-reduce", "goal", "copies beyond it", "MB a rank",
+        "MiB more",
+    ]  # fmt: skip
+    figures = markdown_table(header, [_cells(name, row) for name, row in rows.items()])
+    return "\n\n".join([f"## {size} parameters, {world} ranks", about, figures]) + "\n"
+
+
+def _cells(name: str, row: dict[str, Any] | None) -> list[str]:
+    if row is None:
+        return [name, "not installed", "", "", "", ""]
+    return [
+        name,
+        as_text(row["time_over_raw"]),
+        f"{GOALS[name]:.2f}" if name in GOALS else "",
+        f"{row['copies_beyond_raw']['median']:.1f}",
+        f"{row['bytes'] / 1e6:.0f}",
+        f"{row['extra_memory'] / 2**20:.0f}",
     ]
-    for name, row in rows.items():
-        if row is None:
-            lines.append(f"| {name} | not installed | | | | |")
-            continue
-        goal = f"{GOALS[name]:.2f}" if name in GOALS else ""
-        lines.append(
-            f"| {name} | {as_text(row['time_over_raw'])} | {goal} "
-            f"| {row['copies_beyond_raw']['median']:.1f} | {row['bytes'] / 1e6:.0f} "
-            f"| {row['extra_memory'] / 2**20:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def _all_reduce_in_copies(rows: dict[str, Any]) -> float:
@@ -171,9 +173,11 @@ def _all_reduce_in_copies(rows: dict[str, Any]) -> float:
 
 
 def main(
-    world: Annotated[list[int] | None, typer.Option(help="Numbers of ranks; repeatable.")] = None,
-    size: Annotated[list[str] | None, typer.Option(help="10 M, 50 M; repeatable.")] = None,
-    rounds: Annotated[int, typer.Option(min=4, help="Rounds a case.")] = 40,
+    world: Worlds = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="number of parameters, 10 M or 50 M; repeatable")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=4, help="rounds of each case")] = 40,
     record: Record = True,
 ) -> None:
     """Measure synchronizations of ours and of other packages against a raw all-reduce."""
@@ -187,8 +191,7 @@ def main(
             texts.append(_table(ranks, parameters, rows))
             console.print(texts[-1], markup=False, soft_wrap=True)
     if record:
-        path = write_record("sync_cost", "Cost of a synchronization", content, "\n".join(texts))
-        console.print(f"Record: {path}")
+        write_record("sync_cost", "Cost of a synchronization", content, "\n".join(texts))
 
 
 if __name__ == "__main__":

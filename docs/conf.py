@@ -58,8 +58,8 @@ def index_arguments(
 
 def write_records(app: Sphinx) -> None:
     """Put the newest records on a page."""
-    from benchmarks.measure import RECORDS
     from benchmarks.page import render
+    from benchmarks.report import RECORDS
 
     page = DOCS / "records.md"
     text = render(RECORDS, page)

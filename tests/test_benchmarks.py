@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 import typer
-from benchmarks import convergence, network, scale, sync_cost
-from benchmarks.campaign import Campaign, Result, train_control, train_replicas
-from benchmarks.convergence import name_and_title, summarize
-from benchmarks.measure import loopback_traffic, machine
+from benchmarks import scale, sync_cost
+from benchmarks.cache import Cache
+from benchmarks.cluster import network
+from benchmarks.convergence.__main__ import main as convergence
+from benchmarks.convergence.campaign import Campaign, Result, train_control, train_replicas
+from benchmarks.convergence.table import name_and_title, summarize
+from benchmarks.measure import loopback_traffic
 from benchmarks.peers import PEERS, installed
-from benchmarks.pool import Cache
+from benchmarks.report import machine
 from benchmarks.shapes import small
 from benchmarks.training import Worker
 from torch import Tensor
@@ -90,6 +93,8 @@ def test_runs_that_differ_have_different_keys() -> None:
 def test_the_command_of_a_record_can_be_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/there/scale.py", "--label", "two words", "--only", "a-*|b"])
     assert machine()["command"] == "python -m benchmarks.scale --label 'two words' --only 'a-*|b'"
+    monkeypatch.setattr("sys.argv", ["/there/vision/__main__.py"])
+    assert machine()["command"] == "python -m benchmarks.vision"
 
 
 def test_penalties_are_against_the_control_of_the_same_seed() -> None:
@@ -113,7 +118,7 @@ def test_a_label_sets_records_of_one_model_and_length_apart() -> None:
 
 def test_a_label_that_is_no_file_name_is_refused() -> None:
     app = typer.Typer()
-    app.command()(convergence.main)
+    app.command()(convergence)
     result = CliRunner().invoke(app, ["--label", "../Long"])
     assert result.exit_code == 2
     assert "label is '../Long': it must be words" in result.output

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import network
-from benchmarks.cluster import cluster, torchrun, wait
-from benchmarks.hosts import Host, bits
+from benchmarks.cluster import cluster, network, torchrun, wait
+from benchmarks.cluster.hosts import Host, bits
 
 pytestmark = [
     pytest.mark.cluster,

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from benchmarks.measure import RECORDS
 from benchmarks.page import newest, render
+from benchmarks.report import RECORDS
 
 
 def record(folder: Path, name: str, text: str, plot: bool = False) -> None:

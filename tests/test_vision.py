@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import images
-from benchmarks.classifying import Classifying, Score, Worker, average_gradients, train
-from benchmarks.comparison import choose
-from benchmarks.images import Images, Share, augmented, load, read_idx
-from benchmarks.pool import Run
-from benchmarks.resnet import ResNet
-from benchmarks.vision import settings, summarize
+from benchmarks.convergence.pool import Run
+from benchmarks.options import choose
+from benchmarks.vision import images
+from benchmarks.vision.images import Images, Share, augmented, load, read_idx
+from benchmarks.vision.resnet import ResNet
+from benchmarks.vision.settings import settings
+from benchmarks.vision.table import summarize
+from benchmarks.vision.training import Classifying, Score, Worker, average_gradients, train
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -1,0 +1,1 @@
+"""Held-out loss at equal tokens: strategies against DDP, over several seeds."""

@@ -1,0 +1,1 @@
+"""Seconds to a loss over slow links: strategies of ours beside other packages."""
