@@ -56,15 +56,10 @@ def index_arguments(
         lines += ["", ".. index::", *entries, ""]
 
 
-def write_records(app: Sphinx) -> None:
-    """Put the newest records on a page."""
-    from benchmarks.page import render
-    from benchmarks.report import RECORDS
-
-    page = DOCS / "records.md"
-    text = render(RECORDS, page)
-    if not page.exists() or page.read_text() != text:
-        page.write_text(text)
+def offer_records(app: Sphinx, page: str, source: list[str]) -> None:
+    """Make links to records downloads: their Markdown is not a page of the documentation."""
+    link = r"\[([^]]+)\]\((\S*benchmarks/records/\S+\.md)\)"
+    source[0] = re.sub(link, r"{download}`\1 <\2>`", source[0])
 
 
 def drop_blank_ends(app: Sphinx, page: str, source: list[str]) -> None:
@@ -74,6 +69,6 @@ def drop_blank_ends(app: Sphinx, page: str, source: list[str]) -> None:
 
 def setup(app: Sphinx) -> None:
     """Sphinx calls this. The index is made before napoleon rewrites the arguments."""
-    app.connect("builder-inited", write_records)
     app.connect("source-read", drop_blank_ends)
+    app.connect("source-read", offer_records)
     app.connect("autodoc-process-docstring", index_arguments, priority=100)
