@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tools.house import cycle, imports_of, room_of, rows_in, survey, upward
 
 import postlocal
 
@@ -27,37 +28,24 @@ ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
-def name_of(file: Path) -> str:
-    """The module, or the package within postlocal, that a file belongs to."""
-    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
-
-
-def imports_of(file: Path) -> set[str]:
-    """The modules and packages of postlocal that a file imports."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "postlocal":
-            names = [f"postlocal.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        else:
-            continue
-        found |= {name.split(".")[1] for name in names if name.startswith("postlocal.")}
-    return found
-
-
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
 def test_a_module_imports_only_from_rows_below_its_own(file: Path) -> None:
-    own = name_of(file)
+    own = room_of(file, SOURCE)
     for imported in imports_of(file) - {own}:
         if own != "__init__":
             assert ROW_OF[imported] < ROW_OF[own], f"{own} imports {imported}"
 
 
 def test_every_module_has_a_row_and_every_row_its_modules() -> None:
-    assert {name_of(file) for file in FILES} == set(ROW_OF)
+    assert {room_of(file, SOURCE) for file in FILES} == set(ROW_OF)
+
+
+def test_the_figures_of_the_house_are_those_of_the_rows() -> None:
+    assert list(ROWS) == rows_in(Path(__file__))
+    house = survey(Path(__file__).parents[1])
+    assert (upward(ROWS, house.arrows), cycle(house.arrows)) == ([], [])
+    assert set(house.entries) == set(ROW_OF)
+    assert "upward imports     none" in str(house).splitlines()
 
 
 def test_the_design_document_shows_the_same_rows() -> None:
