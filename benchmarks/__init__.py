@@ -1,1 +1,9 @@
-"""Measurements: ratios from one run, never bare times. Records lie in ``records``."""
+"""Measurements of what this package claims; ``docs/benchmarks.md`` lists the commands and results.
+
+- ``time_to_loss``, ``convergence``, ``vision``: packages of a benchmark each; ``__main__`` is the
+  command, ``table`` makes the tables.
+- ``cluster``: hosts of one machine, with links of limited rate, that the others train on.
+- ``measure``, ``report``, ``options``, ``cache``, ``training``, ``shapes``, ``peers``: what several
+  benchmarks use.
+- Every other module is a benchmark.
+"""

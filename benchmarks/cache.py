@@ -8,11 +8,11 @@ from typing import Any, Generic, Protocol, TypeVar
 
 
 class Keyed(Protocol):
-    """What a run came to: a dataclass of plain values."""
+    """The result of a run: a dataclass of plain values."""
 
     @property
     def key(self) -> str:
-        """All that decides the result."""
+        """Everything that decides the result."""
         ...
 
 
@@ -21,7 +21,7 @@ Outcome = TypeVar("Outcome", bound=Keyed)
 
 @dataclass(frozen=True)
 class Cache(Generic[Outcome]):
-    """Results on disk, one JSON object a line; of several with one key the last one counts.
+    """Results on disk, one JSON object a line; of several with one key the last counts.
 
     Args:
         path: the file.

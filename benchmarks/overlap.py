@@ -1,4 +1,4 @@
-"""How long training waits for a slow wire, and whether the bytes counted are the bytes sent.
+"""Waiting for a slow link, and bytes counted against bytes sent.
 
     python -m benchmarks.overlap
 

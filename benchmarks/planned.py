@@ -1,4 +1,4 @@
-"""What the planner says of a step, beside what the step takes.
+"""The planner's seconds a step beside measured ones.
 
     python -m benchmarks.planned
 
@@ -36,7 +36,7 @@ PLACES: Mapping[str, Sequence[str]] = {
 }
 """Rates at which each size is trained."""
 STEPS = 960
-"""That the planner rolls out: many rounds of each strategy."""
+"""Steps that the planner replays: many rounds of each strategy."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: tables, drawings, and a dated record."""
+"""Tables, drawings, and the dated record of a benchmark."""
 
 import json
 import os

@@ -16,7 +16,7 @@ from benchmarks.report import markdown_table
 
 
 def table(hosts: Sequence[Host]) -> str:
-    """What went up and down each host's link."""
+    """Megabytes that each host's link carried, in Markdown."""
     sent = [(host, host.traffic()) for host in hosts]
     return markdown_table(
         ["host", "address", "MB up", "MB down"],

@@ -1,4 +1,4 @@
-"""Hosts of an emulated cluster, and the links that they have."""
+"""Hosts of an emulated cluster, and their links."""
 
 import os
 import re
@@ -78,7 +78,7 @@ class Host:
             self._switch.limit(self.port, bits(down), _burst(down))
 
     def entered(self) -> AbstractContextManager[None]:
-        """Have this thread on the host in the ``with`` block, with what it starts and opens."""
+        """Move this thread to the host for the ``with`` block, with what it starts and opens."""
         return self._namespace.entered()
 
     def run(
@@ -109,15 +109,15 @@ class Host:
         return process
 
     def cut(self) -> None:
-        """Take its link away: what is sent is lost, and nobody is told."""
+        """Cut its link: what is sent is lost, without a notice to either side."""
         self._switch.command("ip", "link", "set", self.port, "down")
 
     def restore(self) -> None:
-        """Bring its link back."""
+        """Restore its link."""
         self._switch.command("ip", "link", "set", self.port, "up")
 
     def traffic(self) -> Traffic:
-        """What went through its link so far; its ranks among themselves do not use it."""
+        """Bytes and packets of its link so far; its ranks do not use it among themselves."""
         with self.entered():
             return traffic(DEVICE)
 
@@ -142,7 +142,7 @@ def _burst(rate: str) -> int:
 
 @contextmanager
 def delayed(switch: Namespace, ports: Sequence[str], seconds: float) -> Iterator[list[str]]:
-    """Have all that passes between ports and what they are joined to take longer.
+    """Delay all frames between ports and the interfaces that they are joined to.
 
     Args:
         switch: the namespace of the ports.

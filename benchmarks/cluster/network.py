@@ -1,7 +1,7 @@
-"""Network namespaces of our own: what is in them is slow where we want, and nobody else uses it.
+"""Network namespaces whose interfaces have limited rates and carry no other traffic.
 
-They have no names: one ends with the last process in it and the last handle on it, so that there is
-nothing to clear away, however this process ends.
+They have no names: one ends with the last process in it and the last handle on it, so nothing is
+left behind, however this process ends.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ Limit = Callable[[float], None]
 
 
 def missing() -> str | None:
-    """Why there can be no namespace of our own here; None if there can."""
+    """Why no namespace can be made here; None if one can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     absent = [command for command in ("ip", "tc") if shutil.which(command) is None]
@@ -60,7 +60,7 @@ class Namespace:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Have this thread in it, and all processes that the thread starts in the block."""
+        """Move this thread into it for the block, with all processes that it starts."""
         home = _open()
         _enter(self._handle)
         try:
@@ -73,7 +73,7 @@ class Namespace:
         """Run a command in it.
 
         Raises:
-            RuntimeError: with the command and what it said, if it fails.
+            RuntimeError: with the command and its errors, if it fails.
         """
         with self.entered():
             done = subprocess.run(words, capture_output=True, text=True)  # noqa: S603
@@ -108,7 +108,7 @@ class Namespace:
             time.sleep(0.01)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the handle on it."""
         os.close(self._handle)
 
 

@@ -1,8 +1,8 @@
-"""Runs that train a language model under one strategy or another, and differ in nothing else."""
+"""Runs that train a language model under different strategies, and differ in nothing else."""
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -24,10 +24,10 @@ from postlocal.wire import fp32
 
 @dataclass(frozen=True)
 class Result:
-    """What one run came to.
+    """The result of one run.
 
     Attributes:
-        key: all that decides the result; see `key_of`.
+        key: everything that decides the result; see `key_of`.
         source: digest of the package's source that it was run with.
         loss: held out, in nats a byte, of the agreed parameters.
         payload_bytes: sent by a worker, as its meter counts.
@@ -87,15 +87,31 @@ def train_replicas(config: TrainConfig, strategy: Strategy, tick: Tick) -> tuple
     # All are made in one thread: threads share torch's generator.
     workers = [Worker(config, shares=[rank]) for rank in range(config.workers)]
 
-    # One at a time: threads that take turns at every operation lose most of a core to waiting.
+    def work(group: Group, turn: Lock, tick: Tick) -> int:
+        return train_locally(workers[group.rank], range(config.steps), strategy, group, turn, tick)
+
+    return workers[0].model, run_threads(config.workers, work, tick, timeout=600.0)
+
+
+def run_threads(
+    workers: int, work: Callable[[Group, Lock, Tick], int], tick: Tick, timeout: float
+) -> int:
+    """Run workers as threads, and return the bytes that rank 0 sent.
+
+    Args:
+        workers: number of them.
+        work: trains one worker and returns the bytes it sent. It holds the lock while it computes,
+            because threads that alternate at every operation lose most of a core to waiting.
+        tick: called once a step, by rank 0 alone.
+        timeout: seconds that a worker waits for the others.
+    """
     turn = Lock()
-
-    def work(group: Group) -> int:
-        ticks = tick if group.rank == 0 else lambda: None
-        return train_locally(workers[group.rank], range(config.steps), strategy, group, turn, ticks)
-
-    sent = virtual.run(config.workers, work, timeout=600.0)
-    return workers[0].model, sent[0]
+    sent = virtual.run(
+        workers,
+        lambda group: work(group, turn, tick if group.rank == 0 else lambda: None),
+        timeout=timeout,
+    )
+    return sent[0]
 
 
 class Stepping(Protocol):
@@ -149,7 +165,7 @@ def source() -> str:
 
 @dataclass(frozen=True)
 class Training:
-    """A run that is still to be done.
+    """A run, before it is trained.
 
     Args:
         config: of the run.

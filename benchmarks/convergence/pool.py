@@ -21,20 +21,20 @@ Outcome_co = TypeVar("Outcome_co", bound=Keyed, covariant=True)
 
 
 class Task(Protocol[Outcome_co]):
-    """A run that is still to be done; it travels to another process."""
+    """A run, before it is trained; it is sent to another process."""
 
     @property
     def key(self) -> str:
-        """That of the result."""
+        """The key of the result."""
         ...
 
     @property
     def steps(self) -> int:
-        """How often it will tick."""
+        """Number of calls of ``tick``."""
         ...
 
     def train(self, tick: Tick) -> Outcome_co:
-        """Do it."""
+        """Train to the end."""
         ...
 
 

@@ -31,7 +31,7 @@ RATES = "1gbit,100mbit,25mbit,10mbit"
 
 
 def methods_of(patterns: str) -> list[str]:
-    """The methods that match and are installed; DDP and no communication always.
+    """The methods that match and are installed, with DDP and no communication.
 
     Raises:
         typer.BadParameter: if a pattern matches nothing.

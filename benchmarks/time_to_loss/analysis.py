@@ -19,7 +19,7 @@ Spread = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Pace:
-    """What a step takes, in the order of rounds.
+    """Time and bytes of a step, in the order of rounds.
 
     Attributes:
         seconds: a step.
@@ -44,11 +44,11 @@ class Pace:
 
 @dataclass(frozen=True)
 class TimeToLoss:
-    """When a method reached a loss.
+    """Steps and seconds in which a method reached a loss.
 
     Attributes:
-        steps: that it took.
-        seconds: that it took.
+        steps: until the loss.
+        seconds: until the loss.
         composed: whether the seconds are those of timed steps, times the number of steps.
     """
 
@@ -90,7 +90,7 @@ def paces(reports: Iterable[Report]) -> dict[str, Pace]:
 
 
 def crossing(points: Sequence[Point], target: float) -> tuple[float, float] | None:
-    """Steps and seconds at which the loss comes down to the target, between two evaluations.
+    """Steps and seconds at which the loss falls to the target, between two evaluations.
 
     Returns:
         None if it never does.
@@ -111,7 +111,7 @@ def crossing(points: Sequence[Point], target: float) -> tuple[float, float] | No
 def time_to_loss(
     curve: Report, pace: Callable[[float], float], whole: Report | None, target: float
 ) -> TimeToLoss | None:
-    """When a method reaches a loss over a network.
+    """Time of a method to a loss over a network; None if it is not reached.
 
     Args:
         curve: its run with no limit on the network.
@@ -143,7 +143,7 @@ class Measurements:
     wholes: dict[tuple[str, int, str], Report] = field(default_factory=dict)
 
     def times(self, name: str, rate: str) -> list[TimeToLoss | None]:
-        """When a method reached DDP's last loss at a rate, seed by seed."""
+        """Times to DDP's last loss at a rate, seed by seed; None where it was not reached."""
         return [
             time_to_loss(
                 self.curves[name, seed],
@@ -155,7 +155,7 @@ class Measurements:
         ]
 
     def seconds(self, name: str, rate: str, steps: float) -> float:
-        """For so many steps from the start, at the paces of stretches."""
+        """Seconds of so many steps from the start, by the timed steps."""
         dense = min(steps, METHODS[name].dense)
         paces = self.paces[rate]
         return dense * paces[DDP].median + (steps - dense) * paces[name].median

@@ -28,7 +28,7 @@ class Launch:
     Args:
         names: of methods, one after the other.
         config: of the training; it has a rank for each worker, on a host of its own.
-        rate: of each host's link, up and down; None: as fast as the machine is.
+        rate: of each host's link, up and down; None: no limit.
         rounds: of timed steps; 0: whole runs.
         evaluations: in a whole run.
     """
@@ -41,12 +41,12 @@ class Launch:
 
     @property
     def key(self) -> str:
-        """All that decides what comes out."""
+        """Everything that decides the reports."""
         fields = asdict(self) | {"config": self.config.model_dump(mode="json")}
         return json.dumps(fields, sort_keys=True)
 
     def run(self) -> list[Report]:
-        """What came out, of all ranks together.
+        """Train, and return the reports of all ranks together.
 
         Raises:
             RuntimeError: if a rank failed.
@@ -71,7 +71,7 @@ class Launch:
 
 
 def launch_groups(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """The methods of each launch: those with a lighthouse apart, and no communication in each."""
+    """The methods of each launch: replica groups have their own, and all include `ALONE`."""
     parts = [
         [name for name in names if name != ALONE and named(name).replica_groups == grouped]
         for grouped in (False, True)
@@ -80,8 +80,8 @@ def launch_groups(names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What came out of a launch.
+class LaunchReports:
+    """The reports of a launch, as they are kept on disk.
 
     Attributes:
         key: the launch's.
@@ -93,21 +93,21 @@ class Ran:
 
 
 class Results:
-    """What came out of launches, on disk.
+    """The reports of launches, on disk.
 
     Args:
         path: the file.
-        resume: whether to take what is there already.
-        console: where to say what is under way.
+        resume: whether to use reports of an earlier call.
+        console: shows the launch that is running.
     """
 
     def __init__(self, path: Path, resume: bool, console: Console) -> None:
-        self._cache = Cache(path, _read_ran)
+        self._cache = Cache(path, _read_reports)
         self._console = console
         self._known = self._cache.read() if resume else {}
 
     def of(self, launch: Launch) -> list[Report]:
-        """What came out of a launch, which is run unless that is known."""
+        """The reports of a launch, which runs unless they are known."""
         if launch.key not in self._known:
             what = "whole run" if launch.rounds == 0 else f"{launch.rounds} rounds"
             where = launch.rate or "no limit"
@@ -116,8 +116,8 @@ class Results:
         return self._known[launch.key].reports
 
     def keep(self, launch: Launch, reports: list[Report]) -> None:
-        """Know what came out of a launch from here on."""
-        ran = Ran(launch.key, reports)
+        """Remember the reports of a launch, and write them to disk."""
+        ran = LaunchReports(launch.key, reports)
         self._known[ran.key] = ran
         self._cache.add(ran)
 
@@ -140,11 +140,11 @@ def measure(
         rounds: of timed steps at each rate.
         seeds: of whole runs.
         whole: patterns of 'NAME @ RATE' that are also run to the end at that rate.
-        results: what is there already.
+        results: reports of earlier launches.
     """
     measured = Measurements(seeds)
     seeded = {seed: config.model_copy(update={"seed": seed}) for seed in seeds}
-    for seed, name in product(seeds, names[1:]):  # the first one trains nothing in common
+    for seed, name in product(seeds, names[1:]):  # the first one has no common model
         (measured.curves[name, seed],) = results.of(Launch((name,), seeded[seed]))
     for rate in rates:
         found: dict[str, Pace] = {}
@@ -157,8 +157,8 @@ def measure(
     return measured
 
 
-def _read_ran(key: str, reports: Sequence[Mapping[str, Any]]) -> Ran:
-    return Ran(key, [Report(**report) for report in reports])
+def _read_reports(key: str, reports: Sequence[Mapping[str, Any]]) -> LaunchReports:
+    return LaunchReports(key, [Report(**report) for report in reports])
 
 
 def _read(path: Path) -> list[Report]:

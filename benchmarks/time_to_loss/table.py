@@ -15,7 +15,7 @@ from postlocal.train import TrainConfig
 
 
 def about(config: TrainConfig, rounds: int, seeds: Sequence[int]) -> str:
-    """The setting in a sentence or two."""
+    """The setting in words, for a record."""
     absent = [name for name, method in METHODS.items() if not method.installed]
     lines = [
         f"Model `{config.model}`, {config.workers} hosts of one rank, {config.batch_size} x "
@@ -39,7 +39,7 @@ def _in_words(figures: Mapping[str, Any], name: str, form: str, scale: float = 1
 
 
 def table(measured: Measurements) -> str:
-    """In Markdown, a part for each rate."""
+    """A table for each rate, in Markdown."""
     header = [
         "method", "s a step", "computing, %", "MB up a step", "last loss", "steps to the loss",
         "seconds", "sooner than DDP", "over its limit", "",
@@ -111,7 +111,7 @@ def _draw(
 
 
 def as_json(measured: Measurements) -> dict[str, Any]:
-    """All of it."""
+    """All figures as plain values, for a record."""
     return {
         "rows": {
             rate: {name: measured.row(name, rate) for name in row}

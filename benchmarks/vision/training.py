@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.convergence.campaign import ddp_bytes, source, train_locally
+from benchmarks.convergence.campaign import ddp_bytes, run_threads, source, train_locally
 from benchmarks.convergence.pool import Tick
 from benchmarks.vision.images import FOLDER, Images, Share, load
 from benchmarks.vision.resnet import ResNet
-from postlocal import Strategy, virtual
+from postlocal import Strategy
 from postlocal.comm.group import Group
 from postlocal.schedule import every_step, post_local
 
@@ -27,7 +27,7 @@ _PART = 1000  # images scored at a time
 
 @dataclass(frozen=True)
 class Score:
-    """What one run came to.
+    """The result of one run.
 
     Attributes:
         key: all that decides the result.
@@ -52,7 +52,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Classifying:
-    """A run that is still to be done.
+    """A run, before it is trained.
 
     Args:
         strategy: of the workers.
@@ -172,21 +172,17 @@ def train(task: Classifying, tick: Tick) -> tuple[ResNet, int]:
     """
     # All are made in one thread: threads share torch's generator.
     workers = [Worker(task, rank) for rank in range(task.workers)]
-    synchronous, strategy = apart(task)
+    synchronous, strategy = split_schedule(task)
     local = range(synchronous, task.steps)
 
-    # One at a time: threads that take turns at every operation lose most of a core to waiting.
-    turn = Lock()
-
-    def work(group: Group) -> int:
+    def work(group: Group, turn: Lock, tick: Tick) -> int:
         worker = workers[group.rank]
-        ticks = tick if group.rank == 0 else lambda: None
-        train_synchronously(worker, range(synchronous), group, turn, ticks)
+        train_synchronously(worker, range(synchronous), group, turn, tick)
         sent = ddp_bytes(worker.model, task.workers, synchronous)
-        return sent + (train_locally(worker, local, strategy, group, turn, ticks) if local else 0)
+        return sent + (train_locally(worker, local, strategy, group, turn, tick) if local else 0)
 
-    sent = virtual.run(task.workers, work, timeout=3600.0)  # on a machine that is busy, too
-    return workers[0].model, sent[0]
+    # The limit holds on a busy machine, too.
+    return workers[0].model, run_threads(task.workers, work, tick, timeout=3600.0)
 
 
 def train_synchronously(worker: Worker, steps: range, group: Group, turn: Lock, tick: Tick) -> None:
@@ -200,7 +196,7 @@ def train_synchronously(worker: Worker, steps: range, group: Group, turn: Lock, 
         tick()
 
 
-def apart(task: Classifying) -> tuple[int, Strategy]:
+def split_schedule(task: Classifying) -> tuple[int, Strategy]:
     """The number of synchronous steps that a run begins with, and the strategy after them."""
     match task.strategy.schedule:
         case every_step():
