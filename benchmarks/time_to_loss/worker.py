@@ -1,4 +1,4 @@
-"""One rank of a launch: trains as one method after the other, and writes down how it went.
+"""One rank of a launch: trains with one method after the other, and writes a report of each.
 
 Started on every host by `benchmarks.time_to_loss`.
 """
@@ -16,6 +16,7 @@ import typer
 
 from benchmarks.cluster.hosts import DEVICE
 from benchmarks.cluster.network import traffic
+from benchmarks.measure import rotated
 from benchmarks.time_to_loss.methods import Method, named
 from benchmarks.training import held_out_loss
 from postlocal.sync.wrappers import unwrap
@@ -25,11 +26,11 @@ from postlocal.train.data import open_data
 
 @dataclass
 class Report:
-    """How it went on one rank.
+    """Time, bytes and losses of one rank.
 
     Attributes:
         method: its name.
-        round: number of the stretch; 0 for a whole run.
+        round: number of the round of timed steps; 0 for a whole run.
         seconds: of training and communication, evaluation left out.
         steps: in that time.
         bytes_up: sent through the interface in that time, frames included.
@@ -45,7 +46,7 @@ class Report:
 
 
 class Clock:
-    """Seconds that have passed while it was not stopped, and bytes sent in them."""
+    """Seconds while the clock runs, and bytes sent in them."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -53,11 +54,11 @@ class Clock:
         self.start()
 
     def start(self) -> None:
-        """Go on."""
+        """Start, or go on after a stop."""
         self._traffic, self._time = traffic(DEVICE), time.perf_counter()
 
     def stop(self) -> None:
-        """Stop."""
+        """Stop, and add what has passed since the start."""
         self.seconds += time.perf_counter() - self._time
         self.bytes_up += (traffic(DEVICE) - self._traffic).up
 
@@ -121,7 +122,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="rounds of timed steps; 0: whole runs")] = 0,
     evaluations: Annotated[int, typer.Option(help="evaluations of a whole run")] = 20,
 ) -> None:
-    """Train as each method in turn."""
+    """Train with each method in turn."""
     torch.set_num_threads(1)
     apart = "REPLICA_GROUP_ID" in os.environ
     dist.init_process_group("gloo")
@@ -130,11 +131,10 @@ def main(
     chosen = json.loads(names)
     with (out / f"{rank}.jsonl").open("w") as file:
         if rounds:
-            # Another one begins each round, so that none always follows the same one.
             reports = (
                 time_stretch(name, index, settings, rank)
                 for index in range(rounds)
-                for name in chosen[index % len(chosen) :] + chosen[: index % len(chosen)]
+                for name in rotated(chosen, index)
             )
         else:
             reports = (run_whole(name, settings, rank, evaluations) for name in chosen)
