@@ -92,7 +92,7 @@ TABLE: list[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = [
         {"count": 2},
         {
             "count": COUNT, "order": OTHER, "delay": COUNT, "mix": NUMBER, "layers": OTHER,
-            "carry": FLAG,
+            "keep_delayed_steps": FLAG,
         },
     ),
     (topology.nested, {"sizes": {"node": 2}}, {"sizes": OTHER}),
@@ -142,7 +142,7 @@ TABLE: list[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = [
         {},
         {
             "period": COUNT, "fragments": COUNT, "delay": COUNT, "mix": NUMBER, "order": OTHER,
-            "outer_lr": NUMBER, "outer_momentum": NUMBER, "carry": FLAG,
+            "outer_lr": NUMBER, "outer_momentum": NUMBER, "keep_delayed_steps": FLAG,
         },
     ),
     (

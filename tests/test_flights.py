@@ -235,7 +235,7 @@ def test_loading_a_state_waits_for_what_is_under_way_and_drops_it() -> None:
         for _ in range(5):
             move(model, 0.1 * (1 + group.rank))
             sync.step()
-        assert sync._flights
+        assert sync._executor.under_way
         model.load_state_dict(start[0])
         sync.load_state_dict(packing.unpack(*start[1]))
         again = packing.pack(sync.state_dict())
@@ -376,7 +376,7 @@ def start_at(rank: int, strategy: Strategy, folder: Path) -> tuple[list[Tensor],
     model = stack()
     sync = postlocal.attach(model, OPTIMIZERS["sgd"](model), strategy)
     assert checkpoint.restore(folder, sync) is not None
-    state = values(model), sync.agreed, len(sync._flights)
+    state = values(model), sync.agreed, len(sync._executor.under_way)
     sync.step()
     sync.close()
     return state
@@ -410,7 +410,7 @@ def test_bf16_parameters_are_mixed_in_fp32() -> None:
 
 def test_bf16_parameters_carry_what_they_moved_in_fp32() -> None:
     strategy = replace(
-        strategies.streaming_diloco(4, 1, delay=2, mix=0.0, carry=True),
+        strategies.streaming_diloco(4, 1, delay=2, mix=0.0, keep_delayed_steps=True),
         outer=outer.nesterov(1.0, 0.0), wire=wire.fp32(),
     )  # fmt: skip
 
@@ -431,7 +431,7 @@ def test_bf16_parameters_carry_what_they_moved_in_fp32() -> None:
 
 def test_an_outlier_carries_nothing() -> None:
     strategy = replace(
-        strategies.streaming_diloco(4, 1, delay=2, mix=0.0, carry=True),
+        strategies.streaming_diloco(4, 1, delay=2, mix=0.0, keep_delayed_steps=True),
         wire=wire.fp32(), guard=guard.outliers(warmup=1),
     )  # fmt: skip
 
@@ -449,7 +449,7 @@ def test_an_outlier_carries_nothing() -> None:
 
 def test_an_idle_replica_carries_what_it_does_during_the_delay() -> None:
     strategy = replace(
-        strategies.streaming_diloco(4, 1, delay=2, mix=0.0, carry=True),
+        strategies.streaming_diloco(4, 1, delay=2, mix=0.0, keep_delayed_steps=True),
         outer=outer.nesterov(1.0, 0.0), wire=wire.fp32(), guard=guard.outliers(),
     )  # fmt: skip
 
@@ -468,7 +468,7 @@ def test_an_idle_replica_carries_what_it_does_during_the_delay() -> None:
 
 def test_a_replica_that_recovers_carries_only_what_it_did_since() -> None:
     strategy = replace(
-        strategies.streaming_diloco(8, 2, delay=6, mix=0.0, carry=True),
+        strategies.streaming_diloco(8, 2, delay=6, mix=0.0, keep_delayed_steps=True),
         outer=outer.nesterov(1.0, 0.0), wire=wire.fp32(),
     )  # fmt: skip
 
@@ -498,7 +498,7 @@ def test_a_guard_judges_the_layers_that_the_user_named() -> None:
     )  # fmt: skip
 
     def loop(group: Group, model: nn.Module, sync: Sync) -> list[list[str]]:
-        return [[module[0] for module in part.modules] for part in sync._fragments]
+        return [[module[0] for module in part.modules] for part in sync._executor.fragments]
 
     (first, *_) = run(strategy, loop)
     assert {name for part in first for name in part} == {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from postlocal import fragments
-from postlocal.fragments import Fragments, launch_steps, modules, streaming, whole
+from postlocal.fragments import Fragments, modules, streaming, whole
 from postlocal.sync.parameters import Replica
 from postlocal.train.model import Size, Transformer
 
@@ -239,17 +239,6 @@ def test_splitting_needs_no_memory_for_parameters() -> None:
         model = transformer()
     sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
     assert len(streaming(4).split(model, sizes)) == 4
-
-
-@given(steps=st.integers(1, 1000), count=st.integers(1, 64))
-def test_each_fragment_is_sent_once_a_round_and_the_last_at_its_end(steps: int, count: int) -> None:
-    sent = launch_steps(steps, count)
-    assert len(sent) == count
-    assert list(sent) == sorted(sent)
-    assert sent[0] >= 1
-    assert sent[-1] == steps
-    gaps = [after - before for before, after in zip((0, *sent), sent, strict=False)]
-    assert max(gaps) - min(gaps) <= 1
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -321,7 +321,7 @@ def test_memory_is_what_the_strategy_keeps() -> None:
     assert "outer" not in memory(strategies.sparse_loco())
     assert memory(strategies.sparse_loco())["residual"] == 4
     assert memory(strategies.streaming_diloco(fragments=5, delay=1))["under_way"] == 4 / 5
-    carrying = strategies.streaming_diloco(fragments=5, delay=1, carry=True)
+    carrying = strategies.streaming_diloco(fragments=5, delay=1, keep_delayed_steps=True)
     assert memory(carrying)["under_way"] == 8 / 5
     narrow = memory(strategies.local_sgd(), dtype=torch.bfloat16, optimizer_bytes=4)
     assert (narrow["parameters"], narrow["gradients"], narrow["optimizer"]) == (2, 2, 4)

@@ -58,7 +58,7 @@ def streaming(
     **axes: Any,
 ) -> Strategy:
     """Streaming DiLoCo over an exact wire, unless told otherwise."""
-    strategy = strategies.streaming_diloco(period, count, delay, mix, carry=carry)
+    strategy = strategies.streaming_diloco(period, count, delay, mix, keep_delayed_steps=carry)
     return replace(strategy, **{"wire": wire.fp32()} | axes)
 
 
@@ -355,7 +355,9 @@ def test_delays_and_fragments_that_cannot_work_are_refused() -> None:
         replace(streaming(4), optimizer_state="average")
     with pytest.raises(ValueError, match=r"mix must be from 0 to 1, got 1\.5"):
         streaming(4, mix=1.5)
-    with pytest.raises(ValueError, match="carry needs a delay of at least 1 step, got 0"):
+    with pytest.raises(
+        ValueError, match="keep_delayed_steps needs a delay of at least 1 step, got 0"
+    ):
         streaming(4, delay=0, carry=True)
 
 

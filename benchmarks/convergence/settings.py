@@ -28,7 +28,12 @@ def _streaming(
     **axes: Any,
 ) -> Strategy:
     strategy = strategies.streaming_diloco(
-        period, delay=delay, mix=mix, outer_lr=lr, outer_momentum=momentum, carry=carry
+        period,
+        delay=delay,
+        mix=mix,
+        outer_lr=lr,
+        outer_momentum=momentum,
+        keep_delayed_steps=carry,
     )
     return replace(strategy, **{"wire": wire.fp32()} | axes)
 

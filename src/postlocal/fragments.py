@@ -1,4 +1,4 @@
-"""Which parts of the parameters are synchronized on their own, and when each is sent.
+"""Which parts of the parameters are synchronized on their own.
 
 A **fragment** is a set of whole layers. Sent one after the other, spread over the round, fragments
 need a fraction of the network's peak rate; applied some steps after they were sent, they need not
@@ -16,46 +16,67 @@ Example:
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import accumulate, combinations, pairwise
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
-from postlocal.checks import choice, count, flag, fraction, made, no_steps_or_more, settle, shown
+from postlocal.checks import choice, count, flag, fraction, no_steps_or_more, settle, shown
 
 Order = Literal["strided", "sequential"]
 Names = tuple[str, ...]
 
 
-class Fragments(Protocol):
-    """A way to cut parameters into parts."""
+@dataclass(frozen=True)
+class Fragments:
+    """A way to cut parameters into parts; `whole` and `streaming` make one.
+
+    Args:
+        count: number of fragments, at least 1.
+        order: how layers are dealt to fragments.
+        delay: steps between sending a fragment and applying the result, at least 0.
+        mix: share of the local value that is kept where the result is applied, from 0 to 1.
+        layers: prefixes of the layers' names; None: found in the model.
+        keep_delayed_steps: whether the steps taken during the delay are kept on top of the result.
+
+    Raises:
+        TypeError: if an argument is of another type.
+        ValueError: if an argument is out of its range, or two layers hold each other.
+    """
+
+    count: int = 1
+    order: Order = "strided"
+    delay: int = 0
+    mix: float = 0.0
+    layers: Sequence[str] | None = None
+    keep_delayed_steps: bool = False
+
+    def __post_init__(self) -> None:
+        settle(
+            self, count=is_count, order=partial(choice, choices=get_args(Order)), mix=fraction,
+            delay=no_steps_or_more, keep_delayed_steps=flag, layers=_prefixes,
+        )  # fmt: skip
+        if self.keep_delayed_steps and not self.delay:
+            raise ValueError(
+                "keep_delayed_steps needs a delay of at least 1 step, got 0: a result that is "
+                "applied at once loses no step; leave keep_delayed_steps out"
+            )
+        if self.layers is not None:
+            _check_apart(self.layers)
+
+    def __repr__(self) -> str:
+        """The call that makes it."""
+        if self == Fragments():
+            return "whole()"
+        values = (f"{each.name}={getattr(self, each.name)!r}" for each in fields(self))
+        return f"streaming({', '.join(values)})"
 
     @property
-    def count(self) -> int:
-        """Number of fragments."""
-        ...
-
-    @property
-    def delay(self) -> int:
-        """Steps between sending a fragment and applying the result."""
-        ...
-
-    @property
-    def mix(self) -> float:
-        """Share of the local value that is kept where the result is applied, from 0 to 1."""
-        ...
-
-    @property
-    def carry(self) -> bool:
-        """Whether the steps taken during the delay are kept on top of the result."""
-        ...
-
-    @property
-    def layers(self) -> Sequence[str] | None:
-        """Prefixes of the layers' names; None: found in the model."""
-        ...
+    def streams(self) -> bool:
+        """Whether parameters come in parts, late, or mixed, so that replicas always differ."""
+        return self.count > 1 or self.delay > 0 or self.mix > 0
 
     def split(self, model: nn.Module, sizes: Mapping[str, int]) -> tuple[Names, ...]:
         """Names of the parameters of each fragment, in the model's order.
@@ -67,80 +88,6 @@ class Fragments(Protocol):
         Raises:
             ValueError: if the model cannot be cut in this way.
         """
-        ...
-
-
-@dataclass(frozen=True)
-class whole:
-    """One part, applied at once: all parameters are synchronized together.
-
-    Example:
-        >>> model = nn.Linear(2, 1)
-        >>> whole().split(model, {"weight": 8, "bias": 4})
-        (('weight', 'bias'),)
-    """
-
-    count = 1
-    delay = 0
-    mix = 0.0
-    carry = False
-    layers = None
-
-    def split(self, model: nn.Module, sizes: Mapping[str, int]) -> tuple[Names, ...]:
-        return (tuple(sizes),)
-
-
-@dataclass(frozen=True)
-class streaming:
-    """Fragments of layers, each sent at its own step (Streaming DiLoCo, arXiv 2501.18512).
-
-    What belongs to no layer, such as an embedding or a head, goes to the lightest fragments, the
-    largest first.
-
-    Args:
-        count: number of fragments, at least 1 and at most the number of layers. The paper has 3
-            layers a fragment.
-        order: ``"strided"`` puts layer ``i`` in fragment ``i % count``; ``"sequential"`` makes
-            runs of neighbouring layers, of about equal bytes.
-        delay: steps between sending a fragment and applying the result (tau in the paper, which
-            goes up to 5), at least 0.
-        mix: share of the local value that is kept where the result is applied (alpha in the
-            paper), from 0 to 1.
-        layers: prefixes of names, such as ``"blocks.0"``, in order; None: found in the model.
-        carry: whether what a replica did during the delay, of at least 1 step, is added to the
-            result, so that no step is lost, as in Delayed Gradient Averaging (Zhu et al., NeurIPS
-            2021). It takes memory for one more fp32 copy of each fragment under way.
-
-    Raises:
-        TypeError: if an argument is of another type.
-        ValueError: if an argument is out of its range, or two layers hold each other.
-
-    Example:
-        >>> streaming(count=3)
-        streaming(count=3, order='strided', delay=1, mix=0.5, layers=None, carry=False)
-    """
-
-    count: int
-    order: Order = "strided"
-    delay: int = 1
-    mix: float = 0.5
-    layers: Sequence[str] | None = None
-    carry: bool = False
-
-    def __post_init__(self) -> None:
-        settle(
-            self, count=is_count, order=partial(choice, choices=get_args(Order)), mix=fraction,
-            delay=no_steps_or_more, carry=flag, layers=_prefixes,
-        )  # fmt: skip
-        if self.carry and not self.delay:
-            raise ValueError(
-                "carry needs a delay of at least 1 step, got 0: a result that is applied at once "
-                "loses no step; leave carry out"
-            )
-        if self.layers is not None:
-            _check_apart(self.layers)
-
-    def split(self, model: nn.Module, sizes: Mapping[str, int]) -> tuple[Names, ...]:
         layers, others = _owners(model, sizes, self.layers)
         if self.count > max(1, len(layers)):  # one fragment takes everything, layers or none
             raise ValueError(
@@ -165,6 +112,55 @@ class streaming:
         return [{name for layer in hand for name in layer} for hand in hands]
 
 
+def whole() -> Fragments:
+    """One part, applied at once: all parameters are synchronized together.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> whole().split(model, {"weight": 8, "bias": 4})
+        (('weight', 'bias'),)
+    """
+    return Fragments()
+
+
+def streaming(
+    count: int,
+    order: Order = "strided",
+    delay: int = 1,
+    mix: float = 0.5,
+    layers: Sequence[str] | None = None,
+    keep_delayed_steps: bool = False,
+) -> Fragments:
+    """Fragments of layers, each sent at its own step (Streaming DiLoCo, arXiv 2501.18512).
+
+    What belongs to no layer, such as an embedding or a head, goes to the lightest fragments, the
+    largest first.
+
+    Args:
+        count: number of fragments, at least 1 and at most the number of layers. The paper has 3
+            layers a fragment.
+        order: ``"strided"`` puts layer ``i`` in fragment ``i % count``; ``"sequential"`` makes
+            runs of neighbouring layers, of about equal bytes.
+        delay: steps between sending a fragment and applying the result (tau in the paper, which
+            goes up to 5), at least 0.
+        mix: share of the local value that is kept where the result is applied (alpha in the
+            paper), from 0 to 1.
+        layers: prefixes of names, such as ``"blocks.0"``, in order; None: found in the model.
+        keep_delayed_steps: whether what a replica did during the delay, of at least 1 step, is
+            added to the result, so that no step is lost, as in Delayed Gradient Averaging (Zhu et
+            al., NeurIPS 2021). It takes memory for one more fp32 copy of each fragment under way.
+
+    Raises:
+        TypeError: if an argument is of another type.
+        ValueError: if an argument is out of its range, or two layers hold each other.
+
+    Example:
+        >>> streaming(count=3, delay=2)
+        streaming(count=3, order='strided', delay=2, mix=0.5, layers=None, keep_delayed_steps=False)
+    """
+    return Fragments(count, order, delay, mix, layers, keep_delayed_steps)
+
+
 is_count = partial(count, unit="fragment")
 """The rule for a number of fragments."""
 
@@ -173,27 +169,14 @@ def are_fragments(name: str, value: Any) -> Any:
     """The rule for an argument that takes fragments.
 
     Raises:
-        TypeError: if it lacks what `Fragments` has, or has to be called to make such a value.
+        TypeError: if it is none, with what to pass instead.
     """
-    needs = ("count", "delay", "mix", "carry", "layers", "split")
-    return made(name, value, needs, "fragments.streaming(count=4)")
-
-
-def launch_steps(steps: int, count: int) -> tuple[int, ...]:
-    """After which step of a round each fragment is sent: evenly spread, the last one at its end.
-
-    Args:
-        steps: steps of the round, at least 1.
-        count: number of fragments, at least 1.
-
-    Returns:
-        For each fragment a step, from 1 to ``steps``, never falling.
-
-    Example:
-        >>> launch_steps(steps=10, count=4)
-        (3, 5, 8, 10)
-    """
-    return tuple(-(-part * steps // count) for part in range(1, count + 1))
+    if isinstance(value, Fragments):
+        return value
+    hint = ": call it" if callable(value) else ""
+    raise TypeError(
+        f"{name} must be a value such as fragments.streaming(count=4), got {shown(value)}{hint}"
+    )
 
 
 def modules(

@@ -113,7 +113,7 @@ class Strategy:
     @property
     def streams(self) -> bool:
         """Whether parameters come in parts, late, or mixed, so that replicas always differ."""
-        return self.fragments.count > 1 or self.fragments.delay > 0 or self.fragments.mix > 0
+        return self.fragments.streams
 
     @property
     def fingerprint(self) -> str:
@@ -186,7 +186,7 @@ def streaming_diloco(
     order: parts.Order = "strided",
     outer_lr: float = 0.4,
     outer_momentum: float = 0.9,
-    carry: bool = False,
+    keep_delayed_steps: bool = False,
 ) -> Strategy:
     """Streaming DiLoCo: fragments, overlap and 4 bits (Douillard et al., arXiv 2501.18512).
 
@@ -200,14 +200,15 @@ def streaming_diloco(
         order: how layers are dealt to fragments.
         outer_lr: outer learning rate.
         outer_momentum: outer Nesterov momentum.
-        carry: whether steps taken during the delay are kept on top of the result; not in the paper.
+        keep_delayed_steps: whether steps taken during the delay are kept on top of the result; not
+            in the paper.
     """
     count = parts.is_count("fragments", fragments)
     return Strategy(
         schedules.periodic(period),
         _nesterov(outer_lr, outer_momentum),
         wires.quantised(codec.fp4()),
-        fragments=parts.streaming(count, order, delay, mix, carry=carry),
+        fragments=parts.streaming(count, order, delay, mix, keep_delayed_steps=keep_delayed_steps),
         name="streaming_diloco",
     )
 

@@ -16,7 +16,7 @@ from postlocal.errors import CheckpointError
 
 logger = logging.getLogger("postlocal")
 
-FORMAT = 2
+FORMAT = 3
 INDEX = "checkpoint.json"
 TENSORS = "tensors"
 Sharing = Literal["shared", "per-rank"]

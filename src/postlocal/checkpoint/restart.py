@@ -62,7 +62,7 @@ def mean(load: Load, world: int, sync: Sync, locally: Locally) -> dict[str, Tens
 def anchor(clock: Mapping[str, Any]) -> dict[str, Tensor]:
     """The anchor in a saved clock; empty where there is none, or replicas had not gone apart."""
     anchors = [fragment["anchor"] for fragment in clock["fragments"]]
-    if clock["lockstep"] or None in anchors:
+    if clock["timeline"]["synchronous"] or None in anchors:
         return {}
     return {name: tensor for one in anchors for name, tensor in one["tensors"].items()}
 
@@ -80,16 +80,16 @@ def restarted(
     """
     present = sync.state_dict()
     outer = dict(_outer_state(clock)) if keep_outer else {}
-    first = planned(sync.strategy.schedule, clock["steps"], sync.inner.lr)
+    steps = clock["timeline"]["steps"]
+    first = planned(sync.strategy.schedule, steps, sync.inner.lr)
+    timeline = {"steps": steps, "agreed_at": steps, "synchronous": first.gradients == WORLD}
     return present | {
-        "steps": clock["steps"],
+        "timeline": present["timeline"] | timeline,
         "work": clock["work"],
         "meter": clock["meter"],
         "moving": clock["moving"],
         "lr": sync.inner.lr,
         "drift": math.nan,
-        "agreed_at": clock["steps"],
-        "lockstep": first.gradients == WORLD,
         "fragments": [_with_anchor(one, parameters, outer) for one in present["fragments"]],
     }
 

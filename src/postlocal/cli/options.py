@@ -85,7 +85,7 @@ _OPTIONS: Mapping[str, Any] = {
         float | None,
         of_strategy("Share of its own parameters that a worker keeps, 0 to 1 (streaming_diloco)."),
     ],
-    "carry": Annotated[
+    "keep_delayed_steps": Annotated[
         bool | None,
         of_strategy("Keep the steps taken during a delay above 0 (streaming_diloco)."),
     ],

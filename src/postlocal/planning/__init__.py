@@ -1,7 +1,7 @@
 """How long training takes on a network that is not at hand.
 
-A strategy's own schedule is rolled out step by step, its fragments are launched and landed by the
-rules of `postlocal.sync.clock`, and its wires tell their own bytes: what is planned is what is run.
+A strategy's own schedule is rolled out step by step, its fragments are sent and applied by the
+rule of `postlocal.sync.timeline`, and its wires tell their own bytes: so the plan is the run.
 Only seconds are modelled; `docs/plan.md` derives them.
 
 Example:
@@ -21,9 +21,9 @@ from postlocal.planning.cluster import Cluster, Link
 from postlocal.planning.figure import draw
 from postlocal.planning.fleet import Failures, Fleet
 from postlocal.planning.job import Job
-from postlocal.planning.ledger import Spent
 from postlocal.planning.measure import measure_links
 from postlocal.planning.plan import Memory, Plan, plan
+from postlocal.planning.replica_clocks import Spent
 from postlocal.planning.scaling import draw_sweep, sweep
 from postlocal.planning.search import bandwidth_for, best
 from postlocal.planning.simulation import Simulated, simulate

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from postlocal.planning.cluster import Cluster
-from postlocal.planning.course import timetable
 from postlocal.planning.drawing import new_figure
 from postlocal.planning.job import Job
 from postlocal.planning.plan import plan_rounds
+from postlocal.planning.rounds import rounds_of
 from postlocal.schedule import WORLD
 from postlocal.strategies import Strategy
 
@@ -36,7 +36,7 @@ def draw(
     here = cluster.link(level).bandwidth
     bandwidths = here * np.logspace(-3, 3, _POINTS)
     for label, strategy in chosen.items():
-        rounds = timetable(strategy, job)
+        rounds = rounds_of(strategy, job)
         clusters = [cluster.with_bandwidth(float(each), level) for each in bandwidths]
         plans = [plan_rounds(rounds, strategy, job, there) for there in clusters]
         axes.plot(bandwidths, [100 * each.share_computing for each in plans], label=label)

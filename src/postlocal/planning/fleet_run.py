@@ -1,4 +1,4 @@
-"""The job of a fleet: meetings of all replicas, failures and returns, as SimPy runs them.
+"""The job of a fleet: synchronizations of all replicas, failures and returns, run by SimPy.
 
 Times are drawn for all replicas at once, and each has a clock of its own. The job's time goes back
 when something has to be done again, so that what follows need not know of it.
@@ -6,20 +6,21 @@ when something has to be done again, so that what follows need not know of it.
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import simpy
 
 from postlocal.planning.cluster import Link
-from postlocal.planning.course import Course, Event, Land, Launch, Meet, Steps, timetable
 from postlocal.planning.exchange import Costs
 from postlocal.planning.fleet import Fleet
-from postlocal.planning.hosts import Hosts, Waiting
 from postlocal.planning.job import Job
-from postlocal.planning.ledger import Ledger
+from postlocal.planning.membership import Membership, Waiting
+from postlocal.planning.replica_clocks import ReplicaClocks
+from postlocal.planning.rounds import Steps, events_of, rounds_of
 from postlocal.schedule import RANK, WORLD
 from postlocal.strategies import Strategy
+from postlocal.sync.timeline import Apply, Average, Event, Start, Synchronize, Timeline
 
 _TRIES = 1000  # to come from one checkpoint to the next, after which a run is left
 _TICK = 1e-6  # seconds that the environment's clock may be behind
@@ -35,8 +36,8 @@ class FleetRun:
         source: of chance.
 
     Attributes:
-        hosts: who takes part.
-        ledger: what time went into.
+        membership: which hosts take part.
+        clocks: of the replicas, and what their time is spent on.
     """
 
     def __init__(
@@ -45,17 +46,18 @@ class FleetRun:
         # Each has chance of its own, so that a failure does not change what is drawn later.
         self._draws, failing, making = source.spawn(3)
         self._environment = simpy.Environment()
-        self.hosts = Hosts(fleet, job, self._environment, making, failing)
-        self.ledger = Ledger((fleet.hosts, fleet.node_size))
+        self.membership = Membership(fleet, job, self._environment, making, failing)
+        self.clocks = ReplicaClocks((fleet.hosts, fleet.node_size))
         self._strategy = strategy
         self._job = job
         self._fleet = fleet
         self._factors = fleet.factors(making)
         self._interval = fleet.failures.interval(fleet.hosts)
         self._head_start = job.parameter_overlap * job.step_time.mean
-        self._course = Course(strategy, strategy.fragments.count)
+        self._rounds = rounds_of(strategy, job)
+        self._timeline = Timeline.new(strategy.fragments, self._rounds[0][0])
         self._costs: dict[tuple[int, Link], Costs] = {}
-        self._air: deque[float] = deque()  # when the results of what is under way are there
+        self._under_way: deque[float] = deque()  # when each exchange under way ends
         self._free = 0.0  # when the world's link is
         self._behind = 0.0  # seconds that were done again, or stood still
         self._safe = 0.0  # the job's time when all was last safe
@@ -68,21 +70,21 @@ class FleetRun:
     def follow(self, limit: float) -> tuple[float, bool]:
         """Run to the end, or for so many seconds; tells which it was, and when."""
         if math.isfinite(self._fleet.failures.apart):
-            self._environment.process(self.hosts.fail(self._process.interrupt))
+            self._environment.process(self.membership.fail(self._process.interrupt))
         late = self._environment.timeout(limit)
         self._environment.run(until=self._process | late | self._hopeless)
         finished = self._process.triggered
         seconds = self._behind + self._safe if finished else self._environment.now
         if not finished:
             self._leave()
-        self.ledger.book("away", self.hosts.away(seconds) * self._fleet.node_size)
+        self.clocks.book("away", self.membership.away(seconds) * self._fleet.node_size)
         return seconds, finished
 
     def _leave(self) -> None:
         if self._stands_since is None:
-            self.ledger.book("lost", self.ledger.unsafe(self.hosts.members, self._now))
+            self.clocks.book("lost", self.clocks.unsafe(self.membership.members, self._now))
         else:
-            self._stood_still(int(self.hosts.members.sum()))
+            self._stood_still(int(self.membership.members.sum()))
 
     @property
     def _now(self) -> float:
@@ -90,40 +92,46 @@ class FleetRun:
         return self._environment.now - self._behind
 
     def _train(self) -> Waiting:
-        for planned, steps, times in timetable(self._strategy, self._job):
+        for planned, steps, times in self._rounds:
             for _ in range(times):
                 self._together = planned.gradients == WORLD or not self._strategy.anchored
-                for event in self._course.round(planned, steps):
-                    yield from self._take(event)
-                if planned.parameters == WORLD and steps == planned.steps:
+                self._timeline, events = events_of(self._timeline, planned, steps)
+                yield from self._take(events)
+                if planned.parameters == WORLD and self._timeline.ended:
                     yield from self._synchronized()
-        for event in self._course.end():
-            yield from self._take(event)
+        self._timeline, last = self._timeline.finish()
+        yield from self._take(last)
         yield from self._reach(self._latest)
         self._secure()
 
-    def _take(self, event: Event) -> Waiting:
-        match event:
-            case Steps(count, level) if level == WORLD:
-                for _ in range(count):
-                    yield from self._step_together()
-            case Steps(count, level):
-                self._step_apart(count, level)
-            case Launch(number):
-                yield from self._launch(number)
-            case Land():
-                yield from self._land()
-            case Meet(level):
-                self._gather_nodes()
-                seconds = self._exchanges().narrow(level).seconds
-                self.ledger.wait(self.ledger.clock + seconds, "links")
+    def _take(self, events: Iterable[Steps | Event]) -> Waiting:
+        for event in events:
+            match event:
+                case Steps(count, level):
+                    yield from self._step(count, level)
+                case Start(number):
+                    yield from self._start(number)
+                case Apply():
+                    yield from self._apply()
+                case Synchronize(number):
+                    yield from self._start(number)
+                    yield from self._apply()
+                case Average(level):
+                    self._average(level)
+
+    def _step(self, count: int, level: str) -> Waiting:
+        if level != WORLD:
+            self._step_apart(count, level)
+            return
+        for _ in range(count):
+            yield from self._step_together()
 
     def _step_together(self) -> Waiting:
         self._compute(1)
         yield from self._reach(self._latest)
         latest = self._latest()
-        self.ledger.wait(latest, "stragglers")
-        self.ledger.wait(latest + self._exchanges().gradients(WORLD).seconds, "links")
+        self.clocks.wait(latest, "stragglers")
+        self.clocks.wait(latest + self._exchanges().gradients(WORLD).seconds, "links")
         if self._due:
             yield from self._checkpoint()
 
@@ -135,29 +143,36 @@ class FleetRun:
         for _ in range(count):
             self._compute(1)
             self._gather_nodes()
-            self.ledger.wait(self.ledger.clock + seconds, "links")
+            self.clocks.wait(self.clocks.clock + seconds, "links")
 
     def _compute(self, steps: int) -> None:
         drawn = self._job.step_time.draw(steps, self._factors.shape, self._draws)
-        self.ledger.compute(steps, drawn * self._factors)
+        self.clocks.compute(steps, drawn * self._factors)
 
     def _gather_nodes(self) -> None:
-        self.ledger.wait(self.ledger.clock.max(axis=1, keepdims=True), "stragglers")
+        self.clocks.wait(self.clocks.clock.max(axis=1, keepdims=True), "stragglers")
 
-    def _launch(self, number: int) -> Waiting:
-        """Put a fragment on the link, behind what is there, once the slowest has got so far."""
+    def _average(self, level: str) -> None:
+        """Average parameters within each node."""
+        self._gather_nodes()
+        seconds = self._exchanges().narrow(level).seconds
+        self.clocks.wait(self.clocks.clock + seconds, "links")
+
+    def _start(self, number: int) -> Waiting:
+        """Send a fragment, once the slowest is there, after those that the link still sends."""
         yield from self._reach(self._latest)
         sent = self._present()
         seconds = self._exchanges().fragment(number).seconds
         self._free = max(self._free, sent - self._head_start) + seconds
-        self._air.append(max(sent, self._free))
+        self._under_way.append(max(sent, self._free))
 
-    def _land(self) -> Waiting:
-        arrives = self._air.popleft()
+    def _apply(self) -> Waiting:
+        """Wait for the oldest exchange."""
+        ends = self._under_way.popleft()
         if not self._strategy.fragments.delay:
-            yield from self._reach(lambda: arrives)
-        self.ledger.wait(min(arrives, self._latest()), "stragglers")
-        self.ledger.wait(arrives, "links")  # the slowest has to wait for it too
+            yield from self._reach(lambda: ends)
+        self.clocks.wait(min(ends, self._latest()), "stragglers")
+        self.clocks.wait(ends, "links")  # the slowest has to wait for it too
 
     def _synchronized(self) -> Waiting:
         if not self._together:
@@ -170,19 +185,19 @@ class FleetRun:
         return self._latest() - self._safe >= self._interval
 
     def _checkpoint(self) -> Waiting:
-        self.ledger.wait(self._latest() + self._fleet.failures.saving, "stopped")
+        self.clocks.wait(self._latest() + self._fleet.failures.saving, "stopped")
         yield from self._reach(self._latest)
         self._secure()
 
     def _secure(self) -> None:
-        """All that was done so far stays, and those who have come back take part from here on."""
+        """Note that all work so far is safe, and admit the hosts that have returned."""
         self._tries = 0
         self._safe = self._present()
-        self.ledger.secure(self.hosts.members, self._safe)
+        self.clocks.secure(self.membership.members, self._safe)
         self._admit()
 
     def _reach(self, when: Callable[[], float]) -> Waiting:
-        """Let the job's time come, while hosts fail; ``when`` it is depends on those left."""
+        """Advance the job's time to ``when()``, which depends on the hosts that are left."""
         while (left := when() - self._now) > _TICK:
             try:
                 yield self._environment.timeout(left)
@@ -190,30 +205,30 @@ class FleetRun:
                 yield from self._lose(_lost(failure))
 
     def _lose(self, host: int) -> Waiting:
-        self.hosts.drop(host)
-        self.ledger.book("lost", self.ledger.unsafe(host, self._now))
-        if self._together or not self.hosts.members.any():
-            self.ledger.book("lost", self.ledger.unsafe(self.hosts.members, self._now))
+        self.membership.drop(host)
+        self.clocks.book("lost", self.clocks.unsafe(host, self._now))
+        if self._together or not self.membership.members.any():
+            self.clocks.book("lost", self.clocks.unsafe(self.membership.members, self._now))
             yield from self._restart()
 
     def _restart(self) -> Waiting:
-        """Come back to what was last safe, with those who are there; the rest is done again."""
+        """Go back to the last safe state with the hosts that are there; later work is repeated."""
         self._stands_since = self._environment.now
         while True:
             self._try_again()
             try:
-                while not self.hosts.anybody:
-                    yield self.hosts.arrival
+                while not self.membership.any_left:
+                    yield self.membership.arrival
                 yield self._environment.timeout(self._fleet.failures.restart)
-                if self.hosts.anybody:
+                if self.membership.any_left:
                     break
             except simpy.Interrupt as failure:
-                self.hosts.drop(_lost(failure))
+                self.membership.drop(_lost(failure))
                 self._stood_still(1)
-        self._stood_still(int(self.hosts.members.sum()))
+        self._stood_still(int(self.membership.members.sum()))
         self._stands_since = None
         self._behind = self._environment.now - self._safe
-        self.ledger.begin_again(self._safe)
+        self.clocks.begin_again(self._safe)
         self._admit()
 
     def _try_again(self) -> None:
@@ -224,23 +239,23 @@ class FleetRun:
     def _stood_still(self, hosts: int) -> None:
         assert self._stands_since is not None
         seconds = self._environment.now - self._stands_since
-        self.ledger.book("stopped", seconds * hosts * self._fleet.node_size)
+        self.clocks.book("stopped", seconds * hosts * self._fleet.node_size)
 
     def _admit(self) -> None:
-        self.ledger.book("away", self.hosts.admit() * self._fleet.node_size)
+        self.clocks.book("away", self.membership.admit() * self._fleet.node_size)
 
     def _latest(self) -> float:
-        """When the slowest of those who take part has got so far."""
-        clock = self.ledger.clock.max(axis=1)
-        return float(np.max(clock, where=self.hosts.members, initial=0.0))
+        """The clock of the slowest host that takes part."""
+        clock = self.clocks.clock.max(axis=1)
+        return float(np.max(clock, where=self.membership.members, initial=0.0))
 
     def _present(self) -> float:
-        """When the slowest has got so far, or was lost, if that is later, while waited for."""
+        """That clock, or the present where a host was lost later, while others waited for it."""
         return max(self._latest(), self._now)
 
     def _exchanges(self) -> Costs:
-        """Costs of exchanges of those who take part, counted in hundredths of the fleet."""
-        count, uplink = self.hosts.taking_part()
+        """Costs of exchanges of the hosts that take part, in hundredths of the fleet."""
+        count, uplink = self.membership.taking_part()
         grain = max(1, self._fleet.hosts // 100)
         key = (min(self._fleet.hosts, math.ceil(count / grain) * grain), uplink)
         if key not in self._costs:

@@ -8,10 +8,10 @@ import torch
 
 from postlocal.outer import Outer
 from postlocal.planning.cluster import Cluster
-from postlocal.planning.course import Timetable, timetable
 from postlocal.planning.exchange import remembers
 from postlocal.planning.job import Job, count
 from postlocal.planning.replay import Totals, replay
+from postlocal.planning.rounds import Rounds, rounds_of
 from postlocal.schedule import RANK
 from postlocal.schedule import levels as levels_of
 from postlocal.strategies import Strategy
@@ -133,10 +133,10 @@ def plan(strategy: Strategy, job: Job, cluster: Cluster) -> Plan:
         >>> print(f"{planned.share_computing:.1%}, {planned.hours:.0f} hours")
         64.1%, 4 hours
     """
-    return plan_rounds(timetable(strategy, job), strategy, job, cluster)
+    return plan_rounds(rounds_of(strategy, job), strategy, job, cluster)
 
 
-def plan_rounds(rounds: Timetable, strategy: Strategy, job: Job, cluster: Cluster) -> Plan:
+def plan_rounds(rounds: Rounds, strategy: Strategy, job: Job, cluster: Cluster) -> Plan:
     """The same with rounds that are known, to be planned for several clusters."""
     for level in levels_of(strategy.schedule):
         _ = cluster.groups[level]  # raises with the fix where it is not there
@@ -173,7 +173,7 @@ def _memory(strategy: Strategy, job: Job, cluster: Cluster, totals: Totals) -> M
 def _under_way(strategy: Strategy, job: Job, totals: Totals) -> int:
     """Values that travel in memory of their own."""
     if strategy.fragments.delay:
-        return totals.under_way * (2 if strategy.fragments.carry else 1)
+        return totals.under_way * (2 if strategy.fragments.keep_delayed_steps else 1)
     apart = strategy.fragments.mix > 0 or job.parameter_bytes < 4 * job.numel
     if not (apart and strategy.anchored):
         return 0

@@ -1,16 +1,18 @@
-"""A whole run by the clock, with nothing computed and nothing sent."""
+"""A whole run on a model of seconds, with nothing computed and nothing sent."""
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from postlocal.planning import exchange
 from postlocal.planning.cluster import Cluster
-from postlocal.planning.course import Course, Event, Land, Launch, Meet, Steps, Timetable
 from postlocal.planning.exchange import Exchange
 from postlocal.planning.job import Job, count
+from postlocal.planning.rounds import Rounds, Steps, events_of
 from postlocal.schedule import WORLD, Round
 from postlocal.strategies import Strategy
+from postlocal.sync.timeline import Apply, Average, Event, Start, Synchronize, Timeline
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Totals:
     under_way: int = 0
 
 
-def replay(rounds: Timetable, strategy: Strategy, job: Job, cluster: Cluster) -> Totals:
+def replay(rounds: Rounds, strategy: Strategy, job: Job, cluster: Cluster) -> Totals:
     """Take the rounds of a run, and its end, where all replicas become equal.
 
     Raises:
@@ -39,13 +41,13 @@ def replay(rounds: Timetable, strategy: Strategy, job: Job, cluster: Cluster) ->
     Example:
         >>> from postlocal import strategies
         >>> from postlocal.planning.cluster import Link
-        >>> from postlocal.planning.course import timetable
+        >>> from postlocal.planning.rounds import rounds_of
         >>> two = Cluster(2, {"world": Link(bandwidth=8e6)})
         >>> strategy, job = strategies.local_sgd(period=10), Job(250_000, step=1.0, steps=20)
-        >>> replay(timetable(strategy, job), strategy, job, two)
+        >>> replay(rounds_of(strategy, job), strategy, job, two)
         Totals(seconds=22.0, payload_bytes=2000000, syncs=2, under_way=0)
     """
-    run = _Run(strategy, job, cluster)
+    run = _Run(strategy, job, cluster, rounds[0][0])
     for planned, steps, times in rounds:
         run.repeat(planned, steps, times)
     run.end()
@@ -53,17 +55,17 @@ def replay(rounds: Timetable, strategy: Strategy, job: Job, cluster: Cluster) ->
 
 
 @dataclass
-class _Flight:
-    """At what second the result of a fragment's exchange is there, and of how many values."""
+class _Sending:
+    """At what second the exchange of a fragment ends, and how many values it has."""
 
-    arrives: float
+    ends: float
     numel: int
 
 
 class _Run:
     """The clock of a run, and what is on the world's link."""
 
-    def __init__(self, strategy: Strategy, job: Job, cluster: Cluster) -> None:
+    def __init__(self, strategy: Strategy, job: Job, cluster: Cluster, first: Round) -> None:
         self.totals = Totals()
         self._costs = exchange.Costs(strategy, job, cluster)
         self._cluster = cluster
@@ -71,61 +73,69 @@ class _Run:
         self._delayed = strategy.fragments.delay > 0
         self._head_start = job.parameter_overlap * job.step_time.mean
         self._numels = [count(part) for part in job.split(strategy.fragments)]
-        self._course = Course(strategy, len(self._numels))
-        self._air: deque[_Flight] = deque()
+        self._timeline = Timeline.new(strategy.fragments, first)
+        self._under_way: deque[_Sending] = deque()
         self._free = 0.0  # at what second the world's link is
-        # Steps since the ranks of each level last met, from the narrowest level on.
-        self._alone = dict.fromkeys(cluster.groups.levels[1:], 0)
+        # Steps since the ranks of each level last synchronized, from the narrowest level on.
+        self._steps_apart = dict.fromkeys(cluster.groups.levels[1:], 0)
 
     def repeat(self, planned: Round, steps: int, times: int) -> None:
         """A round so many times over: one by one, until each is like the one before."""
         like: tuple[float, ...] = ()
         for done in range(times):
             before = replace(self.totals)
-            for event in self._course.round(planned, steps):
-                self._take(event)
+            self._timeline, events = events_of(self._timeline, planned, steps)
+            self._take(events)
             last, like = like, self._signature(before.seconds)
             if _close(last, like):
                 self._skip(before, times - done - 1)
                 return
 
     def end(self) -> None:
-        """Land what is under way, and make all replicas equal."""
-        for event in self._course.end():
-            self._take(event)
+        """Apply what is under way, and make all replicas equal."""
+        self._timeline, events = self._timeline.finish()
+        self._take(events)
 
-    def _take(self, event: Event) -> None:
-        match event:
-            case Steps(steps, gradients):
-                self._advance(steps, gradients)
-            case Launch(number):
-                self._launch(number)
-            case Land():
-                self.totals.seconds = max(self.totals.seconds, self._air.popleft().arrives)
-            case Meet(level):
-                self._meet(level)
+    def _take(self, events: Iterable[Steps | Event]) -> None:
+        for event in events:
+            match event:
+                case Steps(steps, gradients):
+                    self._advance(steps, gradients)
+                case Start(number):
+                    self._start(number)
+                case Apply():
+                    self._apply()
+                case Synchronize(number):
+                    self._start(number)
+                    self._apply()
+                case Average(level):
+                    self._average(level)
 
     def _advance(self, steps: int, gradients: str) -> None:
         reduction = self._costs.gradients(gradients)
         seconds = self._step_time.slowest(self._cluster.size(gradients)) + reduction.seconds
         self.totals.payload_bytes += steps * reduction.payload_bytes
         self.totals.seconds += steps * seconds
-        for level in self._alone:
-            self._alone[level] += steps
-        self._have_met(gradients)
+        for level in self._steps_apart:
+            self._steps_apart[level] += steps
+        self._note_synchronized(gradients)
 
-    def _launch(self, number: int) -> None:
-        """Put a fragment on the link, behind what is there."""
+    def _start(self, number: int) -> None:
+        """Send a fragment, after those that the link still sends."""
         self._wait_for_the_slowest(WORLD)
         sent = self._costs.fragment(number)
         self._free = max(self._free, self.totals.seconds - self._head_start) + sent.seconds
         self._count(sent)
-        self._air.append(_Flight(self._free, self._numels[number]))
+        self._under_way.append(_Sending(self._free, self._numels[number]))
         if self._delayed:
-            under_way = sum(flight.numel for flight in self._air)
+            under_way = sum(sending.numel for sending in self._under_way)
             self.totals.under_way = max(self.totals.under_way, under_way)
 
-    def _meet(self, level: str) -> None:
+    def _apply(self) -> None:
+        """Wait for the oldest exchange."""
+        self.totals.seconds = max(self.totals.seconds, self._under_way.popleft().ends)
+
+    def _average(self, level: str) -> None:
         """Average parameters at a narrower level."""
         sent = self._costs.narrow(level)
         self._wait_for_the_slowest(level)
@@ -137,27 +147,28 @@ class _Run:
         self.totals.syncs += 1
 
     def _wait_for_the_slowest(self, level: str) -> None:
-        """Groups that met since are as one rank; see `postlocal.planning.step_time`."""
-        alone = self._alone[level]
-        met = [self._cluster.size(each) for each, steps in self._alone.items() if steps < alone]
-        groups = max(1, self._cluster.size(level) // max(met, default=1))
+        """Groups that synchronized since count as one rank; see `postlocal.planning.step_time`."""
+        apart = self._steps_apart[level]
+        later = [level for level, steps in self._steps_apart.items() if steps < apart]
+        widest = max(map(self._cluster.size, later), default=1)
+        groups = max(1, self._cluster.size(level) // widest)
         excess = self._step_time.slowest(groups) - self._step_time.mean
-        self.totals.seconds += math.sqrt(alone) * excess
-        self._have_met(level)
+        self.totals.seconds += math.sqrt(apart) * excess
+        self._note_synchronized(level)
 
-    def _have_met(self, level: str) -> None:
+    def _note_synchronized(self, level: str) -> None:
         """Ranks of a level, and so those of all levels within it."""
         size = self._cluster.size(level)
-        for each in self._alone:
+        for each in self._steps_apart:
             if self._cluster.size(each) <= size:
-                self._alone[each] = 0
+                self._steps_apart[each] = 0
 
     def _signature(self, since: float) -> tuple[float, ...]:
         """What the next round's cost depends on, and this one's."""
         now = self.totals.seconds
         backlog = max(0.0, self._free - now + self._head_start)
-        arrivals = (max(0.0, flight.arrives - now) for flight in self._air)
-        return (now - since, backlog, *self._alone.values(), *arrivals)
+        arrivals = (max(0.0, sending.ends - now) for sending in self._under_way)
+        return (now - since, backlog, *self._steps_apart.values(), *arrivals)
 
     def _skip(self, before: Totals, times: int) -> None:
         """Go on as from ``before`` to now, so many times."""
@@ -167,8 +178,8 @@ class _Run:
         totals.payload_bytes += times * (totals.payload_bytes - before.payload_bytes)
         totals.syncs += times * (totals.syncs - before.syncs)
         self._free += later
-        for flight in self._air:
-            flight.arrives += later
+        for sending in self._under_way:
+            sending.ends += later
 
 
 def _close(first: tuple[float, ...], second: tuple[float, ...]) -> bool:

@@ -7,9 +7,9 @@ from itertools import product
 
 from postlocal import strategies, wire
 from postlocal.planning.cluster import Cluster
-from postlocal.planning.course import timetable
 from postlocal.planning.job import Job
 from postlocal.planning.plan import Plan, plan, plan_rounds
+from postlocal.planning.rounds import rounds_of
 from postlocal.schedule import WORLD
 from postlocal.strategies import Strategy
 
@@ -112,7 +112,7 @@ def bandwidth_for(
     if not 0 < share < 1:
         raise ValueError(f"share must be above 0 and below 1, got {share}")
 
-    rounds = timetable(strategy, job)
+    rounds = rounds_of(strategy, job)
 
     def reached(bandwidth: float) -> float:
         there = cluster.with_bandwidth(bandwidth, level)

@@ -12,8 +12,8 @@ import numpy as np
 from postlocal.planning.fleet import Fleet
 from postlocal.planning.fleet_run import FleetRun
 from postlocal.planning.job import Job
-from postlocal.planning.ledger import Spent
 from postlocal.planning.plan import Plan, plan
+from postlocal.planning.replica_clocks import Spent
 from postlocal.strategies import Strategy
 
 _PATIENCE = 10  # times as long as planned, after which a run is left
@@ -93,9 +93,9 @@ def simulate(strategy: Strategy, job: Job, fleet: Fleet, seed: int = 0) -> Simul
         replicas=fleet.replicas,
         seconds=seconds,
         finished=finished,
-        steps=run.ledger.steps,
-        efficiency=run.ledger.steps / alone,
-        shares=run.ledger.spent.over(fleet.replicas * seconds),
-        failures=run.hosts.failures,
+        steps=run.clocks.steps,
+        efficiency=run.clocks.steps / alone,
+        shares=run.clocks.spent.over(fleet.replicas * seconds),
+        failures=run.membership.failures,
         planned=planned,
     )

@@ -2,32 +2,32 @@
 
 import logging
 import math
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from postlocal import fragments, schedule
+from postlocal import schedule
 from postlocal.checks import number, shown
 from postlocal.comm.agreement import same_values_
-from postlocal.comm.background import Courier
 from postlocal.comm.groups import LevelGroups
 from postlocal.errors import ModelChangedError
-from postlocal.meter import Meter, SyncRecord, human_bytes, human_seconds
+from postlocal.meter import Meter, human_bytes, human_seconds
 from postlocal.schedule import RANK, WORLD, Round
 from postlocal.strategies import Strategy
 from postlocal.sync.agreed import Agreed, copy_, put_back
-from postlocal.sync.consistency import check_equal_, contents_number, fingerprint
+from postlocal.sync.consistency import check_equal_
 from postlocal.sync.ddp import Local, Reduced
+from postlocal.sync.executor import Executor, Moment
 from postlocal.sync.inner_optimizer import Inner
 from postlocal.sync.parameters import Replica
-from postlocal.sync.status import Vote, layout_number
-from postlocal.sync.synchronization import Buffers, Flight, Fragment
-from postlocal.sync.wrappers import gradients_reduced_elsewhere
-from postlocal.wire import Staging, fp32
+from postlocal.sync.status import Vote
+from postlocal.sync.synchronization import Fragment
+from postlocal.sync.timeline import Agree, Event, Timeline
+from postlocal.wire import fp32
 
 logger = logging.getLogger("postlocal")
 
@@ -65,38 +65,26 @@ class Sync:
         self.groups = groups
         self.meter = meter
         self._gradients = where
-        self._fragments = parts
-        self._narrow = {
-            level: Fragment(replica.parameters, level, fp32().open(groups, level), strategy)
-            for level in groups.levels
-            if level not in (RANK, WORLD)
-        }
-        cut = strategy.fragments
-        self._delay, self._mix, self._carry = cut.delay, cut.mix, cut.carry
-        self._courier = Courier() if self._delay else None
-        self._hangar = Staging()
-        self._flights: deque[Flight] = deque()
-        self._steps = 0
-        self._work = 0.0
-        self._lr = inner.lr
-        self._drift = math.nan
         self._agreed = Agreed(replica, keeps_buffers=strategy.anchored)
-        self._lockstep = True
-        self._compared = False
-        self._perhaps_equal = True  # not seen apart after local steps, nor told of
+        self._executor = Executor(
+            strategy, replica, inner, groups, where, meter, parts, self._agreed
+        )
+        first = schedule.planned(strategy.schedule, 0, inner.lr)
+        self._timeline = Timeline.new(strategy.fragments, first)
+        self._work = 0.0
+        self._lr = inner.lr  # the greatest of the round so far
+        self._compared = False  # whether this process has seen synchronous steps agree
         self._closed = False
-        self._written = self._agreed.versions()
-        self._told_of_optimizer = False
         self._lent = 0
         self._gave_way = False
-        self._begin(self._plan())
+        self._begin(first)
         inner.watch()  # last, so that a clock that could not be made leaves nothing behind
 
     def __repr__(self) -> str:
         ranks, meter, ddp = self.groups[WORLD].size, self.meter, self.ddp_payload_bytes
         share = f" ({meter.total_bytes / ddp:.1%} of DDP's)" if ddp else ""
         return (
-            f"<Sync: {self.strategy.name} on {ranks} ranks: {self._steps:,} steps, "
+            f"<Sync: {self.strategy.name} on {ranks} ranks: {self.steps:,} steps, "
             f"{meter.syncs:,} synchronizations, {human_bytes(meter.total_bytes)} sent{share}, "
             f"waited {human_seconds(meter.wait_seconds)}>"
         )
@@ -104,18 +92,18 @@ class Sync:
     @property
     def steps(self) -> int:
         """Number of calls of `step` so far."""
-        return self._steps
+        return self._timeline.steps
 
     @property
     def ddp_payload_bytes(self) -> int:
         """Bytes that this rank would have sent in as many steps of DDP with fp32 gradients."""
         numel = sum(parameter.numel() for parameter in self.replica.parameters.values())
-        return self._steps * fp32().payload_bytes(numel, self.groups[WORLD].size)
+        return self.steps * fp32().payload_bytes(numel, self.groups[WORLD].size)
 
     @property
     def round(self) -> Round:
         """The round under way."""
-        return self._round
+        return self._timeline.round
 
     @property
     def closed(self) -> bool:
@@ -130,12 +118,12 @@ class Sync:
         after `finish`, until a parameter is written to; and while gradients are averaged over all
         ranks. It sends nothing: values are compared when replicas part and by `finish`.
         """
-        if self._lockstep and self._round.gradients == WORLD:
+        if self._timeline.synchronous and self.round.gradients == WORLD:
             return True
-        return self._agreed.holds(self._steps)
+        return self._agreed.holds(self.steps)
 
     def step(self, *, work: float = 1.0) -> None:
-        """Count one iteration, and land and launch what is due after it.
+        """Count one iteration, and apply and send what is due after it.
 
         To be called on every rank once for each optimizer step that the loop intends, after it;
         also where a GradScaler skipped it, and once for all micro-batches of an accumulation.
@@ -159,24 +147,24 @@ class Sync:
         self._check_open()
         self._gradients.check()
         work = number("work", work, least=0)
-        self._steps += 1
+        if self._timeline.ended:  # the synchronization at the end of the round failed
+            self._begin(self._plan())
+        before = self._timeline
+        self._timeline, events = before.step()
         self._work += work
         self._lr = max(self._lr, self.inner.lr)
-        self._lockstep = self._lockstep and self._round.gradients == WORLD
-        self._land_launched_until(self._steps - self._delay)
-        if self._lockstep and not self._compared:
-            self._compare()
-        if self._steps < self._end:
-            self._launch_due(self._round)
-            return
-        following = self._plan()
-        self._end_round(following)
-        self._begin(self._adapt(following, self._drift))
+        with self._unsent_on_failure(before):
+            if self._timeline.synchronous and not self._compared:
+                self._compare()
+            following = self._plan() if self._timeline.ended else self.round
+            self._carry_out(events, following)
+        if self._timeline.ended:
+            self._begin(self._adapt(following, self._executor.drift))
 
     def finish(self) -> None:
         """Make every replica equal: synchronize now, unless they agree already, and compare them.
 
-        What is under way is landed before. Fragments that were launched earlier than at this step
+        What is under way is applied before. Fragments that were sent earlier than at this step
         take one more outer step, for what was learned since. Training can go on after it, with a
         new round.
 
@@ -186,21 +174,14 @@ class Sync:
             PeerError, ModelChangedError, NonFiniteError: as `step` does.
         """
         self._check_open()
-        following = self._plan()
-        self._land_launched_until(self._steps)
-        if self._lockstep:
-            self._compare()
+        before, following = self._timeline, self._plan()
+        self._timeline, events = before.finish()
+        with self._unsent_on_failure(before):
+            self._carry_out(events, following)
+        self._compare()
+        if self._timeline.synchronous:
             self._share_buffers(self.replica.averaged)
-        elif self._steps != self._agreed.step:
-            for fragment in self._fragments:
-                if self.strategy.streams and fragment.since == self._steps:
-                    self._give_anchor(fragment)  # it was launched at this very step
-                else:
-                    self._synchronize(fragment, following)
-            self._agreed.note(self._steps)
-        if not self._lockstep:
-            self._compare()
-        self._agreed.note(self._steps)
+        self._agreed.note(self.steps)
         self._begin(self._adapt(following, math.nan))
 
     @contextmanager
@@ -239,7 +220,7 @@ class Sync:
         averaged = self.replica.averaged
         buffers = [averaged[name] for name in self._agreed.buffers]
         with put_back([*parameters, *buffers]):
-            self._give_anchor(*self._fragments)
+            self._executor.restore(*self._executor.fragments)
             copy_(buffers, list(self._agreed.buffers.values()))
             self._lent += 1
             try:
@@ -271,8 +252,7 @@ class Sync:
         if self._closed:
             return
         self._closed = True
-        if self._courier is not None:
-            self._courier.close()
+        self._executor.close()
         self._gradients.close()
         self.inner.close()
         self.groups.close()
@@ -309,30 +289,18 @@ class Sync:
         Raises:
             RuntimeError: if called inside `agreed_parameters`.
         """
-        for flight in self._flights:
-            flight.wait()
+        self._executor.wait()
         self._check_own()
         return {
             "strategy": self.strategy.fingerprint,
-            "steps": self._steps,
+            "timeline": self._timeline.state_dict(),
             "work": self._work,
-            "round": {
-                "steps": self._round.steps,
-                "gradients": self._round.gradients,
-                "parameters": self._round.parameters,
-            },
-            "end": self._end,
             "lr": self._lr,
-            "drift": self._drift,
-            "agreed_at": self._agreed.step,
             "agreed_buffers": dict(self._agreed.buffers),
             "moving": sorted(self.replica.moving),
-            "lockstep": self._lockstep,
-            "fragments": [fragment.state_dict() for fragment in self._fragments],
-            "narrow": {level: part.state_dict() for level, part in self._narrow.items()},
-            "flights": [flight.state_dict() for flight in self._flights],
             "gradients": self._gradients.state_dict(),
             "meter": self.meter.state_dict(),
+            **self._executor.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -348,14 +316,12 @@ class Sync:
         self._check_open()
         self._check_state(state)
         self._load_clock(state)
+        self._gradients.use(self.round.gradients)
         self._gradients.load_state_dict(state["gradients"])
-        for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
-            fragment.load_state_dict(saved)
-        for level, fragment in self._narrow.items():
-            fragment.load_state_dict(state["narrow"][level])
-        self._flights = deque(self._load_flight(saved) for saved in state["flights"])
+        self._executor.load_state_dict(state)
         self._agreed.keep(state["agreed_buffers"])
-        self._agreed.note(state["agreed_at"])
+        self._agreed.note(self._timeline.agreed_at)
+        self._lr = state["lr"]
 
     def restart(self, state: Mapping[str, Any]) -> None:
         """Start a new round at the step of a state that another number of ranks saved.
@@ -373,16 +339,16 @@ class Sync:
         self._check_open()
         self._check_state(state)
         self._load_clock(state)
-        for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
+        self._timeline = self._timeline.agreeing()
+        for fragment, saved in zip(self._executor.fragments, state["fragments"], strict=True):
             if fragment.anchor is not None:
                 fragment.anchor.load_state_dict(saved["anchor"])
-            fragment.begin(self._steps, self._work)
-        for fragment in self._narrow.values():
-            fragment.begin(self._steps, self._work)
-        if not self._lockstep:
-            self._give_anchor(*self._fragments)
+        self._executor.drift = state["drift"]
+        self._executor.begin(self.steps, self._work)
+        if not self._timeline.synchronous:
+            self._executor.restore(*self._executor.fragments)
         self._agreed.keep(self.replica.averaged)
-        self._agreed.note(self._steps)
+        self._agreed.note(self.steps)
         self._begin(self._adapt(self._plan(), math.nan))
 
     def _check_state(self, state: Any) -> None:
@@ -399,65 +365,72 @@ class Sync:
                 f"state is of strategy {state['strategy']}, this is {self.strategy.fingerprint}"
             )
         saved = [_shapes(fragment["anchor"]) for fragment in state["fragments"]]
-        if saved != [_shapes(fragment.state_dict()["anchor"]) for fragment in self._fragments]:
+        fragments = self._executor.fragments
+        if saved != [_shapes(fragment.state_dict()["anchor"]) for fragment in fragments]:
             raise ValueError(
                 "state is of another model: names or shapes of its parameters are not those that "
                 "attach was given; load it into a Sync of the model that it was saved with"
             )
 
     def _load_clock(self, state: Mapping[str, Any]) -> None:
-        while self._flights:  # of what was before
-            flight = self._flights.popleft()
-            flight.wait()
-            flight.leave()
-        self._steps = state["steps"]
+        self._executor.drop()  # of what was before
+        self._timeline = self._timeline.load_state_dict(state["timeline"])
         self._work = state["work"]
-        self._drift = state["drift"]
-        self._lockstep = state["lockstep"]
         self._compared = False
         self.replica.mark()
         self.replica.moving = set(state["moving"])
-        self._set_round(Round(**state["round"]), state["end"])
-        self._lr = state["lr"]
         self.meter.load_state_dict(state["meter"])
 
-    def _load_flight(self, state: Mapping[str, Any]) -> Flight:
-        buffers = None if state["buffers"] is None else Buffers(self.replica, apart=True)
-        flight = Flight(
-            self._fragments[state["fragment"] or 0],
-            SyncRecord(**state["record"]),
-            self.meter,
-            buffers,
-            self._hangar,
-        )
-        flight.load_state_dict(state)
-        return flight
-
     def _plan(self) -> Round:
-        return schedule.planned(self.strategy.schedule, self._steps, self.inner.lr)
+        return schedule.planned(self.strategy.schedule, self.steps, self.inner.lr)
 
     def _adapt(self, planned: Round, drift: float) -> Round:
-        return schedule.adapt(self.strategy.schedule, planned, self._round, drift)
+        return schedule.adapt(self.strategy.schedule, planned, self.round, drift)
+
+    def _carry_out(self, events: Iterable[Event], following: Round) -> None:
+        local = self.round.gradients == RANK
+        now = Moment(self.steps, self._work, self._lr, following.steps, local)
+        for event in events:
+            if isinstance(event, Agree):
+                self._agreed.note(self.steps)
+            else:
+                self._executor.carry_out(event, now)
+
+    @contextmanager
+    def _unsent_on_failure(self, before: Timeline) -> Iterator[None]:
+        """A ``with`` block after whose failure the timeline is as if no fragment had been sent."""
+        try:
+            yield
+        except Exception:
+            self._timeline = replace(
+                self._timeline,
+                started=before.started,
+                under_way=tuple(self._executor.under_way),
+                agreed_at=before.agreed_at,
+            )
+            raise
 
     def _begin(self, following: Round) -> None:
-        if self._lockstep and following.gradients != WORLD:
-            self._part()
-        self._set_round(following, self._steps + following.steps)
+        begun = self._timeline.begin(following)
+        if begun.diverges:
+            self._diverge()
+        self._timeline = begun
+        self._gradients.use(following.gradients)
         self._lr = self.inner.lr
 
-    def _part(self) -> None:
-        """Begin to go apart, from what all replicas hold now."""
-        if self._steps:
+    def _diverge(self) -> None:
+        """Take anchors of what all replicas hold now, before the first local step."""
+        if self.steps:
             self._compare()
-            self._agreed.note(self._steps)
-            self._say("after step %d replicas part: rounds of local steps begin", self._steps)
-            for fragment in (*self._fragments, *self._narrow.values()):
-                fragment.begin(self._steps, self._work)
+            self._agreed.note(self.steps)
+            self._log("after step %d replicas part: rounds of local steps begin", self.steps)
+            self._executor.begin(self.steps, self._work)
+            for fragment in self._executor.fragments:
                 if fragment.anchor is not None:
                     fragment.anchor.take()
         if self.strategy.anchored:
             shared = {name: tensor.clone() for name, tensor in self.replica.averaged.items()}
-            if self._steps:
+            if self.steps:
                 self._share_buffers(shared)
             self._agreed.keep(shared)
 
@@ -468,16 +441,17 @@ class Sync:
             DisagreementError, ModelChangedError: on every rank.
         """
         self._compared = True
-        if not self._steps:
+        self._executor.wait()  # no two threads send over the same group
+        if not self.steps:
             claim = "no call of sync.step() told of a step"
-        elif self._lockstep:
-            claim = f"gradients were averaged over all ranks in each of {self._steps} steps"
+        elif self._timeline.synchronous:
+            claim = f"gradients were averaged over all ranks in each of {self.steps} steps"
         else:
             claim = f"they were synchronized after step {self._agreed.step}"
-        world, problem, first = self.groups[WORLD], self.follow_model(), self._fragments[0]
+        world, problem, first = self.groups[WORLD], self.follow_model(), self._executor.fragments[0]
         tensors = self.replica.compared if problem is None else first.zeros()
-        world.arrive(self._steps)
-        vote = Vote(step=self._steps, lr=self.inner.lr)
+        world.arrive(self.steps)
+        vote = Vote(step=self.steps, lr=self.inner.lr)
         with self.meter.waiting():
             sent = check_equal_(
                 world, tensors, claim, _ADVICE, vote, len(first.modules), problem,
@@ -485,7 +459,7 @@ class Sync:
             )  # fmt: skip
         self.meter.count("control", sent)
 
-    def _say(self, message: str, *values: object) -> None:
+    def _log(self, message: str, *values: object) -> None:
         """Log on one rank what all of them do."""
         if self.groups[WORLD].rank == 0:
             logger.info(message, *values)
@@ -500,189 +474,6 @@ class Sync:
         if world.rank == 0:
             nbytes = sum(buffer.nbytes for buffer in buffers.values())
             self.meter.count("buffers", nbytes * (world.size - 1))
-
-    def _set_round(self, following: Round, end: int) -> None:
-        self._round = following
-        self._end = end
-        launches = fragments.launch_steps(following.steps, len(self._fragments))
-        self._launches = [end - following.steps + launch for launch in launches]
-        self._gradients.use(following.gradients)
-
-    def _end_round(self, following: Round) -> None:
-        level = self._round.parameters
-        if level == WORLD:
-            self._launch_due(following)
-            if not self.strategy.streams:
-                self._agreed.note(self._steps)
-        elif level is not None:
-            self._synchronize(self._narrow[level], following)
-
-    def _launch_due(self, following: Round) -> None:
-        """Launch the fragments whose turn it is within the round."""
-        if self._round.parameters != WORLD:
-            return
-        for fragment, step in zip(self._fragments, self._launches, strict=True):
-            if step != self._steps:
-                continue
-            if self._delay:
-                self._launch(fragment, following)
-            else:
-                self._synchronize(fragment, following, self._mix)
-
-    def _synchronize(self, fragment: Fragment, following: Round, mix: float = 0.0) -> None:
-        """Launch a fragment and land it at once."""
-        if fragment.group.size == 1 and fragment.anchor is None:
-            return
-        flight = self._prepare(fragment, apart=mix > 0)
-        try:
-            with torch.no_grad(), self.meter.waiting(flight.record):
-                self._load(flight, following)
-                flight.exchange()
-            self._land(flight, mix)
-            self._written = self._agreed.versions()
-        except Exception:
-            if flight.in_place:
-                self._give_anchor(fragment)
-            raise
-
-    def _launch(self, fragment: Fragment, following: Round) -> None:
-        """Send a fragment on its way, to be landed later."""
-        assert self._courier is not None
-        while any(flight.fragment is fragment for flight in self._flights):
-            self._land(self._flights.popleft(), self._mix)  # after a round that was cut short
-        flight = self._prepare(fragment, apart=True, carry=self._carry)
-        with torch.no_grad(), self.meter.waiting(flight.record):
-            self._load(flight, following)
-            flight.exchange_beside(self._courier)
-        self._flights.append(flight)
-
-    def _prepare(self, fragment: Fragment, apart: bool, carry: bool = False) -> Flight:
-        last = fragment.number in (None, len(self._fragments) - 1)
-        problem = self.follow_model()
-        return Flight(
-            fragment,
-            SyncRecord(self._steps, fragment.level, fragment.number),
-            self.meter,
-            Buffers(self.replica, apart) if last else None,
-            self._hangar if apart else None,
-            carry,
-            problem,
-        )
-
-    def _load(self, flight: Flight, following: Round) -> None:
-        self.groups[WORLD].arrive(self._steps)
-        averages = self.strategy.optimizer_state == "average"
-        work = flight.fragment.work(self._steps, self._work)
-        flight.fragment.begin(self._steps, self._work)
-        if flight.buffers is not None:
-            self._begin_narrower(flight.record.level)
-        contents = self._contents(flight.fragment)
-        self._watch_optimizer()
-        flight.load()
-        flight.vote(
-            buffers_finite=not self.replica.has_nan_buffer(),
-            work=work,
-            step=self._steps,
-            planned=following.steps,
-            fingerprint=contents,
-            moving=layout_number(sorted(self.replica.moving)),
-            lr=self.inner.lr,
-            inner_lr=self._lr,
-            layout=self.inner.layout() if averages else 0,
-        )
-
-    def _begin_narrower(self, level: str) -> None:
-        """Count work anew at all levels within the one that is synchronized."""
-        levels = self.groups.levels
-        for narrower in levels[1 : levels.index(level)]:
-            self._narrow[narrower].begin(self._steps, self._work)
-
-    def _land_launched_until(self, step: int) -> None:
-        while self._flights and self._flights[0].record.step <= step:
-            self._land(self._flights.popleft(), self._mix)
-
-    def _land(self, flight: Flight, mix: float) -> None:
-        if flight.record.step != self._steps:
-            self.replica.refresh()  # a change that cannot be followed is told at the next launch
-        before = self._agreed.versions()
-        with torch.no_grad(), self.meter.waiting(flight.record):
-            flight.land(self._steps, mix)
-            if flight.buffers is not None:
-                if flight.record.level == WORLD:
-                    self._agreed.keep(flight.buffers.tensors)
-                self._settle_optimizer(flight)
-            if not flight.finite:
-                self._recover(flight)
-        self._written += self._agreed.versions() - before  # by this clock, not by an optimizer
-        self._drift = flight.record.drift
-        self._watch_replicas(flight)
-        self.meter.close(flight.record)
-        if self.groups[WORLD].rank == 0:
-            logger.debug("synchronized: %s", flight.record)
-
-    def _contents(self, fragment: Fragment) -> int:
-        """What tells whether replicas are equal; 0 where that is known, or no wonder."""
-        local = self._round.gradients == RANK and fragment.level == WORLD
-        if not (local and self._perhaps_equal) or fragment.group.size == 1:
-            return 0
-        return contents_number(map(fingerprint, fragment.parameters.values()))
-
-    def _watch_replicas(self, flight: Flight) -> None:
-        """Say that local steps were not local, until replicas were seen to go apart."""
-        local = flight.record.step - self._agreed.step
-        if not (local and self._perhaps_equal and flight.ballot.vote.fingerprint):
-            return
-        self._perhaps_equal = False
-        if not flight.ballot.unanimous("fingerprint") or self.groups[WORLD].rank:
-            return
-        wrapper = self._gradients.wrapper
-        owner = gradients_reduced_elsewhere(self.replica.parameters.values(), wrapper)
-        reason = "ranks seem to train on the same data, or not at all: shard the data by rank"
-        if owner is not None:
-            reason = f"{owner} averages their gradients in each step: pass it to attach"
-        logger.warning("replicas are equal to the bit after %d local steps: %s", local, reason)
-
-    def _watch_optimizer(self) -> None:
-        """Say that parameters move by another optimizer than the one that attach was given."""
-        written, self._written = self._written, self._agreed.versions()
-        if self.inner.worked() or written == self._written or self._told_of_optimizer:
-            return
-        self._told_of_optimizer = True
-        if self.groups[WORLD].rank == 0:
-            logger.warning(
-                "parameters changed, and the optimizer that attach was given took no step: if "
-                "another one was made since, its learning rate and its state are not seen, nor "
-                "saved; call sync.finish() and sync.close(), and attach again with it"
-            )
-
-    def _settle_optimizer(self, flight: Flight) -> None:
-        match self.strategy.optimizer_state:
-            case "reset":
-                self.inner.reset()
-            case "average":
-                weight, divisor = flight.shares()
-                unanimous = flight.ballot.unanimous("layout")
-                sent = self.inner.average_(
-                    flight.fragment.group, weight, lambda: divisor, unanimous
-                )
-                self.meter.count("optimizer", sent, flight.record)
-            case "keep":
-                pass
-
-    def _recover(self, flight: Flight) -> None:
-        """Leave nothing of this replica that is not finite, or it would be left out for ever."""
-        if flight.record.level == WORLD:
-            self._give_anchor(*self._fragments)  # the fragments whose turn has not come as well
-            for other in self._flights:
-                other.restart_moves()
-        self.inner.heal()
-        self._gradients.forget()
-
-    def _give_anchor(self, *chosen: Fragment) -> None:
-        with torch.no_grad():
-            for fragment in chosen:
-                if fragment.anchor is not None:
-                    fragment.anchor.give()
 
 
 def _shapes(anchor: Mapping[str, Any] | None) -> dict[str, torch.Size]:

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from postlocal.meter import human_bytes
-from postlocal.planning.course import Course, Launch
+from postlocal.planning.rounds import events_of
 from postlocal.schedule import WORLD, rollout
 from postlocal.sync.attach import check_levels
+from postlocal.sync.timeline import Start, Synchronize, Timeline
 from postlocal.train import saved
 from postlocal.train.config import TrainConfig
 from postlocal.train.data import open_data
@@ -166,11 +167,13 @@ def _parameters(config: TrainConfig) -> int:
 def _warning(config: TrainConfig) -> str | None:
     """That a run has no step or no synchronization of the kind that its strategy is for."""
     strategy = config.make_strategy()
-    course = Course(strategy, strategy.fragments.count)
+    first = strategy.schedule(0, config.lr_at(0))
+    timeline = Timeline.new(strategy.fragments, first)
     local = False
     for start, taken in islice(rollout(strategy.schedule, config.steps, config.lr_at), _ROUNDS):
         planned = strategy.schedule(start, config.lr_at(start))
-        if any(isinstance(event, Launch) for event in course.round(planned, taken.steps)):
+        timeline, events = events_of(timeline, planned, taken.steps)
+        if any(isinstance(event, Start | Synchronize) for event in events):
             return None
         local |= planned.gradients != WORLD
     if local:

@@ -1,4 +1,4 @@
-"""The hosts of a simulated fleet: who takes part, who is lost, and who has come back."""
+"""Which hosts of a simulated fleet take part, which are lost, and which have returned."""
 
 from collections.abc import Callable, Generator
 from typing import Any
@@ -14,21 +14,21 @@ Waiting = Generator[simpy.Event, Any, None]
 """A process, or a part of one, that waits for events of SimPy."""
 
 
-class Hosts:
-    """Hosts that fail and come back.
+class Membership:
+    """Hosts that fail and return.
 
     Args:
         fleet: whose hosts.
-        job: whose parameters those who come back have to fetch.
+        job: whose parameters hosts that return have to fetch.
         environment: of the simulation.
-        making: chance by which links are dealt out.
-        failing: chance of failures.
+        making: random numbers by which links are assigned.
+        failing: random numbers of failures.
 
     Attributes:
         members: whether each takes part.
-        failures: how many there were.
-        returned: those who are back, and take part from the next opportunity on.
-        arrival: happens when the next one comes back.
+        failures: number of failures.
+        returned: hosts that have returned and wait to be admitted.
+        arrival: happens when the next host returns.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Hosts:
         self._taking_part: tuple[int, Link] | None = None
 
     @property
-    def anybody(self) -> bool:
-        """Whether there is somebody to go on with."""
+    def any_left(self) -> bool:
+        """Whether any host takes part, or waits to be admitted."""
         return bool(self.members.any() or self.returned)
 
     def fail(self, tell: Callable[[int], None]) -> Waiting:
-        """Lose hosts at random times, and tell of those who took part."""
+        """Lose hosts at random times, and tell of those that took part."""
         failures = self._fleet.failures
         while True:
             apart = failures.apart / self._fleet.hosts
@@ -74,13 +74,13 @@ class Hosts:
                 tell(host)
 
     def drop(self, host: int) -> None:
-        """It takes part no longer."""
+        """Note that a host takes part no longer."""
         self.members[host] = False
         self._lost_at[host] = self._environment.now
         self._taking_part = None
 
     def admit(self) -> float:
-        """Let those who are back take part; returns the seconds that they did not, together."""
+        """Let returned hosts take part; gives the seconds that they were away, in all."""
         back = sorted(self.returned)
         self.returned.clear()
         if back:
@@ -89,11 +89,11 @@ class Hosts:
         return float((self._environment.now - self._lost_at[back]).sum())
 
     def away(self, now: float) -> float:
-        """Seconds, together, that those who do not take part have not."""
+        """Seconds, in all, that the hosts that do not take part have been away."""
         return float((now - self._lost_at[~self.members]).sum())
 
     def taking_part(self) -> tuple[int, Link]:
-        """How many do, and what an exchange goes by."""
+        """Number of hosts that take part, and the slowest of their links."""
         if self._taking_part is None:
             present = {self._links[host] for host in np.flatnonzero(self.members)}
             self._taking_part = int(self.members.sum()), slowest(list(present))

@@ -1,4 +1,4 @@
-"""What the time of a fleet goes into, replica by replica."""
+"""The clock of each replica of a fleet, and what its time is spent on."""
 
 from dataclasses import asdict, astuple, dataclass
 
@@ -13,7 +13,7 @@ class Spent:
     """Replica-seconds by cause, or shares of them.
 
     Attributes:
-        computing: steps that came into the model.
+        computing: steps that count in the model.
         stragglers: waiting for slower replicas.
         links: waiting for an exchange to end.
         stopped: all stand still: a checkpoint, or the way back to the last one.
@@ -47,8 +47,8 @@ class Spent:
         return Spent(**{cause: seconds / whole for cause, seconds in asdict(self).items()})
 
 
-class Ledger:
-    """Replicas' own clocks, and what their time went into since it was last safe.
+class ReplicaClocks:
+    """Replicas' own clocks, and what their time was spent on since it was last safe.
 
     What a host has done counts once it is safe: in a checkpoint, or in the anchor.
 
@@ -61,11 +61,11 @@ class Ledger:
         steps: replicas' steps that are safe.
 
     Example:
-        >>> ledger = Ledger((2, 1))
-        >>> ledger.compute(1, np.array([[1.0], [3.0]]))
-        >>> ledger.wait(3.0, "stragglers")
-        >>> ledger.secure(np.array([True, True]), now=3.0)
-        >>> ledger.spent.computing, ledger.spent.stragglers, ledger.steps
+        >>> clocks = ReplicaClocks((2, 1))
+        >>> clocks.compute(1, np.array([[1.0], [3.0]]))
+        >>> clocks.wait(3.0, "stragglers")
+        >>> clocks.secure(np.array([True, True]), now=3.0)
+        >>> clocks.spent.computing, clocks.spent.stragglers, clocks.steps
         (4.0, 2.0, 2)
     """
 
