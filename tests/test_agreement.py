@@ -68,11 +68,13 @@ def test_a_failure_on_some_ranks_is_a_failure_on_all() -> None:
             return f"{type(error).__name__}: {error}"
         return ""
 
+    others = "TypeError: no 1 (rank 1); TypeError: no 2 (rank 2)"
+    told = f"DisagreementError: another rank cannot go on: {others}"
     assert virtual.run(4, work) == [
-        "DisagreementError: rank 1 cannot go on: TypeError: no 1",
+        told,
         "TypeError: no 1",
         "TypeError: no 2",
-        "DisagreementError: rank 1 cannot go on: TypeError: no 1",
+        told,
     ]
 
 
@@ -172,17 +174,17 @@ ODD: dict[str, tuple[Callable[[int], dict[str, Any]], str, str]] = {
     ),
     "complex parameter": (
         lambda odd: {"model": complex_on(odd)},
-        "rank 1 cannot go on: TypeError: parameter '0' is complex",
+        "another rank cannot go on: TypeError: parameter '0' is complex",
         "parameter '0' is complex: keep it as two real parameters",
     ),
     "nothing to train": (
         lambda odd: {"model": frozen_on(odd)},
-        "rank 1 cannot go on: ValueError: model must have a parameter that requires grad",
+        "another rank cannot go on: ValueError: model must have a parameter that requires grad",
         "model must have a parameter that requires grad, got none",
     ),
     "unknown level": (
         lambda odd: {"strategy": strategies.hierarchical({"rack" if odd else "world": 4})},
-        "rank 1 cannot go on: ValueError: level must be one that the topology has",
+        "another rank cannot go on: ValueError: level must be one that the topology has",
         r"level must be one that the topology has \(world\), got 'rack'",
     ),
     "gradients that nothing reduces": (
@@ -192,7 +194,7 @@ ODD: dict[str, tuple[Callable[[int], dict[str, Any]], str, str]] = {
     ),
     "timeout": (
         lambda odd: {"timeout": -1.0 if odd else 5.0},
-        "rank 1 cannot go on: ValueError: timeout must be above 0",
+        "another rank cannot go on: ValueError: timeout must be above 0",
         "timeout must be above 0 seconds, got -1",
     ),
 }

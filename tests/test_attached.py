@@ -484,16 +484,17 @@ def fail_at_the_end(rank: int) -> tuple[str, int, int]:
     strategy = replace(strategies.streaming_diloco(4, fragments=1, delay=1), outer=Scarce())
     before = resources()[2]
     message = refusal(lambda: postlocal.attach(model, sgd(model), strategy))
-    couriers = [t for t in threading.enumerate() if t.name == "postlocal-courier"]
+    threads = [t for t in threading.enumerate() if t.name == "postlocal-background"]
     groups = resources()[2] - before
     postlocal.attach(model, sgd(model), strategy).close()
-    return message, len(couriers), groups
+    return message, len(threads), groups
 
 
 def test_a_rank_that_fails_last_in_attach_is_told_to_all_and_leaves_nothing(ranks: Ranks) -> None:
     first, second = ranks(2, fail_at_the_end)
     assert first == (
-        "DisagreementError: rank 1 cannot go on: RuntimeError: no memory for the anchor",
+        "DisagreementError: another rank cannot go on: RuntimeError: no memory for the anchor "
+        "(rank 1)",
         0,
         0,
     )
@@ -633,7 +634,7 @@ FAILING_RANK = """
 import sys, time
 import torch
 import torch.distributed as dist
-from postlocal.comm.background import Courier
+from postlocal.comm.background import BackgroundThread
 
 store = dist.TCPStore("127.0.0.1", 0, 1, True)
 begun = time.monotonic()
@@ -642,7 +643,7 @@ def exchange():  # on another thread, and most of the time within torch
     while time.monotonic() < begun + float(sys.argv[2]):
         store.check(["nothing"])
 
-Courier().send(torch.zeros(1), exchange)
+BackgroundThread().submit(torch.zeros(1), exchange)
 time.sleep(0.2)
 raise {"ValueError": ValueError, "SystemExit": SystemExit}[sys.argv[1]](3)
 """

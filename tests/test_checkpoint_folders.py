@@ -457,5 +457,5 @@ def test_arguments_of_one_rank_only_are_an_error_on_all(ranks: Ranks, tmp_path: 
     for keep, step in ((first[0], first[1]), (second[0], second[1])):
         assert "ranks differ in keep: rank 0 has '1', rank 1 has '2'" in keep
         assert "ranks differ in step of the checkpoint: rank 0 has '0', rank 1 has '1'" in step
-    assert "rank 1 cannot go on: ValueError: keep must be at least 1 checkpoint" in first[2]
+    assert "another rank cannot go on: ValueError: keep must be at least 1 checkpoint" in first[2]
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ import postlocal
 from postlocal import DisagreementError, ModelChangedError, checkpoint, strategies, virtual
 from postlocal.comm.group import Group
 from postlocal.strategies import Strategy
-from postlocal.sync.consistency import check_equal_, fingerprint
+from postlocal.sync.consistency import Held, check_equal_, fingerprint
 from postlocal.sync.parameters import Replica
 from tests.models import adamw, batches, convnet, equal, listen, mlp, sgd, train_step, values
 
@@ -70,7 +70,7 @@ def settled(world: int, make: Callable[[int], dict[str, Tensor]]) -> list[Any]:
     def work(group: Group) -> Any:
         tensors = make(group.rank)
         try:
-            check_equal_(group, tensors, "they should be", "do so")
+            check_equal_(group, Held(tensors), "they should be", "do so")
         except DisagreementError as error:
             return str(error)
         return tensors
@@ -304,10 +304,10 @@ def change(rank: int, name: str, where: tuple[int, ...]) -> dict[str, str]:
 def test_a_model_that_cannot_be_synchronized_any_more_is_refused_on_all_ranks(
     ranks: Ranks, name: str, where: tuple[int, ...]
 ) -> None:
-    first = "" if len(where) == 2 else "on rank 1 of the group: "
+    who = "" if len(where) == 2 else " (rank 1)"
     for messages in ranks(2, change, name, where):
         for make, expected in CHANGES.items():
-            assert messages[make.__name__].startswith(first)
+            assert messages[make.__name__].endswith(who)
             assert re.search(expected, messages[make.__name__]), messages[make.__name__]
 
 
@@ -328,7 +328,8 @@ def test_a_changed_model_is_refused_on_all_ranks_where_they_did_unequal_work(
     ranks: Ranks, name: str
 ) -> None:
     for message in ranks(3, change_beside_uneven_work, name):
-        assert message.startswith("on rank 1 of the group: parameter '0.weight' is not the object")
+        assert message.startswith("parameter '0.weight' is not the object")
+        assert message.endswith(" (rank 1)")
 
 
 def train_a_part_at_a_time(rank: int) -> tuple[list[Tensor], list[int]]:

@@ -15,7 +15,7 @@ import postlocal
 from postlocal import Strategy, guard, strategies, virtual
 from postlocal.checkpoint.packing import pack, unpack
 from postlocal.comm.group import Group
-from postlocal.guard import Guard, Jury
+from postlocal.guard import Guard, OutlierDetector
 
 norms = st.floats(0.0, 1e30)
 
@@ -110,7 +110,7 @@ class Fractional:
     def scale(self, norm: float) -> float:
         return 2.0
 
-    def jury(self, ranks: int, modules: int) -> Jury | None:
+    def detector(self, ranks: int, modules: int) -> OutlierDetector | None:
         return None
 
 
@@ -137,17 +137,17 @@ def noisy(seed: int, level: float = 1.0) -> Tensor:
     return level * (1 + 0.05 * noise.clamp(-2, 2))
 
 
-def fresh(**arguments: Any) -> Jury:
-    jury = guard.outliers(**{"warmup": WARMUP, **arguments}).jury(RANKS, MODULES)
-    assert jury is not None
-    return jury
+def fresh(**arguments: Any) -> OutlierDetector:
+    detector = guard.outliers(**{"warmup": WARMUP, **arguments}).detector(RANKS, MODULES)
+    assert detector is not None
+    return detector
 
 
-def experienced(rounds: int = WARMUP) -> Jury:
-    jury = fresh()
+def experienced(rounds: int = WARMUP) -> OutlierDetector:
+    detector = fresh()
     for seed in range(rounds):
-        jury.weigh(noisy(seed), ALL, FULL)
-    return jury
+        detector.weigh(noisy(seed), ALL, FULL)
+    return detector
 
 
 def spoiled(norms: Tensor, rank: int, by: float) -> Tensor:
@@ -165,8 +165,8 @@ def only(norms: Tensor, ranks: Sequence[int]) -> Tensor:
 
 def test_only_guards_that_compare_have_a_jury() -> None:
     plain: list[Guard] = [guard.non_finite(), guard.trusting(), guard.clip(1.0)]
-    assert [each.jury(2, 3) for each in plain] == [None] * 3
-    assert guard.clip(1.0, inner=guard.outliers()).jury(2, 3) is not None
+    assert [each.detector(2, 3) for each in plain] == [None] * 3
+    assert guard.clip(1.0, inner=guard.outliers()).detector(2, 3) is not None
     assert replace(strategies.local_sgd(4), guard=guard.outliers()).anchored
 
 
@@ -192,11 +192,11 @@ def test_one_module_of_a_replica_can_be_left_out_alone() -> None:
 
 
 def test_a_replica_is_compared_with_itself_and_not_with_the_others() -> None:
-    jury = fresh()
+    detector = fresh()
     for seed in range(WARMUP):
-        jury.weigh(spoiled(noisy(seed), rank=2, by=100.0), ALL, FULL)
+        detector.weigh(spoiled(noisy(seed), rank=2, by=100.0), ALL, FULL)
     norms = spoiled(noisy(999), rank=2, by=100.0)
-    torch.testing.assert_close(jury.weigh(norms, ALL, FULL), only(norms, range(RANKS)))
+    torch.testing.assert_close(detector.weigh(norms, ALL, FULL), only(norms, range(RANKS)))
 
 
 def test_a_norm_that_falls_is_good() -> None:
@@ -205,9 +205,9 @@ def test_a_norm_that_falls_is_good() -> None:
 
 
 def test_where_all_are_outliers_nobody_has_weight() -> None:
-    jury = experienced()
-    assert not jury.weigh(noisy(999, level=100.0), ALL, FULL).any()
-    assert (jury.weigh(noisy(1000), ALL, FULL) > 0).all()
+    detector = experienced()
+    assert not detector.weigh(noisy(999, level=100.0), ALL, FULL).any()
+    assert (detector.weigh(noisy(1000), ALL, FULL) > 0).all()
 
 
 def test_during_warmup_nobody_is_left_out() -> None:
@@ -218,15 +218,15 @@ def test_during_warmup_nobody_is_left_out() -> None:
 
 
 def test_an_outlier_hides_no_later_one() -> None:
-    jury = experienced()
+    detector = experienced()
     for seed in range(5):
-        weights = jury.weigh(spoiled(noisy(100 + seed), rank=2, by=100.0), ALL, FULL)
+        weights = detector.weigh(spoiled(noisy(100 + seed), rank=2, by=100.0), ALL, FULL)
         assert not weights[2].any()
 
 
 def test_a_level_that_has_changed_for_good_is_learned() -> None:
-    jury = experienced(10 * WARMUP)
-    good = [bool(jury.weigh(noisy(seed, 2.0), ALL, FULL).all()) for seed in range(60)]
+    detector = experienced(10 * WARMUP)
+    good = [bool(detector.weigh(noisy(seed, 2.0), ALL, FULL).all()) for seed in range(60)]
     assert not good[0]
     assert all(good[30:])
 
@@ -236,14 +236,14 @@ def test_a_level_that_has_changed_for_good_is_learned() -> None:
 def test_a_contribution_that_is_not_finite_has_no_weight_and_teaches_nothing(
     rounds: int, bad: float
 ) -> None:
-    jury, other = experienced(rounds), experienced(rounds)
+    detector, other = experienced(rounds), experienced(rounds)
     finite = torch.tensor([True, False, True, True])
     norms = noisy(999)
     norms[1] = bad
-    torch.testing.assert_close(jury.weigh(norms, finite, FULL), only(norms, [0, 2, 3]))
+    torch.testing.assert_close(detector.weigh(norms, finite, FULL), only(norms, [0, 2, 3]))
     other.weigh(spoiled(noisy(999), rank=1, by=7.0), finite, FULL)
     after = noisy(1000)
-    assert torch.equal(jury.weigh(after, ALL, FULL), other.weigh(after, ALL, FULL))
+    assert torch.equal(detector.weigh(after, ALL, FULL), other.weigh(after, ALL, FULL))
 
 
 def test_where_nothing_is_finite_nobody_has_weight() -> None:
@@ -265,11 +265,11 @@ def test_large_norms_do_not_underflow_to_no_weight() -> None:
 
 
 def test_a_module_that_has_never_moved_may_begin_to() -> None:
-    jury = fresh()
+    detector = fresh()
     still = torch.zeros(RANKS, MODULES, dtype=torch.float64)
     for _ in range(2 * WARMUP):
-        jury.weigh(still, ALL, FULL)
-    assert (jury.weigh(noisy(0), ALL, FULL) > 0).all()
+        detector.weigh(still, ALL, FULL)
+    assert (detector.weigh(noisy(0), ALL, FULL) > 0).all()
 
 
 @given(
@@ -294,30 +294,30 @@ def test_weights_of_a_module_sum_to_one_or_to_nothing(
 
 
 def test_a_modules_mean_is_limited_on_its_own() -> None:
-    jury = fresh(max_norm=10.0)
+    detector = fresh(max_norm=10.0)
     norms = torch.tensor([5.0, 40.0, 0.0], dtype=torch.float64)
-    assert jury.scale(norms).tolist() == [1.0, 0.25, 1.0]
+    assert detector.scale(norms).tolist() == [1.0, 0.25, 1.0]
 
 
 @pytest.mark.parametrize("rounds", [0, 5, 3 * WARMUP])
 def test_a_jurys_memory_is_resumed_to_the_bit(rounds: int) -> None:
-    jury, twin = experienced(rounds), fresh()
-    twin.load_state_dict(unpack(*pack(jury.state_dict())))
+    detector, twin = experienced(rounds), fresh()
+    twin.load_state_dict(unpack(*pack(detector.state_dict())))
     for seed in range(1000, 1000 + 2 * WARMUP):
         norms = spoiled(noisy(seed), rank=seed % RANKS, by=1.0 + seed % 3)
-        assert torch.equal(jury.weigh(norms, ALL, FULL), twin.weigh(norms, ALL, FULL))
+        assert torch.equal(detector.weigh(norms, ALL, FULL), twin.weigh(norms, ALL, FULL))
 
 
 def test_a_saved_memory_does_not_change_as_the_jury_learns() -> None:
-    jury = experienced(3)
-    state = jury.state_dict()
+    detector = experienced(3)
+    state = detector.state_dict()
     before = {name: value.clone() for name, value in state.items()}
-    jury.weigh(noisy(0), ALL, FULL)
+    detector.weigh(noisy(0), ALL, FULL)
     assert all(torch.equal(state[name], before[name]) for name in before)
 
 
 def test_a_memory_of_other_ranks_is_refused() -> None:
-    other = guard.outliers(warmup=WARMUP).jury(RANKS + 1, MODULES)
+    other = guard.outliers(warmup=WARMUP).detector(RANKS + 1, MODULES)
     assert other is not None
     with pytest.raises(ValueError, match=r"must be of shape \(4, 3\), got 'seen' of \(5, 3\)"):
         fresh().load_state_dict(other.state_dict())
@@ -330,7 +330,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"decay": 1.5}, r"decay must be above 0 and at most 1, got 1\.5"),
     ({"warmup": 0}, "warmup must be at least 1 synchronization, got 0"),
     ({"max_norm": -1.0}, r"max_norm must be above 0, got -1\.0"),
-    ({"inner": guard.outliers()}, "inner must be a guard without a jury, got outliers"),
+    (
+        {"inner": guard.outliers()},
+        "inner must be a guard without an outlier detector, got outliers",
+    ),
 ]
 
 

@@ -36,7 +36,7 @@ def moved(anchor: Anchor, parameter: Tensor, by: Tensor, inner_lr: float = 0.1) 
     with torch.no_grad():
         parameter.add_(by)
         anchor.step(anchor.pseudo_gradients(), step=0, inner_lr=inner_lr)
-        anchor.give()
+        anchor.restore()
     return parameter.detach().clone()
 
 
@@ -132,7 +132,7 @@ def test_small_outer_steps_add_up_where_parameters_are_too_coarse_to_show_them()
     anchor = Anchor({"p": parameter}, outer.nesterov(0.1, 0.0))
     for _ in range(20):
         anchor.step([torch.full((1,), 0.01)], step=0, inner_lr=0.1)
-        anchor.give()
+        anchor.restore()
     assert float(anchor.tensors["p"]) == pytest.approx(0.98)
     assert float(parameter) == pytest.approx(0.98, abs=2**-8)
 
@@ -142,7 +142,7 @@ def test_the_last_agreed_values_can_be_taken_back() -> None:
     anchor = Anchor({"p": parameter}, outer.nesterov())
     parameter.fill_(float("nan"))
     anchor.pseudo_gradients()
-    anchor.give()
+    anchor.restore()
     assert torch.equal(parameter, noise(0))
 
 

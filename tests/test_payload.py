@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from postlocal import codec, virtual, wire
-from postlocal.comm.group import Group, Operation, Parts, Value, Work
+from postlocal.comm.group import Group, Operation, TensorsByRank, Value, Work
 from postlocal.comm.groups import LevelGroups
 from postlocal.topology import WORLD, Partition
 from postlocal.wire import Wire, maximum_
@@ -42,10 +42,10 @@ class Counting:
         self._counts.append((self.size - 1) * tensor.nbytes)
         return self._group.all_gather(output, tensor)
 
-    def exchange(self, sent: Parts, received: Parts) -> Work:
+    def all_to_all(self, sent: TensorsByRank, received: TensorsByRank) -> Work:
         others = [parts for rank, parts in enumerate(sent) if rank != self.rank]
         self._counts += [part.nbytes for parts in others for part in parts]
-        return self._group.exchange(sent, received)
+        return self._group.all_to_all(sent, received)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Work:
         raise AssertionError("no wire broadcasts")
@@ -56,10 +56,10 @@ class Counting:
     def subgroup(self, partition: Sequence[Sequence[int]]) -> Group:
         return Counting(self._group.subgroup(partition), self._counts)
 
-    def arrive(self, step: int) -> None:
+    def announce(self, step: int) -> None:
         return None
 
-    def meet(self, step: int, place: str) -> None:
+    def wait_for_all(self, step: int, place: str) -> None:
         return None
 
     def close(self, subgroups: Sequence[Group]) -> None:

@@ -1,4 +1,4 @@
-"""Fragments, delay and mix: against the paper's algorithm, in flight, resumed, and under faults."""
+"""Fragments, delay and mix: against the paper's algorithm, under way, resumed, and under faults."""
 
 import time
 from collections.abc import Callable
@@ -99,19 +99,19 @@ class Reference:
         self.parts, self.lr, self.mu = parts, lr, momentum
         self.anchor = values(self.replicas[0])
         self.momentum = [torch.zeros_like(tensor) for tensor in self.anchor]
-        self.flights: list[tuple[int, int, dict[int, Tensor]]] = []
+        self.under_way: list[tuple[int, int, dict[int, Tensor]]] = []
 
     def launch(self, step: int, part: int) -> None:
         means = {
             index: self.anchor[index] - stacked(self.replicas, index).mean(0)
             for index in self.parts[part]
         }
-        self.flights.append((step, part, means))
+        self.under_way.append((step, part, means))
         self.sent |= {index: stacked(self.replicas, index) for index in self.parts[part]}
 
     def land(self, step: int, delay: int, mix: float) -> None:
-        due = [flight for flight in self.flights if flight[0] + delay == step]
-        self.flights = [flight for flight in self.flights if flight[0] + delay != step]
+        due = [sent for sent in self.under_way if sent[0] + delay == step]
+        self.under_way = [sent for sent in self.under_way if sent[0] + delay != step]
         for _, _, means in due:
             for index, mean in means.items():
                 self.momentum[index] = self.mu * self.momentum[index] + mean
@@ -264,7 +264,7 @@ FEEDBACK = wire.error_feedback(wire.quantised(codec.int8(block=8)))
     ],
     ids=["fp32", "int8 with feedback", "carry"],
 )
-def test_a_resume_with_fragments_in_flight_is_bit_exact(stop: int, strategy: Strategy) -> None:
+def test_a_resume_with_fragments_under_way_is_bit_exact(stop: int, strategy: Strategy) -> None:
     models = [[stack() for _ in range(2)] for _ in range(3)]
 
     def work(group: Group) -> tuple[list[Tensor], list[Tensor]]:

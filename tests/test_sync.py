@@ -93,8 +93,8 @@ DISAGREEMENTS = {
     "frozen": "ranks differ in parameters and buffers: ",
     "dtype": "ranks differ in parameters and buffers: .*float32.*rank 1 has .*bfloat16",
     "topology": "ranks differ in topology: ",
-    "argument": "rank 1 cannot go on: ValueError: initial must be",
-    "optimizer": "rank 1 cannot go on: ValueError: optimizer must hold parameters of model",
+    "argument": "another rank cannot go on: ValueError: initial must be",
+    "optimizer": "another rank cannot go on: ValueError: optimizer must hold parameters of model",
 }
 
 

@@ -313,7 +313,7 @@ def train(
             agreed.append(sync.agreed)
         taken.append(sync.round)
     records = sync.meter.records
-    sent = [(each.level, each.fragment or 0, each.step, each.landed) for each in records]
+    sent = [(each.level, each.fragment or 0, each.step, each.applied) for each in records]
     sync.close()
     return sent, [each.drift for each in records], agreed, taken
 

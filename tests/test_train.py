@@ -31,7 +31,7 @@ from postlocal.train.opening import WEIGHTS, open_run
 from postlocal.train.plots import plot
 from postlocal.train.run import save_weights
 from postlocal.train.sample import sample
-from postlocal.train.saved import SavedRun, Text, changes, settle
+from postlocal.train.saved import SavedRun, Text, changes, merge_settings
 from postlocal.train.stop import Stop
 from postlocal.train.view import View
 from tests.launcher import free_port
@@ -430,26 +430,26 @@ def test_settings_that_contradict_those_kept_are_named(
     saved = saved_run(tmp_path)
     config = make_config(out=tmp_path / "out", resume=True, **given)
     with pytest.raises(ValueError, match=rf"got {words}: leave them out"):
-        settle(config, saved)
+        merge_settings(config, saved)
 
 
 def test_settings_given_again_agree_if_they_come_to_the_same(tmp_path: Path) -> None:
     saved = saved_run(tmp_path)
     given: dict[str, Any] = {"wire": "bf16", "parameters": {"period": 100}, "lr_warmup": 1}
     config = make_config(out=tmp_path / "out", resume=True, workers=3, keep=7, **given)
-    settled = settle(config, saved)
+    settled = merge_settings(config, saved)
     assert (settled.workers, settled.keep, settled.seed, settled.lr) == (3, 7, 3, 0.01)
     assert changes(saved.settings, settled) == ["keep: 3 -> 7", "workers: 2 -> 3"]
 
 
 def test_a_longer_run_keeps_its_warm_ups(tmp_path: Path) -> None:
     saved = saved_run(tmp_path, strategy="post_local_sgd")
-    longer = settle(make_config(out=tmp_path / "out", resume=True, steps=24), saved)
+    longer = merge_settings(make_config(out=tmp_path / "out", resume=True, steps=24), saved)
     assert longer.make_strategy() == saved.settings.make_strategy()
     assert longer.rising_steps == 1
     qsr = saved_run(tmp_path, strategy="qsr", parameters={"alpha": 0.01})
     with pytest.raises(ValueError, match="steps: 12 kept, 24 given"):
-        settle(make_config(out=tmp_path / "out", resume=True, steps=24), qsr)
+        merge_settings(make_config(out=tmp_path / "out", resume=True, steps=24), qsr)
 
 
 def test_other_text_under_the_same_path_is_named(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def collectives(group: Group) -> dict[str, Any]:
     group.all_reduce(total).wait()
     group.all_reduce(largest, "max").wait()
     group.all_gather(gathered, mine).wait()
-    group.exchange([[x] for x in mine.chunk(size)], [[x] for x in swapped.chunk(size)]).wait()
+    group.all_to_all([[x] for x in mine.chunk(size)], [[x] for x in swapped.chunk(size)]).wait()
     group.broadcast(copied, source=size - 1).wait()
     return {
         "sum": total.tolist(),

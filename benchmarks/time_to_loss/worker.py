@@ -19,7 +19,7 @@ from benchmarks.cluster.network import traffic
 from benchmarks.measure import rotated
 from benchmarks.time_to_loss.methods import Method, named
 from benchmarks.training import held_out_loss
-from postlocal.sync.wrappers import unwrap
+from postlocal.sync.supported_wrappers import unwrap
 from postlocal.train import TrainConfig
 from postlocal.train.data import open_data
 

@@ -22,6 +22,7 @@ from numbers import Real
 from typing import Any
 
 Rule = Callable[[str, Any], Any]
+_LONGEST_SECONDS = 1e7
 
 
 def count(name: str, value: Any, unit: str, least: int = 1) -> int:
@@ -230,6 +231,22 @@ def shown(value: Any) -> str:
         if len(words) <= 80:
             return words
     return f"a value of type {type(value).__name__}"
+
+
+def timeout(name: str, value: Any) -> float:
+    """The seconds that a rank waits for another: above 0, and at most 1e7, about 16 weeks.
+
+    Longer ones overflow in torch or in Python, on the ranks that come to wait.
+
+    Example:
+        >>> timeout("timeout", float("inf"))
+        Traceback (most recent call last):
+        ValueError: timeout must be a finite number above 0 seconds, got inf
+    """
+    given: float = seconds(name, value)
+    if given > _LONGEST_SECONDS:
+        raise ValueError(f"{name} must be at most {_LONGEST_SECONDS:g} seconds, got {value}")
+    return given
 
 
 no_steps_or_more: Rule = partial(steps, least=0)

@@ -4,8 +4,9 @@ A guard decides two things at each synchronization: the weight of a replica's co
 mean, and the factor by which the agreed pseudo-gradient is scaled before the outer step. Guards
 are frozen values; `clip` wraps another one.
 
-A guard that compares replicas with each other, or with how they were before, has a **jury**: it
-sees one norm of each replica and module, the same on all ranks, and remembers.
+A guard that compares replicas with each other, or with how they were before, has an **outlier
+detector**: it sees one norm of each replica and module, the same on all ranks, and keeps moving
+statistics of them.
 """
 
 import math
@@ -20,40 +21,6 @@ from torch import Tensor
 from postlocal.checks import count, made, number, settle
 
 _limit = partial(number, above=0, finite=False)  # infinity: there is none
-
-
-class Jury(Protocol):
-    """Judges the contributions of all replicas together; the same on all ranks.
-
-    A **module** is a part of the parameters that is weighed on its own, such as a layer.
-    """
-
-    def weigh(self, norms: Tensor, finite: Tensor, work: Tensor) -> Tensor:
-        """Weights in the mean; called once at each synchronization.
-
-        Args:
-            norms: Euclidean norms of pseudo-gradients, fp64, ``(ranks, modules)``.
-            finite: whether all values of a rank's contribution are finite, bool, ``(ranks,)``.
-            work: share of the round's steps that a rank really took, from 0 to 1, fp64,
-                ``(ranks,)``.
-
-        Returns:
-            fp64, ``(ranks, modules)``: for each module they sum to 1 over ranks, or all are 0
-            where no contribution is good: the module keeps its anchor.
-        """
-        ...
-
-    def scale(self, norms: Tensor) -> Tensor:
-        """Factors on modules' mean pseudo-gradients, from their norms; both ``(modules,)``."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What it remembers, not copied."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved memory of as many ranks and modules."""
-        ...
 
 
 class Guard(Protocol):
@@ -72,8 +39,8 @@ class Guard(Protocol):
         """Factor on the mean pseudo-gradient, from its Euclidean norm over all parameters."""
         ...
 
-    def jury(self, ranks: int, modules: int) -> Jury | None:
-        """A new jury for so many ranks and modules; None where `weight` alone decides."""
+    def detector(self, ranks: int, modules: int) -> "OutlierDetector | None":
+        """A new outlier detector for so many ranks and modules; None: `weight` alone decides."""
         ...
 
 
@@ -94,7 +61,7 @@ class non_finite:
     def scale(self, norm: float) -> float:
         return 1.0
 
-    def jury(self, ranks: int, modules: int) -> Jury | None:
+    def detector(self, ranks: int, modules: int) -> "OutlierDetector | None":
         return None
 
 
@@ -115,7 +82,7 @@ class trusting:
     def scale(self, norm: float) -> float:
         return 1.0
 
-    def jury(self, ranks: int, modules: int) -> Jury | None:
+    def detector(self, ranks: int, modules: int) -> "OutlierDetector | None":
         return None
 
 
@@ -151,8 +118,8 @@ class clip:
         before = self.inner.scale(norm)
         return before * min(1.0, self.max_norm / max(norm * before, 1e-38))
 
-    def jury(self, ranks: int, modules: int) -> Jury | None:
-        return self.inner.jury(ranks, modules)
+    def detector(self, ranks: int, modules: int) -> "OutlierDetector | None":
+        return self.inner.detector(ranks, modules)
 
 
 @dataclass(frozen=True)
@@ -176,19 +143,20 @@ class outliers:
         warmup: synchronizations before anything is an outlier, and the number of last z-scores
             whose spread counts, at least 1.
         max_norm: greatest Euclidean norm of a module's mean pseudo-gradient, above 0.
-        inner: the guard that weighs buffers, and scales all modules together; it has no jury.
+        inner: the guard that weighs buffers, and scales all modules together; it has no outlier
+            detector.
 
     Raises:
         TypeError: if an argument is of another type.
         ValueError: if an argument is out of its range.
 
     Example:
-        >>> jury = outliers(warmup=8).jury(ranks=2, modules=1)
+        >>> detector = outliers(warmup=8).detector(ranks=2, modules=1)
         >>> finite, work = torch.tensor([True, True]), torch.ones(2, dtype=torch.float64)
         >>> for round in range(8):
         ...     norms = torch.tensor([[1.0], [1.0]], dtype=torch.float64)
-        ...     weights = jury.weigh(norms, finite, work)
-        >>> jury.weigh(norms * torch.tensor([[1.0], [100.0]]), finite, work)
+        ...     weights = detector.weigh(norms, finite, work)
+        >>> detector.weigh(norms * torch.tensor([[1.0], [100.0]]), finite, work)
         tensor([[1.],
                 [0.]], dtype=torch.float64)
     """
@@ -205,8 +173,8 @@ class outliers:
             self, threshold=_limit, decay=partial(number, above=0, most=1), max_norm=_limit,
             warmup=partial(count, unit="synchronization"), inner=is_guard,
         )  # fmt: skip
-        if self.inner.jury(1, 1) is not None:
-            raise ValueError(f"inner must be a guard without a jury, got {self.inner}")
+        if self.inner.detector(1, 1) is not None:
+            raise ValueError(f"inner must be a guard without an outlier detector, got {self.inner}")
 
     def weight(self, finite: bool) -> float:
         return self.inner.weight(finite)
@@ -214,17 +182,26 @@ class outliers:
     def scale(self, norm: float) -> float:
         return self.inner.scale(norm)
 
-    def jury(self, ranks: int, modules: int) -> Jury | None:
-        return Outliers(self, ranks, modules)
+    def detector(self, ranks: int, modules: int) -> "OutlierDetector | None":
+        return OutlierDetector(self, ranks, modules)
 
 
-class Outliers:
-    """The jury of `outliers`: moving statistics of each replica's norms, by module."""
+class OutlierDetector:
+    """Judges the contributions of all replicas together; the same on all ranks.
+
+    It keeps moving statistics of each replica's norms, module by module. A **module** is some of
+    the parameters, weighed on its own, such as a layer.
+
+    Args:
+        recipe: the guard.
+        ranks: number of replicas.
+        modules: number of modules.
+    """
 
     def __init__(self, recipe: outliers, ranks: int, modules: int) -> None:
         self._recipe = recipe
         zeros = torch.zeros(ranks, modules, dtype=torch.float64)
-        self._memory = {
+        self._statistics = {
             "seen": zeros,
             "mean": zeros.clone(),
             "variance": zeros.clone(),
@@ -232,6 +209,18 @@ class Outliers:
         }
 
     def weigh(self, norms: Tensor, finite: Tensor, work: Tensor) -> Tensor:
+        """Weights in the mean; called once at each synchronization.
+
+        Args:
+            norms: Euclidean norms of pseudo-gradients, fp64, ``(ranks, modules)``.
+            finite: whether all values of a rank's contribution are finite, bool, ``(ranks,)``.
+            work: share of the round's steps that a rank really took, from 0 to 1, fp64,
+                ``(ranks,)``.
+
+        Returns:
+            fp64, ``(ranks, modules)``: for each module they sum to 1 over ranks, or all are 0
+            where no contribution is good: the module keeps its anchor.
+        """
         counted = (finite & (work > 0)).unsqueeze(1) & norms.isfinite()
         scores, limits = self._scores(norms), self._limits()
         self._learn(norms.where(counted, 0.0), scores.where(counted, 0.0), limits, counted)
@@ -240,40 +229,47 @@ class Outliers:
         return wishes.softmax(dim=0).nan_to_num(0.0)
 
     def scale(self, norms: Tensor) -> Tensor:
+        """Factors on modules' mean pseudo-gradients, from their norms; both ``(modules,)``."""
         return (self._recipe.max_norm / norms).clamp(max=1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._memory)
+        """The statistics, not copied."""
+        return dict(self._statistics)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, mine in self._memory.items():
+        """Take over the saved statistics of as many ranks and modules.
+
+        Raises:
+            ValueError: if they are of other ranks, modules or warmup.
+        """
+        for name, mine in self._statistics.items():
             if state[name].shape != mine.shape:
                 raise ValueError(
                     f"state of the guard must be of shape {tuple(mine.shape)}, got {name!r} of "
                     f"{tuple(state[name].shape)}: it is of other ranks, modules or warmup"
                 )
-        self._memory = {name: state[name].clone() for name in self._memory}
+        self._statistics = {name: state[name].clone() for name in self._statistics}
 
     def _scores(self, norms: Tensor) -> Tensor:
         """z-scores; 0 during warm-up, and for a module that has never moved."""
-        mean = self._memory["mean"]
-        known = (self._memory["seen"] >= self._recipe.warmup) & (mean > 0)
+        mean = self._statistics["mean"]
+        known = (self._statistics["seen"] >= self._recipe.warmup) & (mean > 0)
         return ((norms - mean) / self._deviation()).where(known, 0.0)
 
     def _deviation(self) -> Tensor:
-        return self._memory["variance"].sqrt().maximum(0.01 * self._memory["mean"])
+        return self._statistics["variance"].sqrt().maximum(0.01 * self._statistics["mean"])
 
     def _limits(self) -> Tensor:
-        spread = self._memory["scores"].std(dim=0, correction=0)
+        spread = self._statistics["scores"].std(dim=0, correction=0)
         return self._recipe.threshold * spread.clamp(min=1.0)
 
     def _learn(self, norms: Tensor, scores: Tensor, limits: Tensor, counted: Tensor) -> None:
-        seen, mean, variance, past = self._memory.values()
+        seen, mean, variance, past = self._statistics.values()
         highest = (mean + limits * self._deviation()).where(scores > limits, math.inf)
         seen = seen + counted
         rate = (1 / seen).clamp(min=self._recipe.decay).where(counted, 0.0)
         step = norms.minimum(highest) - mean
-        self._memory = {
+        self._statistics = {
             "seen": seen,
             "mean": mean + rate * step,
             "variance": (1 - rate) * (variance + rate * step.square()),
@@ -287,4 +283,6 @@ def is_guard(name: str, value: Any) -> Any:
     Raises:
         TypeError: if it lacks what `Guard` has, or has to be called to make a guard.
     """
-    return made(name, value, ("anchored", "weight", "scale", "jury"), "guard.clip(max_norm=10.0)")
+    return made(
+        name, value, ("anchored", "weight", "scale", "detector"), "guard.clip(max_norm=10.0)"
+    )

@@ -19,10 +19,10 @@ class SyncRecord:
     """One synchronization.
 
     Attributes:
-        step: optimizer steps taken before it was launched.
+        step: optimizer steps taken before it was started.
         level: with whom.
         fragment: number of the fragment, from 0; None for all parameters at once.
-        landed: optimizer steps taken before its result was applied; None until then.
+        applied: optimizer steps taken before its result was applied; None until then.
         payload_bytes: bytes this rank sent, by purpose.
         wait_seconds: seconds that training stood still.
         drift: how far replicas were apart: root mean square distance from their mean, relative
@@ -33,7 +33,7 @@ class SyncRecord:
     step: int
     level: str
     fragment: int | None = None
-    landed: int | None = None
+    applied: int | None = None
     payload_bytes: dict[str, int] = field(default_factory=dict)
     wait_seconds: float = 0.0
     drift: float = math.nan

@@ -90,7 +90,7 @@ class Strategy:
         if delay and schedules.adapts(self.schedule):
             raise ValueError(
                 f"delay must be 0 where the schedule follows the drift, got {delay}: the drift of "
-                "a round is not known before it has landed"
+                "a round is not known before its result is applied"
             )
         if delay and self.optimizer_state == "average":
             raise ValueError(

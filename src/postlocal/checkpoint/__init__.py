@@ -193,7 +193,9 @@ def restore(
         path = place.folder(group.rank % saved.world)
         return Restored(path, place.step, saved.world, saved.state["extra"])
     if problems:
-        raise CheckpointError(f"no checkpoint in {base} can be loaded: {'; '.join(problems)}")
+        raise CheckpointError(
+            f"no checkpoint in {base} can be loaded: {'; '.join(problems)}", path=base
+        )
     return None
 
 
@@ -214,10 +216,12 @@ def _meet(sync: object, function: str, place: str) -> Group:
     if sync.closed:
         raise RuntimeError(f"this Sync was closed: call checkpoint.{function} before sync.close()")
     try:
-        sync.groups[WORLD].meet(sync.steps, place.format(sync.steps))
+        sync.groups[WORLD].wait_for_all(sync.steps, place.format(sync.steps))
     except PeerError as error:
         raise PeerError(
-            f"{error}: checkpoint.{function} is collective, call it on every rank"
+            f"{error}: checkpoint.{function} is collective, call it on every rank",
+            ranks=error.ranks,
+            step=error.step,
         ) from None
     group = sync.groups[WORLD]
     with together(group):

@@ -157,7 +157,7 @@ def prepare(final: Path, partial: Path) -> None:
         CheckpointError: if there is something else under the checkpoint's own name.
     """
     if final.exists() and not _is_ours(final):
-        raise CheckpointError(f"{final} exists and is no checkpoint: move it away")
+        raise CheckpointError(f"{final} exists and is no checkpoint: move it away", path=final)
     for leftover in leftovers(final.parent):
         shutil.rmtree(leftover)
     partial.mkdir(parents=True)
@@ -216,13 +216,13 @@ def read_json(path: Path, digests: Mapping[str, str] | None = None) -> dict[str,
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         words = "is missing" if missing else f"cannot be read ({error.strerror})"
-        raise Damaged(f"{path.name} {words}") from None
+        raise Damaged(f"{path.name} {words}", path=path) from None
     if digests is not None and digests.get(path.name) != digest(content):
-        raise Damaged(f"{path.name} is damaged")
+        raise Damaged(f"{path.name} is damaged", path=path)
     try:
         read: dict[str, Any] = json.loads(content)
     except ValueError:
-        raise Damaged(f"{path.name} is damaged") from None
+        raise Damaged(f"{path.name} is damaged", path=path) from None
     return read
 
 

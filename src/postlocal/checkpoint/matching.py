@@ -30,11 +30,7 @@ def describe(sync: Sync) -> dict[str, Any]:
             for name, tensor in replica.tensors.items()
         },
         "own": {name: f"{tuple(t.shape)} of {t.dtype}" for name, t in replica.own.items()},
-        "optimizer": _class_of(sync.inner.optimizer),
-        "groups": [
-            [names.get(id(p), f"another of shape {tuple(p.shape)}") for p in params]
-            for params in (group["params"] for group in sync.inner.optimizer.param_groups)
-        ],
+        "optimizers": [_describe_optimizer(each, names) for each in sync.inner.optimizers],
         "strategy": outline(sync.strategy),
         "levels": {level: sync.groups[level].size for level in sync.groups.levels},
     }
@@ -67,33 +63,57 @@ def _first_difference(there: Mapping[str, str], present: Mapping[str, str]) -> s
     return None
 
 
+def _describe_optimizer(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
+    """Its class, and the names of its parameters, group by group."""
+    return {
+        "class": _class_of(optimizer),
+        "groups": [
+            [names.get(id(p), f"another of shape {tuple(p.shape)}") for p in group["params"]]
+            for group in optimizer.param_groups
+        ],
+    }
+
+
 def optimizer_difference(
-    saved: Mapping[str, Any], here: Mapping[str, Any], state: Mapping[str, Any], present: Optimizer
+    saved: Mapping[str, Any],
+    here: Mapping[str, Any],
+    states: Sequence[Mapping[str, Any]],
+    present: Sequence[Optimizer],
 ) -> str | None:
-    """The first thing of the optimizer that differs and cannot be loaded, in words.
+    """The first thing of the optimizers that differs and cannot be loaded, in words.
 
     Args:
         saved: description of the saved run.
         here: description of this one.
-        state: the saved optimizer's state.
-        present: this run's optimizer.
+        states: the saved optimizers' states.
+        present: this run's optimizers.
     """
-    differences = (
-        _both(saved["optimizer"], here["optimizer"]),
-        _group_difference(saved["groups"], here["groups"]),
-        _state_difference(state["state"], present.state_dict()["state"]),
-    )
-    return next((f"is of another optimizer: {words}" for words in differences if words), None)
+    if len(states) != len(present):
+        return f"is of other optimizers: {len(states)} saved, {len(present)} here"
+    described = zip(saved["optimizers"], here["optimizers"], states, present, strict=True)
+    for number, (there, mine, state, optimizer) in enumerate(described):
+        differences = (
+            _both(there["class"], mine["class"]),
+            _group_difference(there["groups"], mine["groups"]),
+            _state_difference(state["state"], optimizer.state_dict()["state"]),
+        )
+        which = f" (optimizer[{number}])" if len(present) > 1 else ""
+        for words in filter(None, differences):
+            return f"is of another optimizer{which}: {words}"
+    return None
 
 
-def changed_values(state: Mapping[str, Any], present: Optimizer) -> Iterator[str]:
+def changed_values(
+    states: Sequence[Mapping[str, Any]], present: Sequence[Optimizer]
+) -> Iterator[str]:
     """Entries of param groups that differ, in words, but those that schedulers set."""
-    for number, (saved, here) in enumerate(
-        zip(state["param_groups"], present.param_groups, strict=True)
-    ):
-        for key in sorted({*saved} & {*here} - {*_FOLLOWS_THE_STEP}):
-            if pack(saved[key])[0] != pack(here[key])[0]:
-                yield f"{key} of param group {number}: {_both(saved[key], here[key])}"
+    for number, (state, optimizer) in enumerate(zip(states, present, strict=True)):
+        which = f" of optimizer[{number}]" if len(present) > 1 else ""
+        groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+        for index, (saved, here) in enumerate(groups):
+            for key in sorted({*saved} & {*here} - {*_FOLLOWS_THE_STEP}):
+                if pack(saved[key])[0] != pack(here[key])[0]:
+                    yield f"{key} of param group {index}{which}: {_both(saved[key], here[key])}"
 
 
 def strategy_differences(

@@ -16,9 +16,9 @@ from postlocal.checkpoint import matching, tensors
 from postlocal.checkpoint import restart as agreed
 from postlocal.checkpoint.folder import INDEX, Place, Seen
 from postlocal.checkpoint.packing import keys, unpack
-from postlocal.checkpoint.ranks import by_words, on_all_ranks
+from postlocal.checkpoint.ranks import on_all_ranks
 from postlocal.checkpoint.writing import follow_model
-from postlocal.comm.agreement import check
+from postlocal.comm.agreement import by_ranks, check, ranks_named
 from postlocal.comm.group import Group
 from postlocal.errors import CheckpointError
 from postlocal.schedule import WORLD
@@ -77,19 +77,21 @@ def read(place: Place, group: Group) -> Saved:
         CheckpointError: if it is of another format, or is not one and the same on all ranks, or
             parts of it are elsewhere.
     """
-    problem = f"checkpoint {place}:"
-    index = on_all_ranks(group, lambda: folders.read_index(place, group.rank), problem)
+    problem, path = f"checkpoint {place}:", place.folder(group.rank)
+    index = on_all_ranks(group, lambda: folders.read_index(place, group.rank), problem, path)
     ids = group.all_gather_object(index["id"])
-    strangers = [str(rank) for rank, theirs in enumerate(ids) if theirs != ids[0]]
+    strangers = [rank for rank, theirs in enumerate(ids) if theirs != ids[0]]
     if strangers:
         raise CheckpointError(
-            f"{problem} ranks see different ones of this step: that of rank {', '.join(strangers)} "
-            "was not saved together with rank 0's"
+            f"{problem} ranks see different ones of this step: that of {ranks_named(strangers)} "
+            "was not saved together with rank 0's",
+            path=path,
+            ranks=strangers,
         )
     world = index["world"]
     if world != group.size:
-        on_all_ranks(group, lambda: _check_parts(place, world, group), problem)
-    state = on_all_ranks(group, lambda: _read_part(place, group.rank % world), problem)
+        on_all_ranks(group, lambda: _check_parts(place, world, group), problem, path)
+    state = on_all_ranks(group, lambda: _read_part(place, group.rank % world), problem, path)
     return Saved(place, world, state)
 
 
@@ -105,9 +107,9 @@ def apply(sync: Sync, saved: Saved, change: bool) -> None:
         CheckpointError: if it does not fit; nothing was changed.
     """
     group, world, state = sync.groups[WORLD], saved.world, saved.state
-    name = f"checkpoint {saved.place}"
-    on_all_ranks(group, lambda: follow_model(sync), f"{name} cannot be loaded:")
-    words = on_all_ranks(group, lambda: _differences(sync, saved, change), name)
+    name, path = f"checkpoint {saved.place}", saved.place.folder(group.rank % world)
+    on_all_ranks(group, lambda: follow_model(sync), f"{name} cannot be loaded:", path)
+    words = on_all_ranks(group, lambda: _differences(sync, saved, change), name, path)
     changed = any(group.all_gather_object(words is not None))
     model = state["model"]
     if changed or world != group.size:
@@ -115,15 +117,16 @@ def apply(sync: Sync, saved: Saved, change: bool) -> None:
             lambda rank: model_of(saved, rank, group),
             world,
             sync,
-            lambda part: on_all_ranks(group, part, f"{name}:"),
+            lambda part: on_all_ranks(group, part, f"{name}:", path),
         )
     if changed:
         model = model | agreed.anchor(state["sync"])
-    values = on_all_ranks(group, lambda: _changed_values(sync, saved), name)
+    values = on_all_ranks(group, lambda: _changed_values(sync, saved), name, path)
     if group.rank == 0:
         _log(sync, saved, words, values)
     with torch.no_grad():
-        on_all_ranks(group, lambda: _load(sync, state, model), f"{name} was loaded in part only:")
+        problem = f"{name} was loaded in part only:"
+        on_all_ranks(group, lambda: _load(sync, state, model), problem, path)
         if not changed and world == group.size:
             sync.load_state_dict(state["sync"])
             return
@@ -145,7 +148,8 @@ def _restart(sync: Sync, clock: Mapping[str, Any], group: Group) -> None:
 
 def _load(sync: Sync, state: Mapping[str, Any], model: Mapping[str, Tensor]) -> None:
     """Give optimizer and model of this rank what was saved."""
-    _load_optimizer(sync.inner.optimizer, state["optimizer"])
+    for optimizer, saved in zip(sync.inner.optimizers, state["optimizers"], strict=True):
+        _load_optimizer(optimizer, saved)
     for name, tensor in sync.replica.tensors.items():
         tensor.copy_(model[name])
     for name, tensor in sync.replica.own.items():
@@ -169,7 +173,8 @@ def _look_together(base: Path, group: Group) -> list[Seen]:
         everyones = group.all_gather_object(folders.await_steps(base, group.rank, every))
     problems = {r: seen.problem for r, seen in enumerate(everyones) if seen.problem is not None}
     if problems:
-        raise CheckpointError(f"no checkpoint can be in {base}: {by_words(problems, group.size)}")
+        words = by_ranks(problems, group.size)
+        raise CheckpointError(f"no checkpoint can be in {base}: {words}", path=base, ranks=problems)
     lacking = {
         rank: f"{_list(every - seen.shared)} not there"
         for rank, seen in enumerate(everyones)
@@ -177,8 +182,10 @@ def _look_together(base: Path, group: Group) -> list[Seen]:
     }
     if lacking:
         raise CheckpointError(
-            f"ranks see different folders at {base}: {by_words(lacking, group.size)}; give one "
-            'that they share, or what was saved with layout="per-rank"'
+            f"ranks see different folders at {base}: {by_ranks(lacking, group.size)}; give one "
+            'that they share, or what was saved with layout="per-rank"',
+            path=base,
+            ranks=lacking,
         )
     _compare_own(base, everyones, group)
     return everyones
@@ -197,10 +204,10 @@ def _compare_own(base: Path, everyones: Sequence[Seen], group: Group) -> None:
     if not lacking:
         return
     words = (
-        f"ranks do not all have the newest checkpoints in {base}: {by_words(lacking, group.size)}"
+        f"ranks do not all have the newest checkpoints in {base}: {by_ranks(lacking, group.size)}"
     )
     if not common and not everyones[0].shared:
-        raise CheckpointError(f"{words}; no step is there on all of them")
+        raise CheckpointError(f"{words}; no step is there on all of them", path=base, ranks=lacking)
     if group.rank == 0:
         logger.warning("%s", words)
 
@@ -209,7 +216,7 @@ def _of_step(base: Path, step: int, places: Sequence[Place]) -> list[Place]:
     chosen = [place for place in places if place.step == step]
     if not chosen:
         there = _list(place.step for place in places) if places else "there is none at all"
-        raise CheckpointError(f"no checkpoint of step {step} in {base}: {there}")
+        raise CheckpointError(f"no checkpoint of step {step} in {base}: {there}", path=base)
     return chosen
 
 
@@ -222,12 +229,14 @@ def _check_start(base: Path, everyones: Sequence[Seen], group: Group, must_exist
     }
     if others:
         raise CheckpointError(
-            f"no checkpoint in {base}, which {by_words(others, group.size)}: give the folder that "
-            "checkpoints were saved to, or an empty one to start anew"
+            f"no checkpoint in {base}, which {by_ranks(others, group.size)}: give the folder that "
+            "checkpoints were saved to, or an empty one to start anew",
+            path=base,
+            ranks=others,
         )
     state = "is empty" if everyones[0].exists else "does not exist"
     if must_exist:
-        raise CheckpointError(f"no checkpoint in {base.absolute()}, which {state}")
+        raise CheckpointError(f"no checkpoint in {base.absolute()}, which {state}", path=base)
     if group.rank == 0:
         logger.warning(
             "no checkpoint in %s, which %s: training starts anew", base.absolute(), state
@@ -273,7 +282,7 @@ def _differences(sync: Sync, saved: Saved, change: bool) -> str | None:
     """
     there, here = saved.state["about"], matching.describe(sync)
     fault = matching.model_difference(there, here) or matching.optimizer_difference(
-        there, here, saved.state["optimizer"], sync.inner.optimizer
+        there, here, saved.state["optimizers"], sync.inner.optimizers
     )
     same_world = saved.world == sync.groups[WORLD].size
     fault = fault or matching.own_difference(there, here, same_world)
@@ -295,7 +304,7 @@ def _same_outer(sync: Sync, saved: Saved) -> bool:
 
 
 def _changed_values(sync: Sync, saved: Saved) -> list[str]:
-    return list(matching.changed_values(saved.state["optimizer"], sync.inner.optimizer))
+    return list(matching.changed_values(saved.state["optimizers"], sync.inner.optimizers))
 
 
 def _log(sync: Sync, saved: Saved, words: str | None, values: Sequence[str]) -> None:

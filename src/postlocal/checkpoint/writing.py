@@ -13,6 +13,7 @@ from postlocal.checkpoint import matching, tensors
 from postlocal.checkpoint.folder import Place
 from postlocal.checkpoint.packing import digest
 from postlocal.checkpoint.ranks import on_all_ranks
+from postlocal.comm.agreement import ranks_named
 from postlocal.comm.group import Alone, Group
 from postlocal.errors import CheckpointError
 from postlocal.sync.clock import Sync
@@ -26,7 +27,7 @@ def local_state(sync: Sync, extra: Mapping[Any, Any] | None) -> dict[str, Any]:
         "about": matching.describe(sync),
         "model": {name: tensor.detach() for name, tensor in sync.replica.tensors.items()},
         "own": {name: tensor.detach() for name, tensor in sync.replica.own.items()},
-        "optimizer": sync.inner.optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in sync.inner.optimizers],
         "sync": sync.state_dict(),
         "extra": dict(extra or {}),
     }
@@ -77,7 +78,7 @@ class Writing:
             folders.tidy(home, self.place.step, keep)
 
     def _everywhere(self, part: Callable[[], None]) -> None:
-        on_all_ranks(self.group, part, f"cannot write checkpoint {self.place}:")
+        on_all_ranks(self.group, part, f"cannot write checkpoint {self.place}:", self.final)
 
     def _prepare(self) -> None:
         if self.makes:
@@ -86,14 +87,16 @@ class Writing:
     def _check_seen(self) -> None:
         """That all ranks see the folder that rank 0 made."""
         seen = self.group.all_gather_object(folders.appears(self.partial))
-        blind = [f"rank {rank}" for rank, sees in enumerate(seen) if not sees]
+        blind = [rank for rank, sees in enumerate(seen) if not sees]
         if blind:
             if self.makes:
                 shutil.rmtree(self.partial, ignore_errors=True)
             raise CheckpointError(
                 f"folder {self.place.base} is not one that all ranks see: what rank 0 makes there "
-                f"is not there for {', '.join(blind)}; give one on a file system that they share, "
-                'or save with layout="per-rank"'
+                f"is not there for {ranks_named(blind)}; give one on a file system that they "
+                'share, or save with layout="per-rank"',
+                path=self.place.base,
+                ranks=blind,
             )
 
     def _write_index(self, strategy: str) -> None:

@@ -1,74 +1,120 @@
-"""That all ranks were given the same things, found out before training starts."""
+"""Whether all ranks succeeded, and were given the same; found out before one waits for another."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from postlocal.comm.group import Group
-from postlocal.errors import DisagreementError, ModelChangedError, PostlocalError
+from postlocal.errors import DisagreementError, PostlocalError
 
 Lines = Sequence[str]
 
 
+class Failure(NamedTuple):
+    """What a rank that failed raised."""
+
+    kind: str
+    """Name of its class."""
+    words: str
+    """Its message; with the class, where that is none of postlocal."""
+
+    @classmethod
+    def of(cls, error: Exception) -> "Failure":
+        """What other ranks are told of an error.
+
+        Example:
+            >>> Failure.of(OSError("no space")).words
+            'OSError: no space'
+        """
+        kind = type(error).__name__
+        words = str(error) if isinstance(error, PostlocalError) else f"{kind}: {error}"
+        return cls(kind, words)
+
+
+Failures = Mapping[int, Failure]
+"""Of the ranks that failed, by rank."""
+Raising = Callable[[Failures, str], PostlocalError]
+"""Makes the error of all ranks from the failures of some, and what these ranks say."""
+
+
 @contextmanager
-def together(group: Group) -> Iterator[None]:
+def together(group: Group, raising: Raising | None = None) -> Iterator[None]:
     """Fail on every rank where one fails: no rank goes on to wait for one that raised.
 
     Args:
         group: all ranks, each inside a ``with`` block of its own.
+        raising: makes the error that every rank raises. None: a rank that failed raises what its
+            block raised, and the others a `DisagreementError` with these words; errors of
+            postlocal pass, since the block raised them on all ranks, or where others are missing.
 
     Raises:
         Exception: what the block raised here.
-        DisagreementError: where the block failed only on other ranks, with the first one's words.
+        DisagreementError: where the block failed only on other ranks.
+        PostlocalError: what ``raising`` gives.
     """
-    error = None
+    error: Exception | None = None
     try:
         yield
-    except PostlocalError:  # raised on all ranks, or where others are not there to be told
-        raise
+    except PostlocalError as raised:
+        if raising is None:
+            raise
+        error = raised
     except Exception as raised:
         error = raised
-    words = group.all_gather_object(error and f"{type(error).__name__}: {error}")
+    everyones = group.all_gather_object(None if error is None else Failure.of(error))
+    failures = {rank: theirs for rank, theirs in enumerate(everyones) if theirs is not None}
+    if not failures:
+        return
+    words = {rank: failure.words for rank, failure in failures.items()}
+    if raising is not None:
+        raise raising(failures, by_ranks(words, group.size)) from error
     if error is not None:
         raise error
-    for rank, problem in enumerate(words):
-        if problem is not None:
-            raise DisagreementError(f"rank {rank} cannot go on: {problem}")
+    raise DisagreementError(
+        f"another rank cannot go on: {by_ranks(words, group.size)}",
+        what="whether it can go on",
+        by_rank=words,
+        ranks=words,
+    )
 
 
-def raise_together(group: Group, problem: str | None) -> None:
-    """Raise on every rank what is wrong with the model or the optimizer of some.
+def by_ranks(words: Mapping[int, str], size: int) -> str:
+    """What some ranks say, with who says it where it is not all of them.
 
     Args:
-        group: all ranks; collective, and called where one of them has a problem.
-        problem: of this rank; None: it has none.
+        words: of each of these ranks.
+        size: number of all ranks.
 
-    Raises:
-        ModelChangedError: with the problems, and the ranks that have them.
+    Example:
+        >>> by_ranks({0: "no space", 2: "no space", 3: "no file"}, size=4)
+        'no space (ranks 0, 2); no file (rank 3)'
     """
-    everyones = group.all_gather_object(problem)
-    first = next(filter(None, everyones))
-    ranks = [rank for rank, theirs in enumerate(everyones) if theirs == first]
-    if len(ranks) == group.size:
-        raise ModelChangedError(first)
-    raise ModelChangedError(f"on {ranks_named(ranks)} of the group: {first}")
+    who: dict[str, list[int]] = {}
+    for rank, theirs in words.items():
+        who.setdefault(theirs, []).append(rank)
+    return "; ".join(
+        theirs if len(ranks) == size else f"{theirs} ({ranks_named(ranks)})"
+        for theirs, ranks in who.items()
+    )
 
 
-def ranks_named(ranks: Sequence[int]) -> str:
+def ranks_named(ranks: Iterable[int]) -> str:
     """Ranks in words.
 
     Example:
         >>> ranks_named([1]), ranks_named([1, 3])
         ('rank 1', 'ranks 1, 3')
     """
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    named = list(map(str, ranks))
+    return f"rank{'s' if len(named) > 1 else ''} {', '.join(named)}"
 
 
 def check(group: Group, items: Mapping[str, Lines]) -> None:
-    """Compare items on all ranks; they travel whole only where they differ.
+    """Compare items on all ranks; they are sent whole only where they differ.
 
     Args:
         group: all ranks.
@@ -80,8 +126,7 @@ def check(group: Group, items: Mapping[str, Lines]) -> None:
     digests = group.all_gather_object(_digests(items))
     for item in digests[0]:
         if len({theirs.get(item) for theirs in digests}) > 1:
-            everyones = group.all_gather_object(list(items.get(item, [])))
-            raise DisagreementError(_first_difference(item, everyones))
+            raise _difference(item, group.all_gather_object(list(items.get(item, []))))
 
 
 def _digests(items: Mapping[str, Lines]) -> dict[str, str]:
@@ -91,14 +136,23 @@ def _digests(items: Mapping[str, Lines]) -> dict[str, str]:
     }
 
 
-def _first_difference(item: str, everyones: Sequence[Lines]) -> str:
+def _difference(item: str, everyones: Sequence[Lines]) -> DisagreementError:
     reference = everyones[0]
-    rank = next(rank for rank, lines in enumerate(everyones) if lines != reference)
-    theirs = everyones[rank]
-    for mine, other in zip(reference, theirs, strict=False):
-        if mine != other:
-            return f"ranks differ in {item}: rank 0 has {mine!r}, rank {rank} has {other!r}"
-    return f"ranks differ in {item}: rank 0 has {len(reference)} of them, rank {rank} {len(theirs)}"
+    ranks = [rank for rank, lines in enumerate(everyones) if lines != reference]
+    theirs = everyones[ranks[0]]
+    pairs = zip(reference, theirs, strict=False)
+    apart = next(((mine, other) for mine, other in pairs if mine != other), None)
+    if apart is None:
+        mine, other = f"{len(reference)} of them", str(len(theirs))
+    else:
+        mine, other = map(repr, apart)
+    verb = "" if apart is None else "has "
+    return DisagreementError(
+        f"ranks differ in {item}: rank 0 has {mine}, rank {ranks[0]} {verb}{other}",
+        what=item,
+        by_rank={0: mine, ranks[0]: other} if apart is None else {0: apart[0], ranks[0]: apart[1]},
+        ranks=ranks,
+    )
 
 
 def same_values_(group: Group, tensors: Mapping[str, Tensor]) -> list[str]:

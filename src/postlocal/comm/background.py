@@ -1,4 +1,4 @@
-"""Exchanges of several legs beside a backward pass, on a thread of their own."""
+"""A thread that runs collectives beside training, such as those of a backward pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,29 +17,29 @@ def promise(tensor: Tensor) -> Future[Tensor]:
     return Future(devices=[] if tensor.device.type == "cpu" else [tensor.device])
 
 
-class Courier:
-    """Runs exchanges one after the other, in the order in which they were handed over.
+class BackgroundThread:
+    """Runs collectives beside training, one task after the other, in the order of `submit`.
 
-    Ranks that hand over exchanges in one order so run their collectives in one order. The groups
-    that the exchanges use must be used by nothing else meanwhile.
+    Ranks that submit tasks in one order so run their collectives in one order. The groups that the
+    tasks use must be used by nothing else meanwhile.
     """
 
     def __init__(self) -> None:
         self._tasks: SimpleQueue[tuple[Callable[[], None], Event] | None] = SimpleQueue()
         # A daemon: Python would join any other thread at exit, however long its peer is away.
-        self._thread = Thread(target=self._run, name="postlocal-courier", daemon=True)
+        self._thread = Thread(target=self._run, name="postlocal-background", daemon=True)
         self._thread.start()
         self._side: torch.Stream | None = None
 
-    def send(self, tensor: Tensor, exchange: Callable[[], object]) -> Future[Tensor]:
-        """Run ``exchange``, which works on ``tensor`` in place, and promise the tensor."""
+    def submit(self, tensor: Tensor, task: Callable[[], object]) -> Future[Tensor]:
+        """Run ``task``, which works on ``tensor`` in place, and promise the tensor."""
         future = promise(tensor)
         if tensor.device.type == "cpu":
-            self._put(lambda: _fulfil(future, tensor, exchange))
+            self._put(lambda: _fulfil(future, tensor, task))
             return future
         self._side = side = self._side or torch.Stream(tensor.device)
         ready = torch.accelerator.current_stream(tensor.device).record_event()
-        self._put(lambda: _fulfil(future, tensor, exchange, lambda: _on(side, ready)))
+        self._put(lambda: _fulfil(future, tensor, task, lambda: _on(side, ready)))
         return future
 
     def close(self) -> None:
@@ -63,13 +63,13 @@ class Courier:
 def _fulfil(
     future: Future[Tensor],
     tensor: Tensor,
-    exchange: Callable[[], object],
+    task: Callable[[], object],
     beside: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     try:
         with beside(), torch.no_grad():
-            exchange()
-            future.set_result(tensor)  # on a device: complete after all that the exchange enqueued
+            task()
+            future.set_result(tensor)  # on a device: complete after all that the task enqueued
     except Exception as error:
         future.set_exception(error)  # type: ignore[arg-type]
 

@@ -1,14 +1,13 @@
-"""Who takes part in a collective: a process group of torch, a rank alone, or threads.
+"""Groups of ranks that communicate: a process group of torch, a rank alone, or threads.
 
 `Group` is all that the layers above know of communication. `Processes` is torch.distributed,
 `Alone` is a world of one rank, and `postlocal.virtual` has the third, an in-process one.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 from uuid import uuid4
 
 import torch.distributed as dist
@@ -18,13 +17,12 @@ from torch.futures import Future
 
 from postlocal.checks import made
 from postlocal.comm.exiting import note_failure, watch
-from postlocal.comm.missing_ranks import Release, Roll
-from postlocal.errors import PeerError
+from postlocal.comm.missing_ranks import Progress, Release
 
 Value = TypeVar("Value")
 Operation = Literal["sum", "max"]
-Parts = Sequence[Sequence[Tensor]]
-"""Tensors for or from each rank of a group."""
+TensorsByRank = Sequence[Sequence[Tensor]]
+"""Tensors for each rank of a group, or from each."""
 _PATIENCE_SECONDS = 2.0  # how long a rank waits for others to give up groups
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -36,13 +34,13 @@ class Work(Protocol):
         """Block until the result is there.
 
         Raises:
-            PeerError: if a rank did not take part in time; the message names it.
+            PeerError: if a rank did not take part in time; it names the rank.
         """
         ...
 
 
 class Group(Protocol):
-    """Ranks that communicate. Every method but `arrive` is collective and works in place.
+    """Ranks that communicate. Every method but `announce` is collective and works in place.
 
     Attributes:
         rank: this rank's index in the group, from 0.
@@ -60,11 +58,11 @@ class Group(Protocol):
         """Concatenate all ranks' ``tensor``, shape ``(n,)``, into ``output``, ``(size * n,)``."""
         ...
 
-    def exchange(self, sent: Parts, received: Parts) -> Work:
+    def all_to_all(self, sent: TensorsByRank, received: TensorsByRank) -> Work:
         """Send ``sent[i]`` to rank i, and receive into ``received[i]`` what it sends here.
 
         Contiguous tensors, any number for each rank, of the sizes that the other one expects. Those
-        of this rank do not travel.
+        of this rank for itself are neither sent nor copied.
         """
         ...
 
@@ -77,14 +75,14 @@ class Group(Protocol):
         ...
 
     def subgroup(self, partition: Sequence[Sequence[int]]) -> "Group":
-        """The part of this group that holds this rank, as a group of its own."""
+        """A new group of those ranks of a partition that hold this rank."""
         ...
 
-    def arrive(self, step: int) -> None:
-        """Leave word that this rank came to the synchronization after ``step`` (0: to attach)."""
+    def announce(self, step: int) -> None:
+        """Announce that this rank begins the synchronization after ``step`` (0: attach)."""
         ...
 
-    def meet(self, step: int, place: str) -> None:
+    def wait_for_all(self, step: int, place: str) -> None:
         """Wait for all ranks at a place that some may not come to, such as a checkpoint.
 
         Args:
@@ -92,7 +90,7 @@ class Group(Protocol):
             place: for messages.
 
         Raises:
-            PeerError: if a rank does not come in time, or went on without; the message names it.
+            PeerError: if a rank does not come in time, or went on without; it names the rank.
         """
         ...
 
@@ -124,7 +122,7 @@ class Alone:
         output.copy_(tensor)
         return Done()
 
-    def exchange(self, sent: Parts, received: Parts) -> Work:
+    def all_to_all(self, sent: TensorsByRank, received: TensorsByRank) -> Work:
         return Done()
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Work:
@@ -136,10 +134,10 @@ class Alone:
     def subgroup(self, partition: Sequence[Sequence[int]]) -> "Group":
         return self
 
-    def arrive(self, step: int) -> None:
+    def announce(self, step: int) -> None:
         return None
 
-    def meet(self, step: int, place: str) -> None:
+    def wait_for_all(self, step: int, place: str) -> None:
         return None
 
     def close(self, subgroups: Sequence[Group]) -> None:
@@ -154,27 +152,28 @@ class Processes:
             and NCCL do.
         timeout: how long a collective of a subgroup waits for a missing rank; None: as long as
             those of ``process_group`` do.
+        progress: who names missing ranks; None: a new one, made by all ranks in one order.
     """
 
     _given_up: ClassVar[list[tuple[Release, list[dist.ProcessGroup]]]] = []
     """Groups that this rank does not need any more, and other ranks may."""
 
-    def __init__(self, process_group: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
-        self._adopt(process_group, timeout or _timeout_of(process_group), Roll(process_group))
-
-    def _adopt(
-        self, process_group: dist.ProcessGroup, timeout: timedelta | None, roll: Roll
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup,
+        timeout: timedelta | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.process_group = process_group
         self.rank = dist.get_rank(process_group)
         self.size = dist.get_world_size(process_group)
-        self._timeout = timeout
-        self._roll = roll
+        self._timeout = timeout or _timeout_of(process_group)
+        self._progress = progress or Progress(process_group)
         self._prefix: str | None = None
         self._made = 0
 
     def all_reduce(self, tensor: Tensor, operation: Operation = "sum") -> Work:
-        return self._launch(
+        return self._start(
             lambda: dist.all_reduce(
                 tensor, _OPERATIONS[operation], group=self.process_group, async_op=True
             )
@@ -190,15 +189,15 @@ class Processes:
         return summed
 
     def all_gather(self, output: Tensor, tensor: Tensor) -> Work:
-        return self._launch(
+        return self._start(
             lambda: dist.all_gather_single(output, tensor, group=self.process_group, async_op=True)
         )
 
-    def exchange(self, sent: Parts, received: Parts) -> Work:
+    def all_to_all(self, sent: TensorsByRank, received: TensorsByRank) -> Work:
         transfers = [
             dist.P2POp(operation, tensor, group=self.process_group, group_peer=rank)
-            for operation, parts in ((dist.irecv, received), (dist.isend, sent))
-            for rank, tensors in enumerate(parts)
+            for operation, by_rank in ((dist.irecv, received), (dist.isend, sent))
+            for rank, tensors in enumerate(by_rank)
             for tensor in tensors
             if rank != self.rank and tensor.numel()
         ]
@@ -208,7 +207,7 @@ class Processes:
             return _Pending(dist.batch_isend_irecv(transfers), self)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Work:
-        return self._launch(
+        return self._start(
             lambda: dist.broadcast(
                 tensor, group=self.process_group, group_src=source, async_op=True
             )
@@ -227,15 +226,13 @@ class Processes:
             return Alone()
         return self.over(created)
 
-    def over(self, process_group: dist.ProcessGroup) -> Self:
+    def over(self, process_group: dist.ProcessGroup) -> "Processes":
         """The same over another process group of torch: its timeout, and who names the missing."""
-        group = copy.copy(self)
-        group._adopt(process_group, self._timeout, self._roll)
-        return group
+        return Processes(process_group, self._timeout, self._progress)
 
     def torch_subgroup(self, partition: Sequence[Sequence[int]]) -> dist.ProcessGroup:
-        """The part of this group that holds this rank, as a new process group of torch."""
-        members = next(part for part in partition if self.rank in part)
+        """Those ranks of a partition that hold this rank, as a new process group of torch."""
+        members = next(ranks for ranks in partition if self.rank in ranks)
         ranks = [dist.get_global_rank(self.process_group, member) for member in members]
         name = self._new_name(members)
         with self._naming_the_missing():
@@ -248,15 +245,15 @@ class Processes:
         self._made += 1
         return f"postlocal/{self._prefix}/{self._made}/{min(members)}"
 
-    def arrive(self, step: int) -> None:
-        self._roll.arrive(step)
+    def announce(self, step: int) -> None:
+        self._progress.announce(step)
 
-    def meet(self, step: int, place: str) -> None:
+    def wait_for_all(self, step: int, place: str) -> None:
         members = dist.get_process_group_ranks(self.process_group)
         limit = self._timeout or distributed_c10d.default_pg_timeout
-        problem = self._roll.meet(step, place, members, limit)
-        if problem is not None:
-            raise PeerError(problem)
+        missing = self._progress.wait_for_all(step, place, members, limit)
+        if missing is not None:
+            raise missing
 
     def close(self, subgroups: Sequence[Group]) -> None:
         groups = []
@@ -266,13 +263,13 @@ class Processes:
                 del subgroup.process_group  # the threads of a group end with its last reference
         if not groups or not dist.is_initialized():
             return
-        # What travels to a peer that has not received it yet must not be cut off: groups are
+        # What a peer has not received yet must not be cut off: groups are
         # destroyed when all ranks have given them up. Where one does not in time, they wait for the
         # next call of `destroy_given_up`.
         assert self._prefix is not None
         release = Release(self._prefix, dist.get_process_group_ranks(self.process_group))
         self._prefix = None  # what is made from here on is given up by itself
-        if release.announce(0.0 if self._roll.failed else _PATIENCE_SECONDS):
+        if release.give_up(0.0 if self._progress.failed else _PATIENCE_SECONDS):
             _destroy(groups)
         else:
             Processes._given_up.append((release, groups))
@@ -286,7 +283,7 @@ class Processes:
                 _destroy(groups)
         Processes._given_up[:] = [given for given, done in complete if not done]
 
-    def _launch(self, collective: Callable[[], dist.Work | None]) -> Work:
+    def _start(self, collective: Callable[[], dist.Work | None]) -> Work:
         with self._naming_the_missing():
             work = collective()
         return Done() if work is None else _Pending([work], self)
@@ -298,7 +295,7 @@ class Processes:
         except RuntimeError as error:
             note_failure()
             members = dist.get_process_group_ranks(self.process_group)
-            raise PeerError(self._roll.explain(error, members)) from error
+            raise self._progress.explain(error, members) from error
 
 
 def _new_group(ranks: Sequence[int], name: str, timeout: timedelta | None) -> dist.ProcessGroup:
@@ -392,6 +389,6 @@ def resolve(process_group: dist.ProcessGroup | Group | None, timeout: timedelta 
     _check_member(process_group)
     if isinstance(process_group, dist.ProcessGroup):
         return Processes(process_group, timeout)
-    needs = ("rank", "size", "all_reduce", "all_gather", "exchange", "broadcast", "subgroup")
+    needs = ("rank", "size", "all_reduce", "all_gather", "all_to_all", "broadcast", "subgroup")
     group: Group = made("process_group", process_group, needs, "torch.distributed.new_group(...)")
     return group

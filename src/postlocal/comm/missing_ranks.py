@@ -1,8 +1,8 @@
-"""Who came how far, kept in the store that the ranks met at."""
+"""Which ranks are missing: each announces its progress in the store that they met at."""
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from threading import Thread
@@ -13,6 +13,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import distributed_c10d
 
 from postlocal.comm.exiting import watch
+from postlocal.errors import PeerError
 
 Value = TypeVar("Value")
 _LATER_SECONDS = 2.0  # how much later than this rank others may see that a collective failed
@@ -20,16 +21,16 @@ _ANSWER_SECONDS = 3.0  # how long a store may take to answer
 _LOOK_SECONDS = 1.0  # how often a rank that waits looks where the others are
 
 
-class Roll:
-    """What tells who is missing when a collective fails.
+class Progress:
+    """How far each rank is, to name the missing ones when a collective fails.
 
     The error of a collective says that a connection broke or a time ran out, not who is missing. So
-    each rank leaves word in the store before it synchronizes (one small message, no answer
-    awaited), and a rank whose collective failed reads there who did not. Where all did, a rank or
-    its link was lost after it: each leaves word of the failure, and waits a little for the others'.
+    each rank announces in the store what it begins (one small message, no answer awaited), and a
+    rank whose collective failed reads there who did not. Where all did, a rank or its link was lost
+    afterwards: each announces the failure, and waits a little for the others to do so.
 
     Args:
-        process_group: of all ranks that may be named; all of them open its rolls in one order.
+        process_group: of all ranks that may be named; all of them make theirs in one order.
 
     Attributes:
         failed: whether a collective has failed.
@@ -39,8 +40,8 @@ class Roll:
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
         name = process_group.group_name
-        Roll._opened[name] += 1
-        prefix = f"postlocal/{name}/{Roll._opened[name]}/"
+        Progress._opened[name] += 1
+        prefix = f"postlocal/{name}/{Progress._opened[name]}/"
         self._store = PrefixStore(prefix, distributed_c10d._get_default_store())
         self._step = 0
         self._place = _place(0)
@@ -48,8 +49,8 @@ class Roll:
         self._met: str | None = None
         self.failed = False
 
-    def arrive(self, step: int, place: str | None = None) -> None:
-        """Leave word that this rank is at a place.
+    def announce(self, step: int, place: str | None = None) -> None:
+        """Announce that this rank is at a place.
 
         Args:
             step: number of steps that it took.
@@ -59,11 +60,13 @@ class Roll:
         self._place = place or _place(step)
         self._store.set(str(dist.get_rank()), f"{step} {self._place}")
 
-    def meet(self, step: int, place: str, members: Sequence[int], limit: timedelta) -> str | None:
+    def wait_for_all(
+        self, step: int, place: str, members: Sequence[int], limit: timedelta
+    ) -> PeerError | None:
         """Wait until all members are at a place where no collective has begun yet.
 
         A collective that some ranks never begin pairs with another one of theirs, and gloo aborts.
-        So ranks meet here where a caller may have forgotten some of them.
+        So ranks wait here where a caller may have left out some of them.
 
         Args:
             step: number of steps that this rank took.
@@ -72,10 +75,10 @@ class Roll:
             limit: how long to wait for them.
 
         Returns:
-            None once all are here; else what is to be reported: who is missing, after ``limit`` or
-            as soon as one of them is seen at a later step.
+            None once all are here; else the error to raise: it names who is missing, after
+            ``limit`` or as soon as one of them is seen at a later step.
         """
-        self.arrive(step, place)
+        self.announce(step, place)
         self._meetings[place] += 1
         meeting = f"met/{place}/{self._meetings[place]}"
         self._store.set(f"{meeting}/{dist.get_rank()}", "")
@@ -95,27 +98,29 @@ class Roll:
         return None
 
     def _leave(self, meeting: str) -> None:
-        """Remove this rank's word of the meeting before: all who are at this one have left it."""
+        """Remove this rank's key of the meeting before: all who are at this one have left it."""
         before, self._met = self._met, meeting
         if before is not None:
             _answer(lambda: self._store.delete_key(f"{before}/{dist.get_rank()}"))
 
-    def _report(self, meeting: str, members: Sequence[int], late: bool) -> str | None:
+    def _report(self, meeting: str, members: Sequence[int], late: bool) -> PeerError | None:
         """Who is missing at a meeting, if it is late or one of them went on without it."""
         seen = _answer(lambda: self._absent(meeting, members))
         if seen is None:
-            return f"the store of the process group is out of reach at {self._place}"
+            return self._error(f"the store of the process group is out of reach at {self._place}")
         if not (seen and (late or _answer(lambda: self._went_on(seen)))):
             return None
-        missing = ", ".join(_name(rank, word) for rank, word in seen.items())
-        return f"missing at {self._place}: {missing}"
+        return self._error(f"missing at {self._place}: {_names(seen)}", seen)
+
+    def _error(self, message: str, ranks: Iterable[int] = ()) -> PeerError:
+        return PeerError(message, ranks=ranks, step=self._step)
 
     def _went_on(self, seen: Mapping[int, tuple[int, str] | None]) -> bool:
         """Whether one of the ranks seen is at a later step, or gave up where it waited."""
         return any(
-            word[0] > self._step or self._store.check([self._left(rank, word[1])])
-            for rank, word in seen.items()
-            if word is not None
+            last[0] > self._step or self._store.check([self._left(rank, last[1])])
+            for rank, last in seen.items()
+            if last is not None
         )
 
     def _left(self, rank: int, place: str) -> str:
@@ -125,8 +130,8 @@ class Roll:
         absent = [rank for rank in members if not self._store.check([f"{meeting}/{rank}"])]
         return {rank: self._last_seen(rank) for rank in absent}
 
-    def explain(self, error: RuntimeError, members: Sequence[int]) -> str:
-        """What a failed collective is to be reported as, within seconds.
+    def explain(self, error: RuntimeError, members: Sequence[int]) -> PeerError:
+        """The error to raise for a failed collective, within seconds.
 
         Args:
             error: that of the collective.
@@ -135,30 +140,31 @@ class Roll:
         self.failed = True
         reason = str(error).splitlines()[0]
         place = self._place
-        missing = _answer(lambda: self._behind(members))
-        if missing is None:
-            return f"{place} failed and the store of the process group is out of reach: {reason}"
-        if missing:
-            return f"missing at {place}: {', '.join(missing)}: {reason}"
-        silent = _answer(lambda: self._silent(members))
-        since = f", and nothing was heard of {', '.join(silent)} since" if silent else ""
-        return f"a connection broke during {place}{since}: {reason}"
+        behind = _answer(lambda: self._behind(members))
+        if behind is None:
+            return self._error(
+                f"{place} failed and the store of the process group is out of reach: {reason}"
+            )
+        if behind:
+            return self._error(f"missing at {place}: {_names(behind)}: {reason}", behind)
+        silent = _answer(lambda: self._silent(members)) or []
+        names = ", ".join(f"rank {rank}" for rank in silent)
+        since = f", and nothing was heard of {names} since" if silent else ""
+        return self._error(f"a connection broke during {place}{since}: {reason}", silent)
 
-    def _behind(self, members: Sequence[int]) -> list[str]:
-        """Members that did not come as far as this rank."""
+    def _behind(self, members: Sequence[int]) -> dict[int, tuple[int, str] | None]:
+        """Members that did not come as far as this rank, and where they were last."""
         self._store.set(self._failure(dist.get_rank()), "")
         seen = {rank: self._last_seen(rank) for rank in members}
-        return [
-            _name(rank, word) for rank, word in seen.items() if word is None or word[0] < self._step
-        ]
+        return {r: last for r, last in seen.items() if last is None or last[0] < self._step}
 
-    def _silent(self, members: Sequence[int]) -> list[str]:
-        """Members that do not leave word of the failure, though this rank waits for it."""
+    def _silent(self, members: Sequence[int]) -> list[int]:
+        """Members that do not announce the failure, though this rank waits for it."""
         deadline = time.monotonic() + _LATER_SECONDS
         while True:
             silent = [rank for rank in members if not self._store.check([self._failure(rank)])]
             if not silent or time.monotonic() > deadline:
-                return [f"rank {rank}" for rank in silent]
+                return silent
             time.sleep(0.05)
 
     def _failure(self, rank: int) -> str:
@@ -186,15 +192,15 @@ class Release:
         self._store = PrefixStore(prefix, distributed_c10d._get_default_store())
         self._keys = [str(member) for member in members]
 
-    def announce(self, seconds: float) -> bool:
+    def give_up(self, seconds: float) -> bool:
         """Give it up on this rank; whether all ranks have done so within some seconds."""
-        return bool(_answer(lambda: self._announced(seconds)))
+        return bool(_answer(lambda: self._given_up(seconds)))
 
     def complete(self) -> bool:
         """Whether all ranks have given it up."""
         return bool(_answer(lambda: self._store.check(self._keys)))
 
-    def _announced(self, seconds: float) -> bool:
+    def _given_up(self, seconds: float) -> bool:
         self._store.set(str(dist.get_rank()), "")
         deadline = time.monotonic() + seconds
         while not self._store.check(self._keys):
@@ -208,8 +214,11 @@ def _place(step: int) -> str:
     return f"the synchronization after step {step}" if step else "attach"
 
 
-def _name(rank: int, word: tuple[int, str] | None) -> str:
-    return f"rank {rank} ({'never seen' if word is None else f'last seen at {word[1]}'})"
+def _names(seen: Mapping[int, tuple[int, str] | None]) -> str:
+    return ", ".join(
+        f"rank {rank} ({'never seen' if last is None else f'last seen at {last[1]}'})"
+        for rank, last in seen.items()
+    )
 
 
 def _answer(ask: Callable[[], Value]) -> Value | None:

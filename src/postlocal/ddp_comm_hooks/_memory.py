@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 
-from postlocal.sync.kinds import dense
+from postlocal.sync.supported_tensors import dense
 
 
 class Memory:

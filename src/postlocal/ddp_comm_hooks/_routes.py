@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
-from postlocal.comm.background import Courier
+from postlocal.comm.background import BackgroundThread
 from postlocal.comm.group import Group, Processes
-from postlocal.sync.kinds import dense
+from postlocal.sync.supported_tensors import dense
 from postlocal.wire import ChunkWire, mean_
 
 
@@ -23,12 +23,12 @@ class Route:
 
     Attributes:
         group: the process group that only these exchanges use.
-        courier: the thread that runs them.
+        background: the thread that runs them.
         passes: backward passes begun.
     """
 
     group: Group
-    courier: Courier
+    background: BackgroundThread
     passes: int = 0
 
     def mean(
@@ -42,10 +42,10 @@ class Route:
         step = self.passes
 
         def exchange() -> None:
-            self.group.arrive(step)
+            self.group.announce(step)
             mean_([buffer], self.group, wire, residuals=residuals)
 
-        return self.courier.send(buffer, exchange)
+        return self.background.submit(buffer, exchange)
 
 
 _ROUTES: WeakKeyDictionary[dist.ProcessGroup, Route] = WeakKeyDictionary()
@@ -56,6 +56,6 @@ def route(process_group: dist.ProcessGroup) -> Route:
     known = _ROUTES.get(process_group)
     if known is None:
         base = Processes(process_group)
-        known = Route(base.subgroup([tuple(range(base.size))]), Courier())
+        known = Route(base.subgroup([tuple(range(base.size))]), BackgroundThread())
         _ROUTES[process_group] = known
     return known

@@ -23,7 +23,7 @@ from torch.futures import Future
 
 from postlocal.comm.background import promise
 from postlocal.comm.group import torch_group
-from postlocal.sync.kinds import dense
+from postlocal.sync.supported_tensors import dense
 
 __all__ = [
     "Hook",

@@ -178,7 +178,7 @@ class PostLocalSGDState:
         vars(self).update(state, process_group=None, subgroup=None, _quiet=None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PostLocalSGDState":
-        twin = type(self).__new__(type(self))
+        twin = copy.copy(self)
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         twin.process_group, twin.subgroup = self.process_group, self.subgroup

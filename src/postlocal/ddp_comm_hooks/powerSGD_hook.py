@@ -32,7 +32,7 @@ from postlocal.comm.background import promise
 from postlocal.comm.group import Processes, torch_group
 from postlocal.ddp_comm_hooks._memory import Memory
 from postlocal.ddp_comm_hooks.default_hooks import allreduce_hook
-from postlocal.sync.kinds import dense
+from postlocal.sync.supported_tensors import dense
 from postlocal.wire import low_rank as powersgd
 
 __all__ = ["PowerSGDState", "batched_powerSGD_hook", "powerSGD_hook"]
@@ -332,7 +332,7 @@ def _exchange(state: PowerSGDState, buckets: list[_Bucket], plan: _Plan) -> None
     for bucket in buckets:
         plan(state, bucket, work)
     group = state._processes()
-    group.arrive(state.iter + 1)
+    group.announce(state.iter + 1)
     qs = powersgd.mean_(
         [batch.values for batch in work.batches],
         [batch.start for batch in work.batches],

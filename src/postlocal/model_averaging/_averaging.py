@@ -11,7 +11,7 @@ from postlocal.comm import agreement
 from postlocal.comm.group import Group, Processes
 from postlocal.errors import NonFiniteError
 from postlocal.sync.parameters import once
-from postlocal.sync.status import Ballot, Vote, layout_number
+from postlocal.sync.status import RankStatus, gather_status, layout_number
 from postlocal.tensors import is_dtensor
 from postlocal.wire import Exact, Staging, maximum_, mean_
 
@@ -43,7 +43,7 @@ class Averaging:
         if self._group.size == 1:
             return
         self._count += 1
-        self._group.arrive(self._count)
+        self._group.announce(self._count)
         with torch.no_grad():
             tensors = _memory(parameters), _memory(buffers)
             device = next((t.device for part in tensors for t in part), torch.device("cpu"))
@@ -52,8 +52,10 @@ class Averaging:
             self._meet(*tensors, device)
 
     def _agree(self, lines: Sequence[str], step: int, device: torch.device) -> None:
-        ballot = Ballot(self._group, device, Vote(step=step, layout=layout_number(lines)))
-        if not ballot.unanimous("layout"):
+        status = gather_status(
+            self._group, device, RankStatus(step=step, layout=layout_number(lines))
+        ).wait()
+        if not status.unanimous("layout"):
             agreement.check(self._group, {"parameters to average": lines})
 
     def _meet(self, parameters: list[Tensor], buffers: list[Tensor], device: torch.device) -> None:
@@ -86,13 +88,14 @@ class _FiniteMean:
         if lost:
             raise NonFiniteError(
                 "parameters hold infinities or NaN on every rank: resume from a checkpoint, with a "
-                "lower learning rate"
+                "lower learning rate",
+                ranks=range(self._group.size),
             )
         ranks = [rank for rank, flag in enumerate(left_out) if flag]
         if ranks and (self._group.rank == 0 or self._group.rank in ranks):
             logger.warning(
-                "means leave out what is not finite on rank %s of the group",
-                ", ".join(map(str, ranks)),
+                "means leave out what is not finite on %s of the group",
+                agreement.ranks_named(ranks),
             )
 
     def repair(self, mean: Tensor, others: Sequence[Tensor]) -> None:

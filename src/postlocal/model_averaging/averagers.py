@@ -22,6 +22,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from postlocal import checks
+from postlocal.comm.agreement import together
 from postlocal.comm.group import Processes, torch_group
 from postlocal.model_averaging._averaging import Averaging
 from postlocal.model_averaging.utils import Parameters, get_params_to_average
@@ -37,14 +39,17 @@ class ModelAverager(ABC):
         warmup_steps: steps at the start without averaging, at least 0.
         buffers: averaged along with the parameters: those of floating point by their mean, others
             by their maximum. For BatchNorm statistics, where DDP does not broadcast them.
-        timeout: seconds that an averaging waits for a missing rank; a process group with this
-            timeout is made for it, by all ranks together. None: as long as ``process_group`` does.
+        timeout: seconds that an averaging waits for a missing rank, at most 1e7; a process group
+            with this timeout is made for it, by all ranks together. None: as long as
+            ``process_group`` does.
 
     Attributes:
         step: calls of `average_parameters` so far.
 
     Raises:
         ValueError: if an argument is out of its range, or there is no process group.
+        TypeError: if ``timeout`` is no number.
+        DisagreementError: if ``timeout`` is bad on another rank.
     """
 
     def __init__(
@@ -57,16 +62,22 @@ class ModelAverager(ABC):
     ) -> None:
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
         self.process_group: dist.ProcessGroup | None = torch_group(process_group)
         self.warmup_steps = warmup_steps
         self.step = 0
         self.buffers = list(buffers or ())
         self.timeout = timeout
+        self._check_timeout()
         self._averaged_at = -1
         self._averagings: dict[dist.ProcessGroup, Averaging] = {}
         self._prepare(self.process_group)
+
+    def _check_timeout(self) -> None:
+        """Refuse a bad timeout on all ranks that are given one, before a group is made with it."""
+        group = torch_group(self.process_group)
+        if self.timeout is not None and dist.get_rank(group) >= 0:
+            with together(Processes(group)):
+                checks.timeout("timeout", self.timeout)
 
     @abstractmethod
     def average_parameters(self, params: Parameters) -> None:
@@ -107,7 +118,7 @@ class ModelAverager(ABC):
         vars(self).update(state, process_group=None, _averagings={})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelAverager":
-        twin = type(self).__new__(type(self))
+        twin = copy.copy(self)
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         twin.process_group = self.process_group

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from postlocal.fragments import Fragments
 from postlocal.planning.step_time import StepTime, steady
 from postlocal.sync.parameters import Replica
-from postlocal.sync.wrappers import unwrap
+from postlocal.sync.supported_wrappers import unwrap
 
 Tensors = Mapping[str, Tensor]
 

@@ -36,7 +36,7 @@ class Anchor:
         Args:
             out: where to write them, in the anchor's shapes and dtypes. None: pseudo-gradients of
                 parameters that are as precise as the anchor take the parameters' own memory, and
-                what these held is lost until `give`.
+                what these held is lost until `restore`.
         """
         if out is None:
             out = [
@@ -72,23 +72,23 @@ class Anchor:
         self._outer.step()
         self._outer.zero_grad(set_to_none=True)
 
-    def give(
+    def restore(
         self,
         mix: float = 0.0,
         wholly: Collection[str] = (),
-        sent: Sequence[Tensor] | None = None,
+        moves_from: Sequence[Tensor] | None = None,
     ) -> None:
         """Give the parameters the anchor's values, and keep a share ``mix`` of their own.
 
         Args:
             mix: share of its own value that a parameter keeps, 0 to 1.
             wholly: names of parameters that keep none of it, nor what they moved.
-            sent: what parameters were when they were sent, in the anchor's dtypes: how far they
-                moved since is added to the anchor's values. Overwritten.
+            moves_from: what parameters were when they were sent, in the anchor's dtypes: how far
+                they moved since is added to the anchor's values. Overwritten.
         """
         targets, parameters = list(self.tensors.values()), self._parameters()
-        if sent is not None:
-            for index, (name, moves) in enumerate(zip(self.tensors, sent, strict=True)):
+        if moves_from is not None:
+            for index, (name, moves) in enumerate(zip(self.tensors, moves_from, strict=True)):
                 if name not in wholly:
                     torch.sub(parameters[index], moves, out=moves)
                     targets[index] = moves.add_(targets[index])
@@ -103,8 +103,8 @@ class Anchor:
             else:
                 parameter.copy_(target.lerp(parameter.to(target.dtype), mix))
 
-    def take(self) -> None:
-        """Take the parameters' values."""
+    def snapshot(self) -> None:
+        """Take the parameters' present values."""
         torch._foreach_copy_(list(self.tensors.values()), self._parameters())
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from threading import Lock
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakSet
 
 import torch.distributed as dist
@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from postlocal import fragments, outer, schedule
-from postlocal.checks import choice, optional, seconds
+from postlocal import checks, fragments, outer, schedule
+from postlocal.checks import choice, optional
 from postlocal.codec import kernels
 from postlocal.comm import agreement, group
 from postlocal.comm.group import Group, Processes
@@ -27,20 +27,19 @@ from postlocal.errors import DisagreementError
 from postlocal.meter import Meter
 from postlocal.schedule import WORLD, Round
 from postlocal.strategies import Strategy, is_strategy
-from postlocal.sync import kinds
+from postlocal.sync import supported_tensors
 from postlocal.sync.clock import Sync
 from postlocal.sync.consistency import take_first_
-from postlocal.sync.ddp import Local, Reduced, check_ddp
-from postlocal.sync.inner_optimizer import Inner
+from postlocal.sync.ddp import DDPHook, UnreducedGradients, check_ddp
+from postlocal.sync.fragment import Fragment
+from postlocal.sync.inner_optimizer import InnerOptimizers, as_optimizers
 from postlocal.sync.parameters import Replica
-from postlocal.sync.synchronization import Fragment
-from postlocal.sync.wrappers import check_model, check_optimizer, find_ddp
+from postlocal.sync.supported_wrappers import check_model, find_ddp
 from postlocal.topology import Partition, Topology, default, is_topology, unknown_level
 from postlocal.wire import Staging, codecs, fp32, travels_as
 
 logger = logging.getLogger("postlocal")
 
-_LONGEST_SECONDS = 1e7  # that a timeout may have: sixteen weeks, and far from any overflow
 _attached: WeakSet[Sync] = WeakSet()
 _lock = Lock()  # ranks may be threads
 _LARGE = 2**23  # parameters for which compiled codecs are worth their half a minute
@@ -48,7 +47,7 @@ _LARGE = 2**23  # parameters for which compiled codecs are worth their half a mi
 
 def attach(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     strategy: Strategy,
     *,
     topology: Topology | None = None,
@@ -66,8 +65,10 @@ def attach(
             ``"rank"`` needs it wrapped in DistributedDataParallel, with no communication hook.
             Where there is such a wrapper, pass it, and not the module inside. Parameters and
             buffers that it was told to ignore are left alone.
-        optimizer: the inner optimizer; it must hold parameters of ``model``, and neither reduce
-            nor shard by itself.
+        optimizer: the inner optimizer, or a list of them, such as Muon for matrices and AdamW for
+            the rest. Each must hold parameters of ``model``, no two the same, and neither reduce
+            nor shard by itself. A schedule that follows the learning rate sees the greatest of all
+            parameter groups. ``step()`` is called once, however many of them stepped.
         strategy: what to do; see `postlocal.strategies`.
         topology: the levels between ``"rank"`` and ``"world"``; None: the machines, as level
             ``"node"``, where the strategy needs it, and else none; see
@@ -85,7 +86,7 @@ def attach(
 
     Raises:
         ValueError: if an argument is bad, the strategy names a level that the topology lacks, or
-            it follows a learning rate that the optimizer does not have.
+            it follows a learning rate that no optimizer has.
         TypeError: if an argument is of another type, a parameter or a buffer is of a kind that
             cannot be averaged, or something else than DistributedDataParallel shards or manages
             parameters.
@@ -110,10 +111,10 @@ def attach(
         (3, True)
     """
     everyone = group.resolve(process_group, _span(timeout))
-    everyone.arrive(0)
+    everyone.announce(0)
     machines = by_node(everyone)  # on every rank, whatever it was given
     with agreement.together(everyone):
-        optional(_limit)("timeout", timeout)
+        optional(checks.timeout)("timeout", timeout)
         choice("initial", initial, ("broadcast", "refuse"))
         is_strategy("strategy", strategy)
         if topology is None:
@@ -126,22 +127,22 @@ def attach(
         opened.callback(groups.close)
         meter = Meter()
         with agreement.together(everyone):
-            where = _gradients(loop.ddp, strategy, everyone, groups, meter)
-            opened.callback(where.close)
-            where.use(loop.first.gradients)
+            gradients = _gradients(loop.ddp, strategy, everyone, groups, meter)
+            opened.callback(gradients.close)
+            gradients.use(loop.first.gradients)
         _agree_on_start(groups[WORLD], loop.replica, initial)
         if loop.first.gradients == WORLD:
             _agree_on_state(groups[WORLD], loop.replica, loop.inner, initial)
         with agreement.together(everyone):
-            pieces = _pieces(loop, groups)
-            sync = Sync(strategy, loop.replica, loop.inner, groups, where, meter, pieces)
+            made = _fragments(loop, groups)
+            sync = Sync(strategy, loop.replica, loop.inner, groups, gradients, meter, made)
             opened.pop_all()
             opened.callback(sync.close)
         opened.pop_all()
     _take_over(sync)
     if everyone.rank == 0:
         _warn_of_one_group(strategy, loop.partitions)
-        _warn_of_averages_in_state(strategy, optimizer)
+        _warn_of_averages_in_state(strategy, loop.inner)
         logger.info("attached: %r; %s; %s", sync, loop.replica, loop.inner)
     return sync
 
@@ -153,9 +154,9 @@ class _Loop:
     strategy: Strategy
     partitions: Mapping[str, Partition]
     replica: Replica
-    inner: Inner
+    inner: InnerOptimizers
     ddp: DistributedDataParallel | None
-    parts: Sequence[Sequence[str]]
+    fragments: Sequence[Sequence[str]]
     """Names of the parameters of each fragment."""
     first: Round
 
@@ -168,37 +169,37 @@ class _Loop:
             "topology": [repr(self.partitions)],
             "wrapper of the model": [_describe(self.ddp)],
             "parameters and buffers": self.replica.describe(),
-            "fragments": [", ".join(names) for names in self.parts],
+            "fragments": [", ".join(names) for names in self.fragments],
         }
 
 
 def _look_at(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     strategy: Strategy,
     topology: Topology,
     everyone: Group,
 ) -> _Loop:
     """Check what one rank was given; nothing is sent."""
     check_model(model)
-    check_optimizer(optimizer)
+    optimizers = as_optimizers(optimizer)
     replica = Replica(model)
     ddp = find_ddp(model)
     _check_ddp(ddp, everyone)
     if ddp is not None and strategy.gradient_wire != fp32():
-        kinds.check_dense(ddp.module)
+        supported_tensors.check_dense(ddp.module)
     _warn_of_batch_norm(model, strategy, everyone)
-    inner = Inner(optimizer, replica)
+    inner = InnerOptimizers(optimizers, replica)
     _check_lr(strategy, inner, replica)
-    parts = strategy.fragments.split(replica.module, _sizes(replica))
+    names = strategy.fragments.split(replica.module, _sizes(replica))
     partitions = topology.partition(everyone.size)
     check_levels(strategy, partitions)
     first = schedule.planned(strategy.schedule, 0, inner.lr)
     _warm_up(strategy, replica)
-    return _Loop(strategy, partitions, replica, inner, ddp, parts, first)
+    return _Loop(strategy, partitions, replica, inner, ddp, names, first)
 
 
-def _pieces(loop: _Loop, groups: LevelGroups) -> list[Fragment]:
+def _fragments(loop: _Loop, groups: LevelGroups) -> list[Fragment]:
     """What is synchronized at level ``"world"``, with wires and anchors."""
     strategy, parameters, staging = loop.strategy, loop.replica.parameters, Staging()
     return [
@@ -208,9 +209,9 @@ def _pieces(loop: _Loop, groups: LevelGroups) -> list[Fragment]:
             strategy.wire.open(groups, WORLD, staging),
             strategy,
             fragments.modules(loop.replica.module, names, strategy.fragments.layers),
-            number=index if len(loop.parts) > 1 else None,
+            number=index if len(loop.fragments) > 1 else None,
         )
-        for index, names in enumerate(loop.parts)
+        for index, names in enumerate(loop.fragments)
     ]
 
 
@@ -241,36 +242,29 @@ def _warn_of_one_group(strategy: Strategy, partitions: Mapping[str, Partition]) 
             )  # fmt: skip
 
 
-def _warn_of_averages_in_state(strategy: Strategy, optimizer: Optimizer) -> None:
+def _warn_of_averages_in_state(strategy: Strategy, inner: InnerOptimizers) -> None:
     """Say that a schedule-free optimizer evaluates what is in its own state, rank by rank."""
-    switches = all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
-    local = strategy.schedule != schedule.every_step()
-    if switches and local and strategy.optimizer_state != "average":
-        logger.warning(
-            "%s computes the parameters of optimizer.eval() from its state, which is each rank's "
-            "own with optimizer_state=%r: take optimizer_state='average'",
-            type(optimizer).__name__, strategy.optimizer_state,
-        )  # fmt: skip
+    if strategy.schedule == schedule.every_step() or strategy.optimizer_state == "average":
+        return
+    for optimizer in inner.optimizers:
+        if all(callable(getattr(optimizer, name, None)) for name in ("train", "eval")):
+            logger.warning(
+                "%s computes the parameters of optimizer.eval() from its state, which is each "
+                "rank's own with optimizer_state=%r: take optimizer_state='average'",
+                type(optimizer).__name__, strategy.optimizer_state,
+            )  # fmt: skip
 
 
-def _span(timeout: float | None) -> timedelta | None:
+def _span(given: float | None) -> timedelta | None:
     """What a timeout comes to; None for none, and for one that all ranks refuse together."""
     try:
-        limit: timedelta | None = optional(_limit)("timeout", timeout)
+        limit = optional(checks.timeout)("timeout", given)
     except (TypeError, ValueError):
         return None
-    return limit
+    return None if limit is None else timedelta(seconds=limit)
 
 
-def _limit(name: str, value: Any) -> timedelta:
-    """The rule for the longest that a rank waits for another."""
-    given = seconds(name, value)
-    if given > _LONGEST_SECONDS:
-        raise ValueError(f"{name} must be at most {_LONGEST_SECONDS:g} seconds, got {value}")
-    return timedelta(seconds=given)
-
-
-def _check_lr(strategy: Strategy, inner: Inner, replica: Replica) -> None:
+def _check_lr(strategy: Strategy, inner: InnerOptimizers, replica: Replica) -> None:
     """Refuse an optimizer without learning rate where something follows it."""
     asking = {
         "schedule": schedule.follows_lr(strategy.schedule),
@@ -280,10 +274,11 @@ def _check_lr(strategy: Strategy, inner: Inner, replica: Replica) -> None:
     }
     for axis, follows in asking.items():
         if follows and math.isnan(inner.lr):
+            kinds = " and ".join(type(optimizer).__name__ for optimizer in inner.optimizers)
             raise ValueError(
                 f"optimizer must have an 'lr' that is a number in a parameter group, since {axis} "
                 f"{getattr(strategy, axis)} follows it, got none from "
-                f"{type(inner.optimizer).__name__}: take a strategy that does not follow the "
+                f"{kinds}: take a strategy that does not follow the "
                 "learning rate, or, where a schedule of your own does not, set its attribute "
                 "follows_lr to False"
             )
@@ -328,17 +323,17 @@ def _gradients(
     everyone: Group,
     groups: LevelGroups,
     meter: Meter,
-) -> Local | Reduced:
+) -> UnreducedGradients | DDPHook:
     if ddp is None:
-        return Local(groups)
-    # What travels in several legs runs beside the backward pass, where DDP may communicate too.
+        return UnreducedGradients(groups)
+    # A lossy wire reduces beside the backward pass, where DDP may communicate too.
     wire = strategy.gradient_wire
     its_own = {WORLD: _over(everyone, ddp.process_group)}
     own = groups.beside({} if wire.lossy else its_own)
     search = None
     if ddp.find_unused_parameters and not ddp.static_graph:
         search = own if wire == fp32() else groups.beside(its_own)
-    return Reduced(ddp, own, wire, meter, search)
+    return DDPHook(ddp, own, wire, meter, search)
 
 
 def _over(everyone: Group, process_group: dist.ProcessGroup) -> Group:
@@ -377,7 +372,7 @@ def _take_over(sync: Sync) -> None:
         _attached.add(sync)
 
 
-def _agree_on_state(group: Group, replica: Replica, inner: Inner, initial: str) -> None:
+def _agree_on_state(group: Group, replica: Replica, inner: InnerOptimizers, initial: str) -> None:
     """Where gradients are averaged from the start, equal replicas need equal optimizers."""
     agreement.check(group, {"state of the optimizer": inner.describe()})
     device = next(iter(replica.parameters.values())).device
@@ -385,7 +380,8 @@ def _agree_on_state(group: Group, replica: Replica, inner: Inner, initial: str) 
     if differing and initial == "refuse":
         raise DisagreementError(
             f"ranks differ in the state of the optimizer: {differing[0]}; start from equal states, "
-            "or pass initial='broadcast'"
+            "or pass initial='broadcast'",
+            what=differing[0],
         )
     if differing and group.rank == 0:
         logger.info(
@@ -398,9 +394,14 @@ def _agree_on_start(group: Group, replica: Replica, initial: str) -> None:
     replica.mark()
     if initial == "broadcast":
         return
-    for rank, names in enumerate(group.all_gather_object(differing)):
-        if names:
-            raise DisagreementError(
-                f"ranks differ in initial values: {names[0]!r} on rank {rank} is not rank 0's; "
-                "start from equal values, or pass initial='broadcast'"
-            )
+    everyones = group.all_gather_object(differing)
+    ranks = [rank for rank, names in enumerate(everyones) if names]
+    if ranks:
+        name = everyones[ranks[0]][0]
+        raise DisagreementError(
+            f"ranks differ in initial values: {name!r} on rank {ranks[0]} is not rank 0's; "
+            "start from equal values, or pass initial='broadcast'",
+            what=name,
+            by_rank={rank: ", ".join(everyones[rank]) for rank in ranks},
+            ranks=ranks,
+        )

@@ -18,14 +18,13 @@ from postlocal.errors import ModelChangedError
 from postlocal.meter import Meter, human_bytes, human_seconds
 from postlocal.schedule import RANK, WORLD, Round
 from postlocal.strategies import Strategy
-from postlocal.sync.agreed import Agreed, copy_, put_back
-from postlocal.sync.consistency import check_equal_
-from postlocal.sync.ddp import Local, Reduced
+from postlocal.sync.consistency import Agreed, Held, check_equal_, copy_, put_back
+from postlocal.sync.ddp import DDPHook, UnreducedGradients
 from postlocal.sync.executor import Executor, Moment
-from postlocal.sync.inner_optimizer import Inner
+from postlocal.sync.fragment import Fragment
+from postlocal.sync.inner_optimizer import InnerOptimizers
 from postlocal.sync.parameters import Replica
-from postlocal.sync.status import Vote
-from postlocal.sync.synchronization import Fragment
+from postlocal.sync.status import RankStatus
 from postlocal.sync.timeline import Agree, Event, Timeline
 from postlocal.wire import fp32
 
@@ -46,28 +45,28 @@ class Sync:
         meter: bytes, waiting and drift so far.
         groups: this rank's groups for synchronizations.
         replica: what is synchronized.
-        inner: the user's optimizer.
+        inner: the user's optimizers.
     """
 
     def __init__(
         self,
         strategy: Strategy,
         replica: Replica,
-        inner: Inner,
+        inner: InnerOptimizers,
         groups: LevelGroups,
-        where: Local | Reduced,
+        gradients: UnreducedGradients | DDPHook,
         meter: Meter,
-        parts: Sequence[Fragment],
+        pieces: Sequence[Fragment],
     ) -> None:
         self.strategy = strategy
         self.replica = replica
         self.inner = inner
         self.groups = groups
         self.meter = meter
-        self._gradients = where
+        self._gradients = gradients
         self._agreed = Agreed(replica, keeps_buffers=strategy.anchored)
         self._executor = Executor(
-            strategy, replica, inner, groups, where, meter, parts, self._agreed
+            strategy, replica, inner, groups, gradients, meter, pieces, self._agreed
         )
         first = schedule.planned(strategy.schedule, 0, inner.lr)
         self._timeline = Timeline.new(strategy.fragments, first)
@@ -123,7 +122,7 @@ class Sync:
         return self._agreed.holds(self.steps)
 
     def step(self, *, work: float = 1.0) -> None:
-        """Count one iteration, and apply and send what is due after it.
+        """Count one iteration, and apply and start what is due after it.
 
         To be called on every rank once for each optimizer step that the loop intends, after it;
         also where a GradScaler skipped it, and once for all micro-batches of an accumulation.
@@ -229,7 +228,7 @@ class Sync:
                 self._lent -= 1
 
     def follow_model(self) -> str | None:
-        """Follow what may change in the model and the optimizer; on this rank alone.
+        """Follow what may change in the model and the optimizers; on this rank alone.
 
         Buffers may be assigned anew, tensors move in memory, and parameters of the model join the
         optimizer. `step`, `finish` and `postlocal.checkpoint` call it by themselves.
@@ -271,8 +270,8 @@ class Sync:
         if self._gave_way:
             raise RuntimeError(
                 "the model was attached again since, and two clocks would undo each other: call "
-                "the newer Sync alone; where a model has several optimizers, attach to each "
-                "optimizer's own part of the model"
+                "the newer Sync alone; where a model has several optimizers, pass a list of them "
+                "to one attach"
             )
         if self._lent:
             raise RuntimeError(
@@ -427,7 +426,7 @@ class Sync:
             self._executor.begin(self.steps, self._work)
             for fragment in self._executor.fragments:
                 if fragment.anchor is not None:
-                    fragment.anchor.take()
+                    fragment.anchor.snapshot()
         if self.strategy.anchored:
             shared = {name: tensor.clone() for name, tensor in self.replica.averaged.items()}
             if self.steps:
@@ -450,13 +449,11 @@ class Sync:
             claim = f"they were synchronized after step {self._agreed.step}"
         world, problem, first = self.groups[WORLD], self.follow_model(), self._executor.fragments[0]
         tensors = self.replica.compared if problem is None else first.zeros()
-        world.arrive(self.steps)
-        vote = Vote(step=self.steps, lr=self.inner.lr)
+        world.announce(self.steps)
+        status = RankStatus(step=self.steps, lr=self.inner.lr)
+        held = Held(tensors, self.replica.moving, status, len(first.modules), problem)
         with self.meter.waiting():
-            sent = check_equal_(
-                world, tensors, claim, _ADVICE, vote, len(first.modules), problem,
-                self.replica.moving,
-            )  # fmt: skip
+            sent = check_equal_(world, held, claim, _ADVICE)
         self.meter.count("control", sent)
 
     def _log(self, message: str, *values: object) -> None:

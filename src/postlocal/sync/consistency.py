@@ -1,18 +1,20 @@
-"""That ranks hold equal values where the clock says so: measured by fingerprints, not assumed."""
+"""Whether ranks hold equal values: measured by fingerprints, or noted by each rank for itself."""
 
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from postlocal.comm.agreement import raise_together, ranks_named, same_values_
+from postlocal.comm.agreement import ranks_named, same_values_
 from postlocal.comm.group import Group
-from postlocal.errors import DisagreementError
-from postlocal.sync.status import Ballot, Vote, layout_number
+from postlocal.errors import DisagreementError, ModelChangedError
+from postlocal.sync.parameters import Replica
+from postlocal.sync.status import GroupStatus, RankStatus, gather_status, layout_number
 from postlocal.tensors import flat_view
 
 logger = logging.getLogger("postlocal")
@@ -20,7 +22,7 @@ logger = logging.getLogger("postlocal")
 _COLUMNS = 4096
 _ROUNDING = 1e-3  # of a tensor's norm: more than processors that round differently come to
 _SHOWN = 3
-_NOTHING = Vote()
+_NOTHING = RankStatus()
 
 
 def fingerprint(tensor: Tensor) -> bytes:
@@ -69,32 +71,38 @@ def contents_number(fingerprints: Iterable[bytes]) -> int:
     return int.from_bytes(whole.digest())
 
 
-def check_equal_(
-    group: Group,
-    tensors: Mapping[str, Tensor],
-    claim: str,
-    advice: str,
-    vote: Vote = _NOTHING,
-    modules: int = 0,
-    problem: str | None = None,
-    moving: set[str] | None = None,
-) -> int:
-    """Check that all ranks hold equal values; collective, and one ballot where they do.
+@dataclass
+class Held:
+    """What a rank holds in common with the others, as far as it knows.
+
+    Attributes:
+        tensors: by name, of the same names, shapes and dtypes on all ranks.
+        moving: names of tensors that this rank writes to by itself, which may differ; those of all
+            ranks once they were compared.
+        status: what else this rank says.
+        modules: number of squared norms in the group's `gather_status`: a rank that synchronizes
+            while another compares is then told that their steps differ.
+        problem: what is wrong with the model of this rank, if anything is.
+    """
+
+    tensors: Mapping[str, Tensor]
+    moving: set[str] = field(default_factory=set)
+    status: RankStatus = _NOTHING
+    modules: int = 0
+    problem: str | None = None
+
+
+def check_equal_(group: Group, held: Held, claim: str, advice: str) -> int:
+    """Check that all ranks hold equal values; collective, and one all-gather where they do.
 
     Differences as small as the rounding of unlike processors are removed: every rank takes rank
     0's values, with a warning.
 
     Args:
         group: the ranks that should be equal.
-        tensors: what they should hold in common, by name.
+        held: what this rank holds; its tensors may be written to, and ``moving`` is.
         claim: why they should be equal, for the message: "although ...".
         advice: what usually makes them differ, and the fix.
-        vote: what else this rank says.
-        modules: number of squared norms in ballots of the group: a rank that synchronizes while
-            another compares is then told that their steps differ.
-        problem: what is wrong with the model of this rank, if anything is.
-        moving: names of tensors that this rank writes to by itself, which may differ; those of all
-            ranks afterwards.
 
     Returns:
         Bytes of payload that this rank sent, where values were equal.
@@ -106,40 +114,45 @@ def check_equal_(
             than rounding; it names the first tensors, by how much they differ, and the ranks.
     """
     if group.size == 1:
-        if problem is not None:
-            raise_together(group, problem)
+        if held.problem is not None:
+            raise ModelChangedError(held.problem, ranks=[0])
         return 0
-    prints = {name: fingerprint(tensor) for name, tensor in tensors.items()}
-    moving = set() if moving is None else moving
-    vote = replace(
-        vote,
+    prints = {name: fingerprint(tensor) for name, tensor in held.tensors.items()}
+    status = _gather(group, held, prints)
+    status.check_models(group, held.problem)
+    if not (status.unanimous("fingerprint") and status.unanimous("moving")):
+        held.moving.update(*group.all_gather_object(held.moving))
+        differing = [name for name in _differing(group, prints) if name not in held.moving]
+        if differing:
+            chosen = {name: held.tensors[name] for name in differing}
+            _remove_rounding_(group, chosen, claim, advice)
+    return status.payload_bytes
+
+
+def _gather(group: Group, held: Held, prints: Mapping[str, bytes]) -> GroupStatus:
+    status = replace(
+        held.status,
         fingerprint=contents_number(prints.values()),
-        moving=layout_number(sorted(moving)),
-        changed=problem is not None,
+        moving=layout_number(sorted(held.moving)),
+        changed=held.problem is not None,
     )
-    device = next(iter(tensors.values())).device
-    ballot = Ballot(group, device, vote, [0.0] * modules, problem)
-    ballot.check_models()
-    if ballot.unanimous("fingerprint") and ballot.unanimous("moving"):
-        return ballot.payload_bytes
-    moving.update(*group.all_gather_object(moving))
-    differing = [name for name in _differing(group, prints) if name not in moving]
-    if not differing:
-        return ballot.payload_bytes
-    distances = _distances(group, {name: tensors[name] for name in differing})
+    device = next(iter(held.tensors.values())).device
+    return gather_status(group, device, status, [0.0] * held.modules).wait()
+
+
+def _remove_rounding_(group: Group, tensors: Mapping[str, Tensor], claim: str, advice: str) -> None:
+    """Take rank 0's values of tensors that differ, if they differ by no more than rounding."""
+    distances = _distances(group, tensors)
     worst = max(max(theirs.values()) for theirs in distances)
-    if worst <= _ROUNDING:
-        same_values_(group, {name: tensors[name] for name in differing})
-        if group.rank == 0:
-            logger.warning(
-                "ranks differed by %.1e of a tensor's norm at most although %s, and take rank 0's "
-                "values: processors that round differently do so; otherwise %s",
-                worst, claim, advice,
-            )  # fmt: skip
-        return ballot.payload_bytes
-    raise DisagreementError(
-        f"ranks hold different values although {claim}: {_shown(differing, distances)}; {advice}"
-    )
+    if worst > _ROUNDING:
+        raise _difference(list(tensors), distances, claim, advice)
+    same_values_(group, tensors)
+    if group.rank == 0:
+        logger.warning(
+            "ranks differed by %.1e of a tensor's norm at most although %s, and take rank 0's "
+            "values: processors that round differently do so; otherwise %s",
+            worst, claim, advice,
+        )  # fmt: skip
 
 
 def take_first_(group: Group, tensors: Mapping[str, Tensor], device: torch.device) -> list[str]:
@@ -192,11 +205,96 @@ def _distance(tensor: Tensor, other: Tensor) -> float:
     return 0.0 if apart == 0 else apart / scale if apart < math.inf and scale > 0 else math.inf
 
 
-def _shown(names: Sequence[str], distances: Sequence[Mapping[str, float]]) -> str:
-    parts = []
-    for name in names[:_SHOWN]:
-        ranks = [rank for rank, theirs in enumerate(distances) if theirs[name] > 0]
-        most = max(theirs[name] for theirs in distances)
-        parts.append(f"{name!r} ({ranks_named(ranks)}: {most:.1e} of its norm from rank 0's)")
-    more = len(names) - len(parts)
-    return ", ".join(parts) + (f" and {more} more" if more else "")
+def _difference(
+    names: Sequence[str], distances: Sequence[Mapping[str, float]], claim: str, advice: str
+) -> DisagreementError:
+    """The error of ranks whose tensors differ: the first tensors, how much, and who has them."""
+    shown = [_shown(name, [theirs[name] for theirs in distances]) for name in names[:_SHOWN]]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    apart = {rank: [n for n in names if theirs[n] > 0] for rank, theirs in enumerate(distances)}
+    return DisagreementError(
+        f"ranks hold different values although {claim}: {', '.join(shown)}{more}; {advice}",
+        what=names[0],
+        by_rank={rank: ", ".join(theirs) for rank, theirs in apart.items() if theirs},
+        ranks=[rank for rank, theirs in apart.items() if theirs],
+    )
+
+
+def _shown(name: str, distances: Sequence[float]) -> str:
+    ranks = [rank for rank, distance in enumerate(distances) if distance > 0]
+    return f"{name!r} ({ranks_named(ranks)}: {max(distances):.1e} of its norm from rank 0's)"
+
+
+class Agreed:
+    """When replicas last held equal values, and with which buffers; nothing is sent.
+
+    Args:
+        replica: this rank's.
+        keeps_buffers: whether buffers are kept, to be shown with an anchor.
+
+    Attributes:
+        step: steps taken when replicas last agreed.
+        buffers: copies of their buffers, and of frozen parameters that move, by name; none where
+            they are not kept.
+
+    Example:
+        >>> replica = Replica(torch.nn.Linear(2, 1))
+        >>> agreed = Agreed(replica, keeps_buffers=True)
+        >>> agreed.note(step=4)
+        >>> agreed.holds(step=4), agreed.holds(step=5)
+        (True, False)
+        >>> with torch.no_grad():
+        ...     _ = replica.parameters["bias"].add_(1)
+        >>> agreed.holds(step=4)
+        False
+    """
+
+    def __init__(self, replica: Replica, keeps_buffers: bool) -> None:
+        self._replica = replica
+        self._keeps_buffers = keeps_buffers
+        self.buffers: dict[str, Tensor] = {}
+        self.note(0)
+
+    def note(self, step: int) -> None:
+        """Note that replicas hold equal parameters now, after some steps."""
+        self.step = step
+        self._noted = self.versions()
+
+    def holds(self, step: int) -> bool:
+        """Whether they do after ``step`` steps: no step was taken and no parameter written to."""
+        return step == self.step and self.versions() == self._noted
+
+    def keep(self, buffers: Mapping[str, Tensor]) -> None:
+        """Copy buffers that are equal on all ranks, where they are kept."""
+        if self._keeps_buffers:
+            self.buffers = {name: tensor.clone() for name, tensor in buffers.items()}
+
+    def versions(self) -> int:
+        """A number that changes where a parameter is written to."""
+        return sum(parameter._version for parameter in self._replica.parameters.values())
+
+
+@contextmanager
+def put_back(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """A ``with`` block after which tensors have the values that they had before it.
+
+    Example:
+        >>> tensor = torch.zeros(2)
+        >>> with put_back([tensor]):
+        ...     _ = tensor.fill_(1)
+        >>> tensor
+        tensor([0., 0.])
+    """
+    held = list(tensors)
+    before = [tensor.clone() for tensor in held]
+    try:
+        yield
+    finally:
+        copy_(held, before)
+
+
+def copy_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Give tensors the values of others, outside of autograd."""
+    with torch.no_grad():
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)

@@ -1,4 +1,4 @@
-"""Where gradients meet: a DDP model whose gradients are reduced at the level of the round.
+"""Gradients in a backward pass: a hook of DDP that reduces them at the level of the round.
 
 No `from __future__ import annotations` here: torch checks the hook's annotations by identity.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from postlocal.comm.background import Courier, promise
+from postlocal.comm.background import BackgroundThread, promise
 from postlocal.comm.exiting import drop_done
 from postlocal.comm.group import Group, Processes
 from postlocal.comm.groups import LevelGroups
@@ -24,8 +24,8 @@ from postlocal.schedule import WORLD
 from postlocal.wire import ChunkWire, Staging, Wire, fp32
 
 
-class Local:
-    """Gradients of a model that nothing reduces: they stay on their rank.
+class UnreducedGradients:
+    """Gradients of a model without DDP, which nothing reduces.
 
     Args:
         groups: this rank's groups.
@@ -37,7 +37,7 @@ class Local:
         self._groups = groups
 
     def use(self, level: str) -> None:
-        """Refuse a level at which there is anybody to meet.
+        """Refuse a level with more than this rank.
 
         Raises:
             ValueError: naming the level and the fix.
@@ -50,23 +50,24 @@ class Local:
             )
 
     def check(self) -> None:
-        return None
+        """Nothing to check."""
 
     def close(self) -> None:
-        return None
+        """Nothing to close."""
 
     def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        return None
+        """Nothing to load."""
 
-    def forget(self) -> None:
-        return None
+    def drop_residuals(self) -> None:
+        """Nothing to drop."""
 
 
-class Reduced:
-    """Gradients of a DistributedDataParallel model, reduced by a communication hook of ours.
+class DDPHook:
+    """A communication hook of DistributedDataParallel that reduces gradients as the round says.
 
     In rounds at level ``"rank"`` DDP is told to leave gradients alone, for as long as each of its
     forward passes takes: nothing is copied to buckets, and neither its broadcast of buffers nor its
@@ -74,15 +75,15 @@ class Reduced:
     is DDP's own, bit for bit. Between forward passes all attributes of DDP have the values that
     the user gave them, and `close` takes the hooks away.
 
-    Other wires run beside the backward pass, bucket by bucket. Those that remember something wait
-    for the last bucket and take all gradients at once, in the order of the model's parameters: DDP
+    Other wires run beside the backward pass, bucket by bucket. Those that keep residuals wait for
+    the last bucket and take all gradients at once, in the order of the model's parameters: DDP
     makes its buckets anew after the first backward pass of each process, and blocks of codes that
     lay across other parameters would not resume bit for bit.
 
     Args:
         model: the DDP module; it must have no communication hook yet.
         groups: this rank's groups, for gradients only.
-        wire: how gradients travel.
+        wire: how gradients are sent.
         meter: where bytes and exposed waiting are counted.
         search: groups for DDP's search for unused parameters, where it has one.
     """
@@ -101,17 +102,17 @@ class Reduced:
         self._meter = meter
         self._group: Group = groups[WORLD]
         self._names = {parameter: name for name, parameter in model.module.named_parameters()}
-        staging = Staging()  # one thread runs all exchanges
+        staging = Staging()  # one thread runs all reductions
         self._carriers = {level: wire.open(groups, level, staging) for level in groups.levels}
         self._carrier = self._carriers[WORLD]
         self._reducing = True
         self._at_world = True
         self._kept: dict[str, bool] = {}
-        self._courier = None if wire == fp32() else Courier()
+        self._background = None if wire == fp32() else BackgroundThread()
         self._by_bucket = isinstance(wire, ChunkWire)
         self._waiting: list[_Bucket] = []
         model.register_comm_hook(self, _hook)
-        model._comm_hooks.pop()  # what is in this list travels with copies of the model
+        model._comm_hooks.pop()  # what is in this list is copied with the model
         self._handles = [
             model.register_forward_pre_hook(_Silent(self._before_forward), prepend=True),
             model.register_forward_hook(_Silent(self._after_forward), always_call=True),
@@ -150,23 +151,23 @@ class Reduced:
         self._put_back()
         for handle in self._handles:
             handle.remove()
-        if self._courier is not None:
-            self._courier.close()
+        if self._background is not None:
+            self._background.close()
         drop_done()
         _make_reducer_anew(self._model)
         del self._model  # a Sync that was closed keeps no wrapper alive
 
     def state_dict(self) -> dict[str, Any]:
-        """What the wire remembers, by level and parameter; this rank's own and not copied."""
+        """What the wire keeps, by level and parameter; this rank's own and not copied."""
         return {level: carrier.state_dict() for level, carrier in self._carriers.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; a level that it lacks starts with no memory."""
+        """Go on where `state_dict` was taken; a level that it lacks starts without residuals."""
         for level, carrier in self._carriers.items():
             carrier.load_state_dict(state.get(level, {}))
 
-    def forget(self) -> None:
-        """Drop what was lost of this rank's gradients."""
+    def drop_residuals(self) -> None:
+        """Drop what the wire lost of this rank's gradients."""
         for carrier in self._carriers.values():
             carrier.forget()
 
@@ -177,8 +178,8 @@ class Reduced:
             future = Future[Tensor]()
             future.set_result(buffer)
             return future
-        launch = self._all_reduce if self._courier is None else self._exchange
-        future = launch(bucket)
+        start = self._all_reduce if self._background is None else self._reduce_over_wire
+        future = start(bucket)
         # Nothing is left to compute when the last bucket is handed over: from there on it waits.
         return future.then(self._waited(time.perf_counter())) if bucket.is_last() else future
 
@@ -192,9 +193,9 @@ class Reduced:
         buffer.mul_(1 / size)  # by the reciprocal and before the sum, to round as DDP does
         return group.sum_(buffer)
 
-    def _exchange(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+    def _reduce_over_wire(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         if self._by_bucket:
-            return self._carry(bucket.buffer(), {"bucket": bucket.buffer()})
+            return self._submit(bucket.buffer(), {"bucket": bucket.buffer()})
         if bucket.index() == 0:
             self._waiting.clear()  # a backward pass that failed may have left some
         names = [self._names[parameter] for parameter in bucket.parameters()]
@@ -206,15 +207,15 @@ class Reduced:
         for waiting in self._waiting:
             gradients |= waiting.gradients
         ordered = {name: gradients[name] for name in self._names.values() if name in gradients}
-        return self._carry(bucket.buffer(), ordered)
+        return self._submit(bucket.buffer(), ordered)
 
-    def _carry(self, buffer: Tensor, gradients: Mapping[str, Tensor]) -> Future[Tensor]:
+    def _submit(self, buffer: Tensor, gradients: Mapping[str, Tensor]) -> Future[Tensor]:
         """Send gradients, and promise the last one's bucket and those that wait for it."""
-        assert self._courier is not None
+        assert self._background is not None
         carrier, waiting = self._carrier, list(self._waiting)
         self._waiting.clear()
 
-        def exchange() -> None:
+        def reduce() -> None:
             try:
                 self._meter.count("gradients", carrier.mean_(gradients))
             except Exception as error:
@@ -224,7 +225,7 @@ class Reduced:
             for bucket in waiting:
                 bucket.promise.set_result(bucket.buffer)
 
-        return self._courier.send(buffer, exchange).then(_value)
+        return self._background.submit(buffer, reduce).then(_value)
 
     def _before_forward(self) -> None:
         self._put_back()
@@ -274,15 +275,15 @@ class _Silent:
 
 @dataclass
 class _Bucket:
-    """Gradients that wait for others to travel with them."""
+    """Gradients that wait for others, to be sent with them."""
 
     buffer: Tensor
     gradients: dict[str, Tensor]
     promise: Future[Tensor]
 
 
-def _hook(gradients: Reduced, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
-    return gradients.reduce(bucket)
+def _hook(hook: DDPHook, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+    return hook.reduce(bucket)
 
 
 def _value(done: Future[Tensor]) -> Tensor:

@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 
-from postlocal.comm.background import Courier
+from postlocal.comm.background import BackgroundThread
 from postlocal.comm.groups import LevelGroups
 from postlocal.meter import Meter, SyncRecord
 from postlocal.schedule import RANK, WORLD
 from postlocal.strategies import Strategy
-from postlocal.sync.agreed import Agreed
-from postlocal.sync.ddp import Local, Reduced
+from postlocal.sync.consistency import Agreed
+from postlocal.sync.ddp import DDPHook, UnreducedGradients
 from postlocal.sync.diagnosis import Diagnosis
-from postlocal.sync.inner_optimizer import Inner
+from postlocal.sync.fragment import Fragment, contribute
+from postlocal.sync.inner_optimizer import InnerOptimizers
 from postlocal.sync.parameters import Replica
-from postlocal.sync.status import layout_number
-from postlocal.sync.synchronization import Buffers, Flight, Fragment
+from postlocal.sync.status import RankStatus, layout_number
+from postlocal.sync.synchronization import Buffers, Result, Synchronization, resumed
 from postlocal.sync.timeline import Apply, Average, Event, Restore, Start, Synchronize
 from postlocal.wire import Staging, fp32
 
@@ -51,7 +52,7 @@ class Executor:
     Args:
         strategy: how.
         replica: what is synchronized.
-        inner: the user's optimizer.
+        inner: the user's optimizers.
         groups: of this rank, for synchronizations.
         gradients: how gradients are averaged.
         meter: counts bytes and waiting.
@@ -69,9 +70,9 @@ class Executor:
         self,
         strategy: Strategy,
         replica: Replica,
-        inner: Inner,
+        inner: InnerOptimizers,
         groups: LevelGroups,
-        gradients: Local | Reduced,
+        gradients: UnreducedGradients | DDPHook,
         meter: Meter,
         fragments: Sequence[Fragment],
         agreed: Agreed,
@@ -82,7 +83,7 @@ class Executor:
             for level in groups.levels
             if level not in (RANK, WORLD)
         }
-        self.under_way: dict[int, Flight] = {}
+        self.under_way: dict[int, Synchronization] = {}
         self.drift = math.nan
         self._strategy = strategy
         self._replica = replica
@@ -92,8 +93,8 @@ class Executor:
         self._meter = meter
         self._agreed = agreed
         self._diagnosis = Diagnosis(replica, inner, gradients, agreed, groups[WORLD].rank)
-        self._courier = Courier() if strategy.fragments.delay else None
-        self._hangar = Staging()
+        self._background = BackgroundThread() if strategy.fragments.delay else None
+        self._staging = Staging()
 
     def carry_out(self, event: Event, now: Moment) -> None:
         """Carry out one event.
@@ -120,7 +121,7 @@ class Executor:
         with torch.no_grad():
             for fragment in fragments:
                 if fragment.anchor is not None:
-                    fragment.anchor.give()
+                    fragment.anchor.restore()
 
     def begin(self, step: int, work: float) -> None:
         """Count work from here on, given steps and work so far, at all levels."""
@@ -141,12 +142,12 @@ class Executor:
         while self.under_way:
             synchronization = self.under_way.pop(next(iter(self.under_way)))
             synchronization.wait()
-            synchronization.leave()
+            synchronization.release()
 
     def close(self) -> None:
         """End the background thread, once what is under way is here."""
-        if self._courier is not None:
-            self._courier.close()
+        if self._background is not None:
+            self._background.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Fragments and what is under way, once it has been waited for; nothing is copied."""
@@ -168,23 +169,19 @@ class Executor:
             number = saved["fragment"] or 0
             self.under_way[number] = self._load_under_way(self.fragments[number], saved)
 
-    def _load_under_way(self, fragment: Fragment, state: Mapping[str, Any]) -> Flight:
+    def _load_under_way(self, fragment: Fragment, state: Mapping[str, Any]) -> Synchronization:
         buffers = None if state["buffers"] is None else Buffers(self._replica, apart=True)
-        record = SyncRecord(**state["record"])
-        synchronization = Flight(fragment, record, self._meter, buffers, self._hangar)
-        synchronization.load_state_dict(state)
-        return synchronization
+        return resumed(fragment, state, self._meter, buffers, self._staging)
 
     def _synchronize(self, fragment: Fragment, mix: float, now: Moment) -> None:
-        """Send a fragment and apply the result at once."""
+        """Synchronize a fragment and apply the result at once."""
         if fragment.group.size == 1 and fragment.anchor is None:
             return
-        synchronization = self._prepare(fragment, now, apart=mix > 0)
         with self._diagnosis.own_writes():
+            synchronization = self._prepare(fragment, now, apart=mix > 0)
             try:
                 with torch.no_grad(), self._meter.waiting(synchronization.record):
-                    self._load(synchronization, now)
-                    synchronization.exchange()
+                    synchronization.start()
                 self._apply(synchronization, mix, now)
             except Exception:
                 if synchronization.in_place:
@@ -192,50 +189,48 @@ class Executor:
                 raise
 
     def _start(self, number: int, now: Moment) -> None:
-        """Send a fragment on the background thread; the result is applied later."""
-        assert self._courier is not None
-        keep = self._strategy.fragments.keep_delayed_steps
-        synchronization = self._prepare(self.fragments[number], now, apart=True, keep=keep)
+        """Start to synchronize a fragment, whose result is applied later."""
+        assert self._background is not None
+        keeps_moves = self._strategy.fragments.keep_delayed_steps
+        fragment = self.fragments[number]
+        synchronization = self._prepare(fragment, now, apart=True, keeps_moves=keeps_moves)
         with torch.no_grad(), self._meter.waiting(synchronization.record):
-            self._load(synchronization, now)
-            synchronization.exchange_beside(self._courier)
+            synchronization.start(self._background)
         self.under_way[number] = synchronization
 
-    def _prepare(self, fragment: Fragment, now: Moment, apart: bool, keep: bool = False) -> Flight:
-        last = fragment.number in (None, len(self.fragments) - 1)
-        problem = self._replica.refresh() or self._inner.refresh()
-        return Flight(
-            fragment,
-            SyncRecord(now.step, fragment.level, fragment.number),
-            self._meter,
-            Buffers(self._replica, apart) if last else None,
-            self._hangar if apart else None,
-            keep,
-            problem,
-        )
+    def _prepare(
+        self, fragment: Fragment, now: Moment, apart: bool, keeps_moves: bool = False
+    ) -> Synchronization:
+        """Take what this rank sends of a fragment, and what it says of itself."""
+        record = SyncRecord(now.step, fragment.level, fragment.number)
+        with torch.no_grad(), self._meter.waiting(record):
+            last = fragment.number in (None, len(self.fragments) - 1)
+            problem = self._replica.refresh() or self._inner.refresh()
+            buffers = Buffers(self._replica, apart) if last else None
+            self._groups[WORLD].announce(now.step)
+            work = fragment.work(now.step, now.work)
+            fragment.begin(now.step, now.work)
+            if buffers is not None:
+                self._begin_narrower(fragment.level, now)
+            status = self._status(fragment, work, now)
+            self._diagnosis.check_optimizers()
+            staging = self._staging if apart else None
+            contribution = contribute(fragment, staging, keeps_moves, problem)
+        return Synchronization(fragment, contribution, status, record, self._meter, buffers)
 
-    def _load(self, synchronization: Flight, now: Moment) -> None:
-        """Take this rank's contribution, and what it tells the others."""
-        fragment = synchronization.fragment
-        self._groups[WORLD].arrive(now.step)
-        work = fragment.work(now.step, now.work)
-        fragment.begin(now.step, now.work)
-        if synchronization.buffers is not None:
-            self._begin_narrower(fragment.level, now)
-        contents = self._diagnosis.contents(fragment, now.local)
-        self._diagnosis.check_optimizer()
-        synchronization.load()
+    def _status(self, fragment: Fragment, work: float, now: Moment) -> RankStatus:
+        """What this rank says beside its contribution to a synchronization."""
         averages = self._strategy.optimizer_state == "average"
-        synchronization.vote(
-            buffers_finite=not self._replica.has_nan_buffer(),
+        return RankStatus(
+            buffer_weight=fragment.guard.weight(not self._replica.has_nan_buffer()),
             work=work,
             step=now.step,
             planned=now.planned,
-            fingerprint=contents,
-            moving=layout_number(sorted(self._replica.moving)),
             lr=self._inner.lr,
             inner_lr=now.inner_lr,
             layout=self._inner.layout() if averages else 0,
+            moving=layout_number(sorted(self._replica.moving)),
+            fingerprint=self._diagnosis.contents(fragment, now.local),
         )
 
     def _begin_narrower(self, level: str, now: Moment) -> None:
@@ -244,37 +239,37 @@ class Executor:
         for narrower in levels[1 : levels.index(level)]:
             self.narrow[narrower].begin(now.step, now.work)
 
-    def _apply_late(self, synchronization: Flight, mix: float, now: Moment) -> None:
+    def _apply_late(self, synchronization: Synchronization, mix: float, now: Moment) -> None:
         """Apply a result some steps after its fragment was sent."""
         if synchronization.record.step != now.step:
             self._replica.refresh()  # a change that cannot be followed is told at the next start
         with self._diagnosis.own_writes():
             self._apply(synchronization, mix, now)
 
-    def _apply(self, synchronization: Flight, mix: float, now: Moment) -> None:
+    def _apply(self, synchronization: Synchronization, mix: float, now: Moment) -> None:
         record = synchronization.record
         with torch.no_grad(), self._meter.waiting(record):
-            synchronization.land(now.step, mix)
+            result = synchronization.apply(now.step, mix)
             if synchronization.buffers is not None:
                 if record.level == WORLD:
                     self._agreed.keep(synchronization.buffers.tensors)
-                self._update_optimizer(synchronization)
-            if not synchronization.finite:
+                self._update_optimizer_state(synchronization, result)
+            if not result.finite:
                 self._recover(record.level)
         self.drift = record.drift
-        self._diagnosis.check_replicas(synchronization)
+        self._diagnosis.check_replicas(record, result.status)
         self._meter.close(record)
         if self._groups[WORLD].rank == 0:
             logger.debug("synchronized: %s", record)
 
-    def _update_optimizer(self, synchronization: Flight) -> None:
-        """Keep, average or reset the state of the inner optimizer."""
+    def _update_optimizer_state(self, synchronization: Synchronization, result: Result) -> None:
+        """Keep, average or reset the state of the inner optimizers."""
         match self._strategy.optimizer_state:
             case "reset":
                 self._inner.reset()
             case "average":
-                weight, divisor = synchronization.shares()
-                unanimous = synchronization.ballot.unanimous("layout")
+                weight, divisor = result.shares()
+                unanimous = result.status.unanimous("layout")
                 group = synchronization.fragment.group
                 sent = self._inner.average_(group, weight, lambda: divisor, unanimous)
                 self._meter.count("optimizer", sent, synchronization.record)
@@ -287,5 +282,5 @@ class Executor:
             self.restore(*self.fragments)  # also those that are sent later in the round
             for other in self.under_way.values():
                 other.restart_moves()
-        self._inner.heal()
-        self._gradients.forget()
+        self._inner.zero_nonfinite_()
+        self._gradients.drop_residuals()

@@ -1,105 +1,214 @@
-"""The inner optimizer, the user's: its learning rate, and its state at a synchronization."""
+"""The inner optimizers, the user's: learning rate, and state at a synchronization."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from postlocal.checks import shown
 from postlocal.comm.group import Group
 from postlocal.sync.parameters import Replica
 from postlocal.sync.status import layout_number
-from postlocal.sync.wrappers import innermost
+from postlocal.sync.supported_wrappers import check_optimizer, innermost
 from postlocal.tensors import weigh_
 from postlocal.wire import Divisor, fp32, maximum_, mean_
 
 _FIX = "call sync.finish() and sync.close() before such a change, and attach again after it"
 
 
-class Inner:
-    """View of an optimizer by the names of a replica's parameters.
-
-    Args:
-        optimizer: the user's.
-        replica: the parameters that are synchronized.
+def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
+    """The optimizers that a caller means by one, or by a list of them.
 
     Raises:
-        ValueError: if it holds none of them, or parameters of other modules.
+        TypeError: if it is neither, or one of them reduces or shards by itself.
+        ValueError: if the list is empty.
+
+    Example:
+        >>> as_optimizers([])
+        Traceback (most recent call last):
+        ValueError: optimizer must be one, or a list of at least one, got []
+    """
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        check_optimizer(given)
+        return (cast(Optimizer, given),)
+    if not given:
+        raise ValueError(f"optimizer must be one, or a list of at least one, got {shown(given)}")
+    for name, optimizer in zip(_names(given), given, strict=True):
+        check_optimizer(optimizer, name)
+    return tuple(given)
+
+
+def _names(optimizers: Sequence[object]) -> list[str]:
+    """What messages call each of some optimizers."""
+    if len(optimizers) == 1:
+        return ["optimizer"]
+    return [f"optimizer[{number}]" for number in range(len(optimizers))]
+
+
+class InnerOptimizers:
+    """View of the user's optimizers by the names of a replica's parameters.
+
+    Args:
+        optimizers: the user's; each parameter is held by one of them, or by none.
+        replica: the parameters that are synchronized.
+
+    Attributes:
+        optimizers: as given.
+
+    Raises:
+        ValueError: if one of them holds no parameter of the replica, parameters of other modules,
+            or one that another of them holds too.
     """
 
-    def __init__(self, optimizer: Optimizer, replica: Replica) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizers: Sequence[Optimizer], replica: Replica) -> None:
+        self.optimizers = tuple(optimizers)
+        self._names = _names(self.optimizers)
         self._replica = replica
         self._held = self._ids()
-        self._parameters = self._known(self._held)
-        if not self._parameters:
-            raise ValueError(
-                "optimizer must hold parameters of model, got one that holds none of them: make it "
-                "from model.parameters()"
-            )
-        if strangers := self._strangers(self._held):
-            raise ValueError(f"optimizer must hold parameters of model only, {strangers}")
-        self._calls: int | None = None
-        self._seen: object = None
-        self._hook: RemovableHandle | None = None
+        for name, optimizer, held in zip(self._names, self.optimizers, self._held, strict=True):
+            if not self._known(held):
+                raise ValueError(
+                    f"{name} must hold parameters of model, got one that holds none of them: make "
+                    "it from model.parameters()"
+                )
+            if strangers := self._strangers(optimizer):
+                raise ValueError(f"{name} must hold parameters of model only, {strangers}")
+        if problem := self._shared():
+            raise ValueError(problem)
+        self._parameters = self._all_known()
+        self._watches = [_Watch(optimizer) for optimizer in self.optimizers]
+        self._written = self.versions()
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The first of the optimizers."""
+        return self.optimizers[0]
 
     def watch(self) -> None:
-        """Count the optimizer's steps from here on, until `close`; see `worked`."""
-        register = getattr(innermost(self.optimizer), "register_step_post_hook", None)
-        if register is not None:
-            self._calls = 0
-            self._hook = register(self._count_call)
-        self.worked()
+        """Count steps of the optimizers from here on, until `close`; see `idle`."""
+        for watch in self._watches:
+            watch.open()
+        self.idle()
 
-    def worked(self) -> bool:
-        """Whether the optimizer took a step since this was asked before, as far as can be seen."""
-        before, self._seen = self._seen, (self._calls, [t._version for _, _, t in self._state()])
-        return self._calls is None or before != self._seen
+    def idle(self) -> list[str]:
+        """Optimizers that took no step, and yet their parameters were written to.
+
+        Both are of the time since this was asked before, as far as can be seen, and in the words
+        of messages. What this clock writes is left out by `disregard`.
+        """
+        before, self._written = self._written, self.versions()
+        written = [now != then for now, then in zip(self._written, before, strict=True)]
+        worked = [
+            watch.worked([tensor for _, _, tensor in self._state_of(number)])
+            for number, watch in enumerate(self._watches)
+        ]
+        found = zip(self._names, written, worked, strict=True)
+        return [name for name, wrote, stepped in found if wrote and not stepped]
+
+    def versions(self) -> list[int]:
+        """For each optimizer, a number that changes where one of its parameters is written to.
+
+        Where there is but one, all parameters are taken for its own.
+        """
+        if len(self._held) == 1:
+            return [_versions(self._replica.parameters)]
+        return [_versions(self._known(held)) for held in self._held]
+
+    def disregard(self, since: Sequence[int] | None = None) -> None:
+        """Take what was written to parameters as written by this clock; see `idle`.
+
+        Args:
+            since: `versions` before it was; None: all that was written so far.
+        """
+        now = self.versions()
+        if since is None:
+            self._written = now
+        else:
+            writes = zip(self._written, now, since, strict=True)
+            self._written = [known + new - old for known, new, old in writes]
 
     def close(self) -> None:
-        """Leave the optimizer as it was before."""
-        if self._hook is not None:
-            self._hook.remove()
-
-    def _count_call(self, *_: object) -> None:
-        assert self._calls is not None
-        self._calls += 1
+        """Leave the optimizers as they were before."""
+        for watch in self._watches:
+            watch.close()
 
     def __str__(self) -> str:
-        held, total = len(self._parameters), len(self._replica.parameters)
-        return f"{type(self.optimizer).__name__} of {held} of the {total} parameters"
+        total = len(self._replica.parameters)
+        each = [
+            f"{type(optimizer).__name__} of {len(self._known(held))}"
+            for optimizer, held in zip(self.optimizers, self._held, strict=True)
+        ]
+        return f"{' and '.join(each)} of the {total} parameters"
 
     def refresh(self) -> str | None:
-        """Follow parameters that were added to the optimizer, if the model has them.
+        """Follow parameters that were added to an optimizer, if the model has them.
 
         Returns:
             None; or, in words, a change that cannot be followed, and the fix.
         """
-        held = self._ids()
-        if held == self._held:
+        before, held = self._held, self._ids()
+        if held == before:
             return None
-        if strangers := self._strangers(held):
-            return f"optimizer must hold parameters of model only, {strangers}"
-        known = self._known(held)
-        if lost := [name for name in self._parameters if name not in known]:
-            return f"optimizer held parameter {lost[0]!r} at attach and does not any more; {_FIX}"
-        self._held, self._parameters = held, known
+        for name, optimizer, old, new in zip(
+            self._names, self.optimizers, before, held, strict=True
+        ):
+            if strangers := self._strangers(optimizer):
+                return f"{name} must hold parameters of model only, {strangers}"
+            known = self._known(new)
+            if lost := [parameter for parameter in self._known(old) if parameter not in known]:
+                return f"{name} held parameter {lost[0]!r} at attach and does not any more; {_FIX}"
+        if problem := self._shared():
+            return problem
+        written = [new - old for new, old in zip(self.versions(), self._written, strict=True)]
+        self._held = held
+        self._parameters = self._all_known()
+        self._written = [new - by for new, by in zip(self.versions(), written, strict=True)]
         return None
 
-    def _ids(self) -> list[int]:
-        return [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+    def _ids(self) -> list[list[int]]:
+        """What parameters each optimizer holds."""
+        return [
+            [id(p) for group in optimizer.param_groups for p in group["params"]]
+            for optimizer in self.optimizers
+        ]
 
     def _known(self, held: Sequence[int]) -> dict[str, Tensor]:
         chosen = set(held)
         return {n: p for n, p in self._replica.parameters.items() if id(p) in chosen}
 
-    def _strangers(self, held: Sequence[int]) -> str | None:
+    def _all_known(self) -> dict[str, tuple[Tensor, Optimizer]]:
+        """Parameters that an optimizer holds, with it, in the order of the replica."""
+        owner = {
+            key: optimizer
+            for optimizer, held in zip(self.optimizers, self._held, strict=True)
+            for key in held
+        }
+        parameters = self._replica.parameters.items()
+        return {n: (p, owner[id(p)]) for n, p in parameters if id(p) in owner}
+
+    def _shared(self) -> str | None:
+        """A parameter that two optimizers hold, in words."""
+        owner: dict[int, str] = {}
+        for name, held in zip(self._names, self._ids(), strict=True):
+            for key in set(held):
+                if key in owner:
+                    both = next(iter(self._known([key])), "that is not trained")
+                    return (
+                        f"optimizers must hold parameters of their own, and {owner[key]} and "
+                        f"{name} both hold {both!r}: give each parameter to one of them"
+                    )
+                owner[key] = name
+        return None
+
+    def _strangers(self, optimizer: Optimizer) -> str | None:
         """Parameters that the model does not have, in words."""
         known = {id(tensor) for tensor in self._replica.every_parameter()}
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
         shapes = [tuple(p.shape) for p in params if id(p) not in known]
         if not shapes:
             return None
@@ -111,8 +220,9 @@ class Inner:
 
     @property
     def lr(self) -> float:
-        """The greatest learning rate of the parameter groups; NaN where none has a number."""
-        given = (group.get("lr") for group in self.optimizer.param_groups)
+        """The greatest learning rate of all parameter groups; NaN where none has a number."""
+        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
+        given = (group.get("lr") for group in groups)
         known = [float(lr) for lr in given if isinstance(lr, Real | Tensor)]
         return max(known, default=math.nan)
 
@@ -133,10 +243,11 @@ class Inner:
         return layout_number(self.describe())
 
     def reset(self) -> None:
-        """Forget all state, as a new optimizer would."""
-        self.optimizer.state.clear()
+        """Drop all state, as new optimizers would start."""
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
 
-    def heal(self) -> None:
+    def zero_nonfinite_(self) -> None:
         """Zero every tensor of the state that holds infinities or NaN."""
         for _, _, tensor in self._state():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -167,18 +278,69 @@ class Inner:
         return sent + maximum_(counters, group, moments[0].device if moments else None)
 
     def _state(self) -> Iterator[tuple[str, str, Tensor]]:
-        for name, parameter in self._parameters.items():
-            state = self.optimizer.state.get(parameter, {})
-            for key in sorted(state):
-                if isinstance(state[key], Tensor):
-                    yield name, key, state[key]
+        for name, (parameter, optimizer) in self._parameters.items():
+            yield from _tensors_of(name, optimizer.state.get(parameter, {}))
+
+    def _state_of(self, number: int) -> Iterator[tuple[str, str, Tensor]]:
+        """The same of one optimizer."""
+        for name, parameter in self._known(self._held[number]).items():
+            yield from _tensors_of(name, self.optimizers[number].state.get(parameter, {}))
 
     def _complete(self, group: Group) -> None:
         lines = {line for theirs in group.all_gather_object(self.describe()) for line in theirs}
         for line in lines.difference(self.describe()):
             name, key, shape, dtype = line.rsplit("|", 3)
-            parameter = self._parameters[name]
+            parameter, optimizer = self._parameters[name]
             lengths = [int(length) for length in shape.strip("()").split(",") if length.strip()]
             device = parameter.device if lengths else torch.device("cpu")
             zeros = torch.zeros(lengths, dtype=getattr(torch, dtype), device=device)
-            self.optimizer.state[parameter][key] = zeros
+            optimizer.state[parameter][key] = zeros
+
+
+def _versions(parameters: Mapping[str, Tensor]) -> int:
+    return sum(parameter._version for parameter in parameters.values())
+
+
+def _tensors_of(name: str, state: Mapping[str, Any]) -> Iterator[tuple[str, str, Tensor]]:
+    for key in sorted(state):
+        if isinstance(state[key], Tensor):
+            yield name, key, state[key]
+
+
+class _Watch:
+    """Counts the steps of an optimizer, where it has a hook for that.
+
+    Args:
+        optimizer: the user's.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._calls: int | None = None
+        self._seen: object = None
+        self._hook: RemovableHandle | None = None
+
+    def open(self) -> None:
+        """Count from here on."""
+        register = getattr(innermost(self._optimizer), "register_step_post_hook", None)
+        if register is not None:
+            self._calls = 0
+            self._hook = register(self._count)
+
+    def worked(self, state: Sequence[Tensor]) -> bool:
+        """Whether the optimizer took a step since this was asked before, as far as can be seen.
+
+        Args:
+            state: tensors of its state, which a step that calls no hook may write to.
+        """
+        before, self._seen = self._seen, (self._calls, [tensor._version for tensor in state])
+        return self._calls is None or before != self._seen
+
+    def close(self) -> None:
+        """Count no more."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _count(self, *_: object) -> None:
+        assert self._calls is not None
+        self._calls += 1

@@ -6,8 +6,8 @@ from itertools import chain, pairwise
 import torch
 from torch import Tensor, nn
 
-from postlocal.sync import kinds
-from postlocal.sync.wrappers import ignored, unwrap
+from postlocal.sync import supported_tensors
+from postlocal.sync.supported_wrappers import ignored, unwrap
 from postlocal.tensors import flat_view
 
 
@@ -31,12 +31,12 @@ class Replica:
 
     Raises:
         ValueError: if nothing requires grad, or tensors overlap in memory without being the same.
-        TypeError: if a parameter or a buffer is of a kind that `postlocal.sync.kinds` refuses.
+        TypeError: if a parameter or a buffer is one that `supported_tensors.check` refuses.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.module = unwrap(model)
-        kinds.check(self.module)
+        supported_tensors.check(self.module)
         self._ignored = ignored(model)
         parameters = self._named_parameters()
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from postlocal.comm.agreement import raise_together
-from postlocal.comm.group import Group
-from postlocal.errors import DisagreementError
+from postlocal.comm.agreement import Failures, together
+from postlocal.comm.group import Group, Work
+from postlocal.errors import DisagreementError, ModelChangedError
 
 
 def layout_number(lines: Sequence[str]) -> int:
@@ -25,8 +25,8 @@ def layout_number(lines: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
-class Vote:
-    """What one rank says.
+class RankStatus:
+    """What one rank says of itself.
 
     Attributes:
         weight: of its contribution in the mean.
@@ -57,75 +57,30 @@ class Vote:
     changed: bool = False
 
 
-_FIELDS = tuple(field.name for field in fields(Vote))
+_FIELDS = tuple(field.name for field in fields(RankStatus))
 
 
-class Ballot:
-    """One row of numbers a rank, exchanged while the tensors travel.
+@dataclass(frozen=True)
+class GroupStatus:
+    """What all ranks of a group said.
 
-    Args:
-        group: who synchronizes.
-        device: where collectives of the group take tensors from.
-        vote: what this rank says.
-        squares: squared norms of this rank's contribution, module by module; as many on all ranks.
-        problem: what makes a `Vote` say ``changed``, in words.
+    Attributes:
+        rows: one row a rank: the fields of `RankStatus`, then the squared norms of its
+            contribution, module by module; fp64, shape ``(ranks, fields + modules)``.
+        rank: this rank's row.
     """
 
-    def __init__(
-        self,
-        group: Group,
-        device: torch.device,
-        vote: Vote,
-        squares: Sequence[float] = (),
-        problem: str | None = None,
-    ) -> None:
-        self.vote = vote
-        self._group = group
-        self._problem = problem
-        self._size = group.size
-        row = torch.tensor([*map(float, astuple(vote)), *squares], dtype=torch.float64)
-        self._output = torch.empty(group.size * len(row), dtype=torch.float64, device=device)
-        self._work = group.all_gather(self._output, row.to(device))
-        self._rows: Tensor | None = None
-        self.payload_bytes = row.nbytes * (group.size - 1)
+    rows: Tensor
+    rank: int
 
-    @classmethod
-    def counted(cls, rows: Tensor, rank: int) -> "Ballot":
-        """A ballot that was waited for, as rank ``rank`` of the group saw it."""
-        ballot = cls.__new__(cls)
-        ballot._rows = rows
-        ballot._size = len(rows)
-        ballot.payload_bytes = rows[0].nbytes * (len(rows) - 1)
-        said = dict(zip(_FIELDS, rows[rank].tolist(), strict=False))
-        kinds = {field.name: field.type for field in fields(Vote)}
-        ballot.vote = Vote(**{name: kinds[name](value) for name, value in said.items()})  # type: ignore[operator]
-        return ballot
+    def own(self, item: str) -> float:
+        """What this rank said of an item of its `RankStatus`."""
+        return float(self._column(item)[self.rank])
 
-    def wait(self) -> Tensor:
-        """All that was said, one row a rank, fp64.
-
-        Raises:
-            PeerError: if a rank did not take part in time.
-            DisagreementError: if ranks are at different steps, or plan different rounds.
-        """
-        if self._rows is None:
-            self._work.wait()
-            rows = self._output.cpu().view(self._size, -1)
-            _check_clocks(rows)
-            self._rows = rows
-        return self._rows
-
-    def check_models(self) -> None:
-        """Check that no rank says ``changed``; collective where one does.
-
-        All ranks call it after the same collectives of the group: some wait for a ballot before
-        they send tensors, and others after.
-
-        Raises:
-            ModelChangedError: on every rank, if a model or an optimizer cannot be synchronized.
-        """
-        if self._column("changed").any():
-            raise_together(self._group, self._problem)
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of payload that this rank sent."""
+        return self.rows[0].nbytes * (len(self.rows) - 1)
 
     @property
     def finite(self) -> Tensor:
@@ -145,40 +100,122 @@ class Ballot:
     @property
     def squares(self) -> Tensor:
         """Squared norms of contributions, shape ``(ranks, modules)``, fp64."""
-        return self.wait()[:, len(_FIELDS) :]
+        return self.rows[:, len(_FIELDS) :]
 
     @property
     def inner_lr(self) -> float:
-        """The greatest `Vote.inner_lr`, so that all ranks take the same outer step."""
+        """The greatest `RankStatus.inner_lr`, so that all ranks take the same outer step."""
         return float(self._column("inner_lr").max())
 
     def buffer_weights(self) -> tuple[float, float]:
         """This rank's buffers' weight and the sum of all; all are 1 where none is above 0."""
-        total = float(self._column("buffer_weight").sum())
-        return (self.vote.buffer_weight, total) if total else (1.0, float(self._size))
+        weights = self._column("buffer_weight")
+        total = float(weights.sum())
+        return (float(weights[self.rank]), total) if total else (1.0, float(len(self.rows)))
 
     def unanimous(self, item: Literal["layout", "moving", "fingerprint"]) -> bool:
-        """Whether all ranks say the same of an item of their `Vote`."""
-        return _odd_one(self._column(item)) is None
+        """Whether all ranks say the same of an item of their `RankStatus`."""
+        return not _odd_ranks(self._column(item))
+
+    def check_models(self, group: Group, problem: str | None) -> None:
+        """Check that no rank says ``changed``; collective where one does.
+
+        All ranks call it after the same collectives of the group: some wait for the status before
+        they send tensors, and others after.
+
+        Args:
+            group: the ranks that said it.
+            problem: what makes this rank say ``changed``, in words.
+
+        Raises:
+            ModelChangedError: on every rank, if a model or an optimizer cannot be synchronized.
+        """
+        if self._column("changed").any():
+            with together(group, _models_changed):
+                if problem is not None:
+                    raise ModelChangedError(problem)
 
     def _column(self, name: str) -> Tensor:
-        return self.wait()[:, _FIELDS.index(name)]
+        return self.rows[:, _FIELDS.index(name)]
+
+
+def _models_changed(failures: Failures, words: str) -> ModelChangedError:
+    return ModelChangedError(words, ranks=failures)
+
+
+class PendingStatus:
+    """The status of a group on its way; see `gather_status`."""
+
+    def __init__(self, work: Work, output: Tensor, group: Group) -> None:
+        self._work = work
+        self._output = output
+        self._group = group
+        self._status: GroupStatus | None = None
+
+    def wait(self) -> GroupStatus:
+        """What all ranks said.
+
+        Raises:
+            PeerError: if a rank did not take part in time.
+            DisagreementError: if ranks are at different steps, or plan different rounds.
+        """
+        if self._status is None:
+            self._work.wait()
+            rows = self._output.cpu().view(self._group.size, -1)
+            _check_clocks(rows)
+            self._status = GroupStatus(rows, self._group.rank)
+        return self._status
+
+
+def gather_status(
+    group: Group, device: torch.device, status: RankStatus, squares: Sequence[float] = ()
+) -> PendingStatus:
+    """Start to tell all ranks of a group what each says of itself; one small all-gather.
+
+    Args:
+        group: the ranks; collective.
+        device: where collectives of the group take tensors from.
+        status: what this rank says.
+        squares: squared norms of this rank's contribution, module by module; as many on all ranks.
+
+    Example:
+        >>> from postlocal.comm.group import Alone
+        >>> said = gather_status(Alone(), torch.device("cpu"), RankStatus(step=8)).wait()
+        >>> said.own("step"), said.unanimous("layout"), said.payload_bytes
+        (8.0, True, 0)
+    """
+    row = torch.tensor([*map(float, astuple(status)), *squares], dtype=torch.float64)
+    output = torch.empty(group.size * len(row), dtype=torch.float64, device=device)
+    return PendingStatus(group.all_gather(output, row.to(device)), output, group)
 
 
 def _check_clocks(rows: Tensor) -> None:
     steps, planned, lrs = (rows[:, _FIELDS.index(name)] for name in ("step", "planned", "lr"))
-    if (rank := _odd_one(steps)) is not None:
+    if ranks := _odd_ranks(steps):
+        rank = ranks[0]
         raise DisagreementError(
             f"ranks are not at the same step: rank {rank} of the group has taken "
             f"{steps[rank]:.0f} steps, rank 0 {steps[0]:.0f}; count each "
             "iteration once on every rank (sync.step(), or that of the averager), also where "
-            "the optimizer was skipped"
+            "the optimizer was skipped",
+            what="steps",
+            by_rank={number: f"{taken:.0f}" for number, taken in enumerate(steps.tolist())},
+            ranks=ranks,
         )
-    if (rank := _odd_one(planned)) is not None:
+    if ranks := _odd_ranks(planned):
+        rank = ranks[0]
         raise DisagreementError(
             f"ranks plan different rounds: rank {rank} of the group {planned[rank]:.0f} steps "
             f"at learning rate {lrs[rank]:g}, rank 0 {planned[0]:.0f} steps at {lrs[0]:g}; "
-            "the schedule follows the learning rate, which must be the same on every rank"
+            "the schedule follows the learning rate, which must be the same on every rank",
+            what="planned round",
+            by_rank={
+                number: f"{theirs:.0f} steps at learning rate {lr:g}"
+                for number, (theirs, lr) in enumerate(
+                    zip(planned.tolist(), lrs.tolist(), strict=True)
+                )
+            },
+            ranks=ranks,
         )
 
 
@@ -190,7 +227,7 @@ def shares(weights: Tensor) -> tuple[Tensor, float]:
 
     Where nobody's weight is 1 they are scaled, so that the greatest is: equal contributions of
     equal weights then stay as they are, in any precision. One that hardly counts does not at all:
-    what a lossy wire owes would be spent where nobody sees it.
+    the residual of a lossy wire would be sent where nobody sees it.
 
     Args:
         weights: of all ranks, shape ``(ranks,)``, fp64.
@@ -205,6 +242,7 @@ def shares(weights: Tensor) -> tuple[Tensor, float]:
     return scaled, float(scaled.sum()) or 1.0  # where all are 0, so is the sum of contributions
 
 
-def _odd_one(column: Tensor) -> int | None:
-    differing = (column != column[0]).nonzero().flatten().tolist()
-    return differing[0] if differing else None
+def _odd_ranks(column: Tensor) -> list[int]:
+    """The ranks that say something else than rank 0."""
+    differing: list[int] = (column != column[0]).nonzero().flatten().tolist()
+    return differing

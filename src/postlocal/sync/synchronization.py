@@ -1,26 +1,26 @@
-"""One synchronization of some parameters: launched, carried out, and landed."""
+"""One synchronization of a fragment: started, and applied at once or some steps later."""
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.futures import Future
 
-from postlocal.comm.background import Courier
+from postlocal.comm.background import BackgroundThread
 from postlocal.comm.group import Group
 from postlocal.errors import NonFiniteError, PeerError
-from postlocal.guard import Jury
 from postlocal.meter import Meter, SyncRecord
 from postlocal.schedule import WORLD
-from postlocal.strategies import Strategy
 from postlocal.sync.anchor import Anchor
+from postlocal.sync.fragment import Contribution, Fragment, named, staged
 from postlocal.sync.parameters import Replica, floats, others
-from postlocal.sync.status import Ballot, Vote, shares
-from postlocal.tensors import all_finite, squared_norm, weigh_
-from postlocal.wire import Carrier, Divisor, Staging, fp32, maximum_, mean_
+from postlocal.sync.status import GroupStatus, PendingStatus, RankStatus, gather_status, shares
+from postlocal.tensors import squared_norm, weigh_
+from postlocal.wire import Divisor, Staging, fp32, maximum_, mean_
 
 logger = logging.getLogger("postlocal")
 
@@ -28,128 +28,35 @@ logger = logging.getLogger("postlocal")
 _IDLE = 1e-9
 
 
-class Fragment:
-    """Parameters that are synchronized together, and what stays between synchronizations.
-
-    Args:
-        parameters: by name; they are changed in place.
-        level: with whom they are synchronized.
-        carrier: how they travel, and with whom.
-        strategy: its guard weighs contributions, and its outer optimizer moves the anchor, if
-            there is one at this level.
-        modules: names of the parameters, in groups that the guard may judge one by one.
-        number: from 0; None where there is but one fragment.
-
-    Attributes:
-        device: of the parameters when this was made, which collectives take tensors from.
-    """
-
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        level: str,
-        carrier: Carrier,
-        strategy: Strategy,
-        modules: Sequence[Sequence[str]] = (),
-        number: int | None = None,
-    ) -> None:
-        self._trained = dict(parameters)
-        self._likes = [torch.empty_like(tensor, device="meta") for tensor in parameters.values()]
-        self.device = next(iter(parameters.values())).device
-        self.level = level
-        self.carrier = carrier
-        self.number = number
-        self.guard = strategy.guard
-        self.anchor: Anchor | None = None
-        self.jury: Jury | None = None
-        if strategy.anchored and level == WORLD:
-            self.anchor = Anchor(parameters, strategy.outer)
-            self.jury = strategy.guard.jury(carrier.group.size, len(modules))
-        self.modules = [tuple(parameters)] if self.jury is None else [*map(tuple, modules)]
-        self._since = (0, 0.0)
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """The parameters where they lie now, in the order in which they travel."""
-        return {name: parameter.detach() for name, parameter in self._trained.items()}
-
-    def zeros(self) -> dict[str, Tensor]:
-        """What a rank sends whose parameters are not what they were: zeros, as others expect."""
-        likes = self._likes if self.anchor is None else list(self.anchor.tensors.values())
-        zeros = (torch.zeros_like(like, device=self.device) for like in likes)
-        return dict(zip(self._trained, zeros, strict=True))
-
-    @property
-    def group(self) -> Group:
-        """Who takes part."""
-        return self.carrier.group
-
-    @property
-    def since(self) -> int:
-        """Steps of the clock at which work began to count: at the last launch, as a rule."""
-        return self._since[0]
-
-    def begin(self, steps: int, work: float) -> None:
-        """Count work from here on, given steps and work of the clock so far."""
-        self._since = (steps, work)
-
-    def work(self, steps: int, work: float) -> float:
-        """Share of the steps since then that this rank did."""
-        before_steps, before_work = self._since
-        return (work - before_work) / (steps - before_steps) if steps > before_steps else 1.0
-
-    def of(self, module: Sequence[str], tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """The tensors of one module."""
-        return [tensors[name] for name in module]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Anchor, what the wire and the guard remember, and the clock at the last launch."""
-        return {
-            "anchor": None if self.anchor is None else self.anchor.state_dict(),
-            "wire": self.carrier.state_dict(),
-            "jury": None if self.jury is None else self.jury.state_dict(),
-            "since": self._since,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with what `state_dict` gave."""
-        if self.anchor is not None:
-            self.anchor.load_state_dict(state["anchor"])
-        self.carrier.load_state_dict(state["wire"])
-        if self.jury is not None:
-            self.jury.load_state_dict(state["jury"])
-        self._since = tuple(state["since"])
-
-
 class Buffers:
-    """Buffers of a replica, and frozen parameters that move, on their way.
+    """Buffers of a replica, and frozen parameters that move, to be averaged.
 
     Floats are averaged, of integers the greatest is taken.
 
     Args:
         replica: whose buffers.
-        apart: whether copies travel, since training goes on meanwhile.
+        apart: whether copies are sent, since training goes on meanwhile.
     """
 
     def __init__(self, replica: Replica, apart: bool) -> None:
         self._replica = replica
         self._apart = apart
         self.tensors: dict[str, Tensor] = {}
-        self._take()
+        self._add_missing()
 
-    def reduce(self, group: Group, ballot: Ballot) -> int:
+    def reduce(self, group: Group, status: GroupStatus) -> int:
         """Average over a group; returns the bytes of payload that this rank sent."""
-        if not ballot.unanimous("moving"):
+        if not status.unanimous("moving"):
             self._replica.moving.update(*group.all_gather_object(self._replica.moving))
-            self._take()
-        weight, total = ballot.buffer_weights()
+            self._add_missing()
+        weight, total = status.buffer_weights()
         means = floats(self.tensors.values())
         weigh_(means, weight)
         sent = mean_(means, group, fp32(), lambda: total)
         return sent + maximum_(others(self.tensors.values()), group)
 
     def apply(self) -> None:
-        """Give the replica what came back."""
+        """Give the replica the result."""
         if not self._apart:
             return
         present = self._replica.averaged
@@ -160,7 +67,7 @@ class Buffers:
             tensor.copy_(torch.maximum(tensor.long(), result.long()) if integer else result)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is on its way, by name."""
+        """What is sent, or the result, by name."""
         return self.tensors
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -168,138 +75,122 @@ class Buffers:
         for name, value in state.items():
             self.tensors[name] = value.clone()
 
-    def _take(self) -> None:
+    def _add_missing(self) -> None:
         self.tensors = {
             name: self.tensors.get(name, tensor.clone() if self._apart else tensor)
             for name, tensor in self._replica.averaged.items()
         }
 
 
-class Flight:
-    """A synchronization of one fragment from its launch to its landing.
+@dataclass(frozen=True)
+class Result:
+    """What all ranks know once their contributions were reduced.
+
+    Attributes:
+        status: what each rank said.
+        weights: of each rank's contribution to each module, fp64, shape ``(ranks, modules)``.
+    """
+
+    status: GroupStatus
+    weights: Tensor
+
+    @property
+    def finite(self) -> bool:
+        """Whether this rank's contribution was."""
+        return bool(self.status.finite[self.status.rank])
+
+    @property
+    def excluded(self) -> tuple[int, ...]:
+        """Ranks that no module's mean counted."""
+        return tuple((self.weights.sum(dim=1) == 0).nonzero().flatten().tolist())
+
+    def shares(self) -> tuple[float, float]:
+        """Weight of this rank's optimizer state in its mean, and what the sum is divided by."""
+        counted = self.weights.sum(dim=1) > 0
+        scaled, divisor = shares(self.status.weights.where(counted, 0.0))
+        return float(scaled[self.status.rank]), divisor
+
+    def mean_square(self) -> float:
+        """Weighted mean of the contributions' squared norms."""
+        totals = self.weights.sum(dim=0)
+        squares = self.status.squares.where(self.weights > 0, 0.0)
+        sums = (self.weights * squares).sum(dim=0)
+        return float((sums / totals.where(totals > 0, 1.0)).sum())
+
+    def reason(self, rank: int) -> str:
+        """Why a rank is excluded, in words."""
+        if not self.status.finite[rank]:
+            return "not finite"
+        return "an outlier" if self.status.work[rank] > 0 else "it did no step"
+
+
+class Synchronization:
+    """A synchronization of one fragment, from its start until its result is applied.
 
     Args:
         fragment: what is synchronized.
+        contribution: what this rank sends.
+        status: what it says beside it; weight and finiteness are those of the contribution.
         record: where bytes, waiting and drift are noted.
         meter: counts them.
-        buffers: travel along; None: they do not.
-        hangar: memory for contributions that travel while training goes on; None: they travel in
-            the parameters' own memory, which has to be left alone until the landing.
-        carry: whether parameters keep how far they move until the landing; it needs a hangar.
-        problem: why the model of this rank cannot be synchronized, to be raised on all ranks.
+        buffers: reduced along with it; None: they are not.
+        result: that of a synchronization that was started before a resume.
     """
 
     def __init__(
         self,
         fragment: Fragment,
+        contribution: Contribution,
+        status: RankStatus,
         record: SyncRecord,
         meter: Meter,
         buffers: Buffers | None = None,
-        hangar: Staging | None = None,
-        carry: bool = False,
-        problem: str | None = None,
+        result: Result | None = None,
     ) -> None:
         self.fragment = fragment
+        self.contribution = contribution
         self.record = record
         self.buffers = buffers
-        self._meter = meter
-        self._hangar = hangar
-        self._carry = carry
-        self._problem = problem
-        self._sent: list[Tensor] | None = None
-        self._memory: list[Tensor] = []
-        self._contributions: dict[str, Tensor] = {}
-        self._weights: Tensor | None = None
-        self._future: Future[Tensor] | None = None
-        self.ballot: Ballot
-
-    def load(self) -> None:
-        """Take the contribution of this rank: parameters, or how far they moved."""
-        fragment = self.fragment
-        if self._problem is not None:
-            self._contributions = fragment.zeros()
-            return
-        if fragment.anchor is None:
-            self._contributions = fragment.parameters
-            return
-        room = None if self._hangar is None else self._room(fragment.anchor, self._hangar)
-        differences = fragment.anchor.pseudo_gradients(room)
-        self._contributions = dict(zip(fragment.parameters, differences, strict=True))
-        if self._carry:
-            self._keep(list(fragment.parameters.values()))
-
-    def vote(self, *, buffers_finite: bool, work: float, **said: Any) -> None:
-        """Open the ballot with what this rank has to say; see `Vote`."""
-        fragment, values = self.fragment, self._contributions
-        squares = [squared_norm(fragment.of(module, values)) for module in fragment.modules]
-        finite = all_finite(values.values(), sum(squares))
-        self._squares = squares
-        self._vote = Vote(
-            weight=fragment.guard.weight(finite) * max(work, _IDLE),
-            buffer_weight=fragment.guard.weight(buffers_finite),
-            finite=finite,
-            work=work,
-            changed=self._problem is not None,
-            **said,
+        self._status = replace(
+            status,
+            weight=fragment.guard.weight(contribution.finite) * max(status.work, _IDLE),
+            finite=contribution.finite,
+            changed=contribution.problem is not None,
         )
+        self._meter = meter
+        self._result = result
+        self._future: Future[Tensor] | None = None
 
-    def exchange(self) -> None:
-        """Communicate; on the thread that carries all flights of the group, in one order.
+    def start(self, background: BackgroundThread | None = None) -> None:
+        """Reduce, on this thread or beside it; on one thread for all that share a group.
+
+        Args:
+            background: the thread that does it while training goes on; None: this one.
 
         Raises:
             PeerError: if a rank did not take part in time.
             DisagreementError: if ranks are not at the same step, or plan different rounds.
             ModelChangedError: if the model of any rank cannot be synchronized any more.
         """
-        fragment, values = self.fragment, self._contributions
-        ballot = self.ballot = Ballot(
-            fragment.group, fragment.device, self._vote, self._squares, self._problem
-        )
-        weights, divisor = self._weigh(ballot)
-        try:
-            sent = fragment.carrier.mean_(values, divisor, weights)
-        except PeerError:
-            ballot.wait()  # a rank that found a disagreement has left, and all have to hear of it
-            raise
-        ballot.check_models()
-        self._meter.count("parameters", sent, self.record)
-        if self.buffers is not None:
-            self._meter.count("buffers", self.buffers.reduce(fragment.group, ballot), self.record)
-        self._meter.count("control", ballot.payload_bytes, self.record)
+        if background is None:
+            self._reduce()
+        else:
+            first = next(iter(self.contribution.tensors.values()))
+            self._future = background.submit(first, self._reduce)
 
-    def _weigh(self, ballot: Ballot) -> tuple[dict[str, float], Divisor]:
-        """Weights of this rank's contribution by name, and what their sum is divided by."""
-        fragment, weight = self.fragment, self._vote.weight
-        rank = fragment.group.rank
-        if fragment.jury is not None:
-            self._weights = fragment.jury.weigh(ballot.squares.sqrt(), ballot.finite, ballot.work)
-            modules = zip(fragment.modules, self._weights[rank].tolist(), strict=True)
-            weights = {name: share for module, share in modules for name in module}
-            if self._vote.work > 0 or not self._vote.finite:
-                fragment.carrier.forget([name for name, share in weights.items() if share == 0])
-            return weights, _one
-        if weight == 0:
-            fragment.carrier.forget(self._contributions)
-        elif weight != 1:  # the ballot is waited for only where weights are uneven
-            weight = float(shares(ballot.weights)[0][rank])
-        weights = dict.fromkeys(self._contributions, weight)
-        return weights, lambda: shares(ballot.weights)[1]
-
-    def exchange_beside(self, courier: Courier) -> None:
-        """Communicate on the courier's thread while training goes on."""
-        self._future = courier.send(next(iter(self._contributions.values())), self.exchange)
-
-    def wait(self) -> None:
+    def wait(self) -> Result:
         """Block until the result is here.
 
         Raises:
-            PeerError, DisagreementError: what the exchange met.
+            PeerError, DisagreementError, ModelChangedError: as `start` does.
         """
         if self._future is not None:
             self._future.wait()
             self._future = None
+        assert self._result is not None, "start() comes before wait()"
+        return self._result
 
-    def land(self, step: int, mix: float) -> None:
+    def apply(self, step: int, mix: float) -> Result:
         """Apply the result to anchor, parameters and buffers.
 
         Args:
@@ -310,183 +201,203 @@ class Flight:
             NonFiniteError: if no contribution at level ``"world"`` was finite and there is no
                 anchor.
         """
-        self.wait()
-        self.record.landed = step
-        self.record.excluded = tuple((self.weights.sum(dim=1) == 0).nonzero().flatten().tolist())
-        self._warn()
+        result = self.wait()
+        self.record.applied = step
+        self.record.excluded = result.excluded
+        self._warn(result)
         if self.fragment.anchor is None:
-            self._land_in_place()
+            self._apply_in_place(result)
         else:
-            self._land_on(self.fragment.anchor, step, mix)
+            self._apply_to(self.fragment.anchor, result, step, mix)
         if self.buffers is not None:
             self.buffers.apply()
-        self.leave()
+        self.release()
+        return result
 
     def restart_moves(self) -> None:
         """Count how far parameters move from the anchor, which they were just given."""
-        if self._sent is not None:
+        if self.contribution.moves_from is not None:
             assert self.fragment.anchor is not None
-            torch._foreach_copy_(self._sent, list(self.fragment.anchor.tensors.values()))
+            anchor = list(self.fragment.anchor.tensors.values())
+            torch._foreach_copy_(self.contribution.moves_from, anchor)
 
-    def leave(self) -> None:
-        """Give memory back; the result is no longer needed."""
-        if self._hangar is not None:
-            self._hangar.give(*self._memory)
-            self._memory.clear()
-
-    @property
-    def weights(self) -> Tensor:
-        """Weight of each rank's contribution to each module, shape ``(ranks, modules)``."""
-        if self._weights is None:
-            self._weights = self.ballot.weights[:, None].expand_as(self.ballot.squares)
-        return self._weights
-
-    @property
-    def finite(self) -> bool:
-        """Whether this rank's contribution was."""
-        return bool(self.ballot.finite[self.fragment.group.rank])
+    def release(self) -> None:
+        """Free the memory of the contribution; the result is no longer needed."""
+        self.contribution.release()
 
     @property
     def in_place(self) -> bool:
-        """Whether the parameters hold pseudo-gradients until the landing."""
+        """Whether the parameters hold pseudo-gradients until the result is applied."""
         anchored = self.fragment.anchor is not None
-        return anchored and self._hangar is None and self._problem is None
-
-    def shares(self) -> tuple[float, float]:
-        """Weight of this rank's optimizer state in its mean, and what the sum is divided by."""
-        counted = self.weights.sum(dim=1) > 0
-        scaled, divisor = shares(self.ballot.weights.where(counted, 0.0))
-        return float(scaled[self.fragment.group.rank]), divisor
+        contribution = self.contribution
+        return anchored and contribution.staging is None and contribution.problem is None
 
     def state_dict(self) -> dict[str, Any]:
-        """What is to be landed, once it has been waited for. Nothing is copied."""
+        """What is to be applied, once it has been waited for. Nothing is copied."""
+        result = self.wait()
         return {
             "fragment": self.fragment.number,
             "record": self.record.state_dict(),
-            "contributions": dict(self._contributions),
-            "rows": self.ballot.wait(),
-            "weights": self.weights,
-            "sent": self._sent,
+            "contributions": dict(self.contribution.tensors),
+            "rows": result.status.rows,
+            "weights": result.weights,
+            "moves_from": self.contribution.moves_from,
             "buffers": None if self.buffers is None else self.buffers.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Be the flight that `state_dict` was taken of: what came back is here, to be landed."""
-        assert self._hangar is not None
-        assert self.fragment.anchor is not None
-        room = self._room(self.fragment.anchor, self._hangar)
-        self._contributions = dict(zip(self.fragment.parameters, room, strict=True))
-        for name, tensor in self._contributions.items():
-            tensor.copy_(state["contributions"][name])
-        self.ballot = Ballot.counted(state["rows"], self.fragment.group.rank)
-        self._weights = state["weights"]
-        if state["sent"] is not None:
-            self._keep(state["sent"])
+    def _reduce(self) -> None:
+        fragment, contribution = self.fragment, self.contribution
+        pending = gather_status(fragment.group, fragment.device, self._status, contribution.squares)
+        judged = self._judge(pending)
+        weights, divisor = self._weigh(pending) if judged is None else self._judged(judged)
+        try:
+            sent = fragment.carrier.mean_(contribution.tensors, divisor, weights)
+        except PeerError:
+            pending.wait()  # a rank that found a disagreement has left, and all have to hear of it
+            raise
+        status = pending.wait()
+        status.check_models(fragment.group, contribution.problem)
+        self._meter.count("parameters", sent, self.record)
         if self.buffers is not None:
-            self.buffers.load_state_dict(state["buffers"])
+            self._meter.count("buffers", self.buffers.reduce(fragment.group, status), self.record)
+        self._meter.count("control", status.payload_bytes, self.record)
+        if judged is None:
+            judged = status.weights[:, None].expand_as(status.squares)
+        self._result = Result(status, judged)
 
-    def _keep(self, parameters: Sequence[Tensor]) -> None:
-        """Remember what is sent, to know at the landing how far parameters moved since."""
-        assert self._hangar is not None
-        assert self.fragment.anchor is not None
-        self._sent = self._room(self.fragment.anchor, self._hangar)
-        torch._foreach_copy_(self._sent, list(parameters))
+    def _judge(self, pending: PendingStatus) -> Tensor | None:
+        """Weights that the outlier detector gives, by rank and module; None where there is none."""
+        if self.fragment.detector is None:
+            return None
+        status = pending.wait()
+        return self.fragment.detector.weigh(status.squares.sqrt(), status.finite, status.work)
 
-    def _room(self, anchor: Anchor, hangar: Staging) -> list[Tensor]:
-        """Memory, as for the anchor, for what must outlive this step."""
-        tensors = list(anchor.tensors.values())
-        room: list[Tensor] = []
-        free: dict[torch.dtype, Tensor] = {}
-        for dtype in {tensor.dtype for tensor in tensors}:
-            numel = sum(tensor.numel() for tensor in tensors if tensor.dtype == dtype)
-            free[dtype] = hangar.take(numel, tensors[0], dtype)
-        self._memory += free.values()
-        for tensor in tensors:
-            part, free[tensor.dtype] = free[tensor.dtype].tensor_split([tensor.numel()])
-            room.append(part.view(tensor.shape))
-        return room
+    def _judged(self, judged: Tensor) -> tuple[dict[str, float], Divisor]:
+        """Weights of this rank's contribution by name, which sum to 1 over ranks."""
+        fragment = self.fragment
+        modules = zip(fragment.modules, judged[fragment.group.rank].tolist(), strict=True)
+        weights = {name: share for module, share in modules for name in module}
+        if self._status.work > 0 or not self._status.finite:
+            fragment.carrier.forget([name for name, share in weights.items() if share == 0])
+        return weights, _one
 
-    def _land_in_place(self) -> None:
+    def _weigh(self, pending: PendingStatus) -> tuple[dict[str, float], Divisor]:
+        """Weights of this rank's contribution by name, and what their sum is divided by."""
+        fragment, weight = self.fragment, self._status.weight
+        if weight == 0:
+            fragment.carrier.forget(self.contribution.tensors)
+        elif weight != 1:  # the status is waited for only where weights are uneven
+            weight = float(shares(pending.wait().weights)[0][fragment.group.rank])
+        weights = dict.fromkeys(self.contribution.tensors, weight)
+        return weights, lambda: shares(pending.wait().weights)[1]
+
+    def _apply_in_place(self, result: Result) -> None:
         parameters = list(self.fragment.parameters.values())
-        if len(self.record.excluded) == self.fragment.group.size:
-            self._lose(parameters)
+        if len(result.excluded) == self.fragment.group.size:
+            self._mark_lost(parameters)
             return
         square = squared_norm(parameters)
-        self.record.drift = _drift(self._mean_square(), square, square)
+        self.record.drift = _drift(result.mean_square(), square, square)
 
-    def _lose(self, parameters: list[Tensor]) -> None:
+    def _mark_lost(self, parameters: list[Tensor]) -> None:
         if self.record.level == WORLD:
             raise NonFiniteError(
                 f"after step {self.record.step} the parameters of every replica hold infinities "
-                "or NaN: resume from a checkpoint, with a lower learning rate"
+                "or NaN: resume from a checkpoint, with a lower learning rate",
+                ranks=range(self.fragment.group.size),
+                step=self.record.step,
             )
-        # Other groups may be well: they leave this one out where they meet, if it stays marked.
+        # Other groups may be well: they leave this one out of their mean, if it stays marked.
         for parameter in parameters:
             parameter.fill_(math.nan)
 
-    def _land_on(self, anchor: Anchor, step: int, mix: float) -> None:
-        if len(self.record.excluded) < self.fragment.group.size:
-            self._move(anchor, step)
-        anchor.give(mix, self._taken_wholly(), self._sent)
+    def _apply_to(self, anchor: Anchor, result: Result, step: int, mix: float) -> None:
+        if len(result.excluded) < self.fragment.group.size:
+            self._outer_step(anchor, result, step)
+        anchor.restore(mix, self._taken_wholly(result), self.contribution.moves_from)
 
-    def _move(self, anchor: Anchor, step: int) -> None:
-        fragment, values = self.fragment, self._contributions
-        modules = [fragment.of(module, values) for module in fragment.modules]
+    def _outer_step(self, anchor: Anchor, result: Result, step: int) -> None:
+        fragment, means = self.fragment, self.contribution.tensors
+        modules = [fragment.of(module, means) for module in fragment.modules]
         squares = [squared_norm(tensors) for tensors in modules]
         scale = squared_norm(anchor.tensors.values())
-        self.record.drift = _drift(self._mean_square(), sum(squares), scale)
-        for tensors, factor in zip(modules, self._factors(squares), strict=True):
+        self.record.drift = _drift(result.mean_square(), sum(squares), scale)
+        for tensors, factor in zip(modules, _factors(fragment, squares), strict=True):
             weigh_(tensors, factor)
-        resting = self._names(self.weights.sum(dim=0) == 0)
-        anchor.step(list(values.values()), step, self.ballot.inner_lr, resting)
+        resting = self._names(result.weights.sum(dim=0) == 0)
+        anchor.step(list(means.values()), step, result.status.inner_lr, resting)
 
-    def _taken_wholly(self) -> set[str]:
+    def _taken_wholly(self, result: Result) -> set[str]:
         """Parameters of which this rank keeps nothing: outliers, and what is not finite.
 
         One that did no step is left out of means too, and yet is where it should be.
         """
-        if self.finite and self.ballot.vote.work == 0:
+        if result.finite and result.status.own("work") == 0:
             return set()
-        return self._names(self.weights[self.fragment.group.rank] == 0)
-
-    def _factors(self, squares: Sequence[float]) -> list[float]:
-        """What each module's mean is multiplied by, given its squared norm."""
-        jury, guard = self.fragment.jury, self.fragment.guard
-        norms = torch.tensor(squares, dtype=torch.float64).sqrt()
-        factors = torch.ones_like(norms) if jury is None else jury.scale(norms)
-        total = float(torch.linalg.vector_norm(norms * factors))
-        scaled: list[float] = (factors * guard.scale(total)).tolist()
-        return scaled
+        return self._names(result.weights[result.status.rank] == 0)
 
     def _names(self, chosen: Tensor) -> set[str]:
         modules = zip(self.fragment.modules, chosen.tolist(), strict=True)
         return {name for module, wanted in modules if wanted for name in module}
 
-    def _mean_square(self) -> float:
-        """Weighted mean of the contributions' squared norms."""
-        totals = self.weights.sum(dim=0)
-        squares = self.ballot.squares.where(self.weights > 0, 0.0)
-        sums = (self.weights * squares).sum(dim=0)
-        return float((sums / totals.where(totals > 0, 1.0)).sum())
-
-    def _warn(self) -> None:
-        group, excluded = self.fragment.group, self.record.excluded
-        if not excluded or (group.rank != 0 and group.rank not in excluded):
+    def _warn(self, result: Result) -> None:
+        rank, excluded = self.fragment.group.rank, result.excluded
+        if not excluded or (rank != 0 and rank not in excluded):
             return
-        reasons = [f"rank {rank}: {self._reason(rank)}" for rank in excluded]
+        reasons = [f"rank {other}: {result.reason(other)}" for other in excluded]
         logger.warning(
             "the mean after step %d at level %r leaves out %s",
             self.record.step, self.record.level, ", ".join(reasons),
         )  # fmt: skip
 
-    def _reason(self, rank: int) -> str:
-        if not self.ballot.finite[rank]:
-            return "not finite"
-        return "an outlier" if self.ballot.work[rank] > 0 else "it did no step"
+
+def resumed(
+    fragment: Fragment,
+    state: Mapping[str, Any],
+    meter: Meter,
+    buffers: Buffers | None,
+    staging: Staging,
+) -> Synchronization:
+    """The synchronization that a `state_dict` was taken of, with its result, to be applied.
+
+    Args:
+        fragment: what was synchronized; it has an anchor.
+        state: what `Synchronization.state_dict` gave.
+        meter: as of `Synchronization`.
+        buffers: where the saved buffers go; None where there are none.
+        staging: memory for what was sent.
+    """
+    assert fragment.anchor is not None
+    allocated: list[Tensor] = []
+    means = named(fragment, staged(fragment.anchor, staging, allocated))
+    for name, tensor in means.items():
+        tensor.copy_(state["contributions"][name])
+    moves_from = None
+    if state["moves_from"] is not None:
+        moves_from = staged(fragment.anchor, staging, allocated)
+        torch._foreach_copy_(moves_from, list(state["moves_from"]))
+    if buffers is not None:
+        buffers.load_state_dict(state["buffers"])
+    status = GroupStatus(state["rows"], fragment.group.rank)
+    result = Result(status, state["weights"])
+    squares = status.squares[status.rank].tolist()
+    contribution = Contribution(means, squares, result.finite, moves_from, staging, allocated)
+    record = SyncRecord(**state["record"])
+    return Synchronization(fragment, contribution, RankStatus(), record, meter, buffers, result)
 
 
 def _one() -> float:
     return 1.0
+
+
+def _factors(fragment: Fragment, squares: Sequence[float]) -> list[float]:
+    """What each module's mean is multiplied by, given its squared norm."""
+    norms = torch.tensor(squares, dtype=torch.float64).sqrt()
+    detector = fragment.detector
+    factors = torch.ones_like(norms) if detector is None else detector.scale(norms)
+    total = float(torch.linalg.vector_norm(norms * factors))
+    scaled: list[float] = (factors * fragment.guard.scale(total)).tolist()
+    return scaled
 
 
 def _drift(mean_square: float, square_of_mean: float, scale: float) -> float:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.futures import Future
 
 from postlocal.comm.background import promise
-from postlocal.comm.group import Group, Operation, Parts, Processes, Work, torch_group
+from postlocal.comm.group import Group, Operation, Processes, TensorsByRank, Work, torch_group
+from postlocal.comm.missing_ranks import Progress
 from postlocal.wire.exchange import ring_bytes
 
 Result = TypeVar("Result")
@@ -85,13 +86,21 @@ class LinkedProcesses(Processes):
         process_group: the group of torch.
         timeout: as of `Processes`.
         link: that of this rank, which all its groups share.
+        progress: as of `Processes`.
     """
 
     def __init__(
-        self, process_group: dist.ProcessGroup, timeout: timedelta | None, link: Link
+        self,
+        process_group: dist.ProcessGroup,
+        timeout: timedelta | None,
+        link: Link,
+        progress: Progress | None = None,
     ) -> None:
-        super().__init__(process_group, timeout)
+        super().__init__(process_group, timeout, progress)
         self._link = link
+
+    def over(self, process_group: dist.ProcessGroup) -> Processes:
+        return LinkedProcesses(process_group, self._timeout, self._link, self._progress)
 
     def all_reduce(self, tensor: Tensor, operation: Operation = "sum") -> Work:
         start = super().all_reduce
@@ -107,8 +116,8 @@ class LinkedProcesses(Processes):
         start = super().all_gather
         return self._send((self.size - 1) * tensor.nbytes, lambda: start(output, tensor))
 
-    def exchange(self, sent: Parts, received: Parts) -> Work:
-        start = super().exchange
+    def all_to_all(self, sent: TensorsByRank, received: TensorsByRank) -> Work:
+        start = super().all_to_all
         others = (tensors for rank, tensors in enumerate(sent) if rank != self.rank)
         payload_bytes = sum(tensor.nbytes for tensors in others for tensor in tensors)
         return self._send(payload_bytes, lambda: start(sent, received))
@@ -131,7 +140,7 @@ class _Sent:
 def _forward(started: Posted[Future[Tensor]], promised: Future[Tensor]) -> None:
     """Fulfil a promise with the result of a collective, once there is one."""
 
-    def settle(done: Future[Tensor]) -> None:
+    def fulfil(done: Future[Tensor]) -> None:
         try:
             promised.set_result(done.value())
         except Exception as error:
@@ -142,7 +151,7 @@ def _forward(started: Posted[Future[Tensor]], promised: Future[Tensor]) -> None:
     if error := started.exception():
         promised.set_exception(error)  # type: ignore[arg-type]
     else:
-        started.result().add_done_callback(settle)
+        started.result().add_done_callback(fulfil)
 
 
 def linked(link: Link | None, timeout: float, device: torch.device) -> Group | None:

@@ -24,8 +24,8 @@ class Metrics:
       (of all workers, from the start), ``tokens_per_second``, ``payload_bytes``,
       ``ddp_payload_bytes`` (what plain fp32 DDP would have sent), ``train_seconds``,
       ``wait_seconds``.
-    - ``sync`` (``step`` is that of its launch): ``level``, ``fragment`` (its number; null for all
-      parameters at once), ``landed`` (step after which it was applied), ``payload_bytes`` (of this
+    - ``sync`` (``step`` is that of its start): ``level``, ``fragment`` (its number; null for all
+      parameters at once), ``applied`` (step after which it was applied), ``payload_bytes`` (of this
       synchronization, by purpose), ``wait_seconds`` (of this one), ``drift`` (root mean square
       distance of replicas from their mean, relative to its norm; null if unknown), ``excluded``
       (ranks left out).

@@ -114,7 +114,7 @@ def open_run(config: TrainConfig, workers: int | None = None) -> Opening:
     kept = _kept(config)
     before = config
     if kept is not None:
-        before, config = kept.settings, saved.settle(config, kept, workers)
+        before, config = kept.settings, saved.merge_settings(config, kept, workers)
     text = Text.of(config.data)
     if kept is not None and text.digest != kept.text.digest:
         raise ValueError(

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from postlocal.comm import agreement, group
 from postlocal.comm.group import Group
 from postlocal.sync.attach import attach
-from postlocal.sync.wrappers import unwrap
+from postlocal.sync.supported_wrappers import unwrap
 from postlocal.train import view
 from postlocal.train.config import TrainConfig
 from postlocal.train.data import open_data
@@ -29,7 +29,7 @@ from postlocal.train.metrics import PLOT, SUMMARY, Metrics, Summary
 from postlocal.train.model import SIZES, Transformer
 from postlocal.train.opening import CHECKPOINTS, WEIGHTS, Opening, open_run, prepare_folder
 from postlocal.train.plots import plot
-from postlocal.train.saved import CONFIG, SavedRun, Text, settle
+from postlocal.train.saved import CONFIG, SavedRun, Text, merge_settings
 from postlocal.train.stop import Stop
 from postlocal.train.world import announced, joined, restarted, store
 
@@ -113,7 +113,7 @@ def _prepare(opening: Opening, workers: int) -> None:
         prepare_folder(run.out, run.resume, run.overwrite)
     for run in runs:
         if run.resume and (kept := SavedRun.read(run.out)) is not None:
-            settle(run, kept, workers)  # a run to compare with has kept settings of its own
+            merge_settings(run, kept, workers)  # a run to compare with has kept settings of its own
         else:
             SavedRun.of(run, opening.text, workers).write(run.out)
 

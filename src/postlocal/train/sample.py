@@ -19,14 +19,18 @@ def load(folder: Path) -> tuple[Transformer, int]:
     """
     path = folder / WEIGHTS
     if not path.exists():
-        raise CheckpointError(f"{folder} has no {WEIGHTS}: is it the --out of a finished run?")
+        raise CheckpointError(
+            f"{folder} has no {WEIGHTS}: is it the --out of a finished run?", path=Path(folder)
+        )
     try:
         with safe_open(path, framework="pt") as file:
             details = file.metadata()
             model = Transformer(SIZES[details["model"]])
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {str(error).splitlines()[0]}", path=path
+        ) from error
     return model.eval(), int(details["sequence_length"])
 
 

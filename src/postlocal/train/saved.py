@@ -113,7 +113,7 @@ class SavedRun(BaseModel):
         return cls(settings=config.resolved().model_copy(update=starting), text=text)
 
 
-def settle(config: TrainConfig, saved: SavedRun, workers: int | None = None) -> TrainConfig:
+def merge_settings(config: TrainConfig, saved: SavedRun, workers: int | None = None) -> TrainConfig:
     """Settings of a run that is resumed: those kept, and of those given what may change.
 
     Args:

@@ -85,7 +85,9 @@ class Stop:
             return False
         self._decided.wait()
         if self._target is None:
-            raise PeerError("told to stop, and left without a checkpoint: a rank did not answer")
+            raise PeerError(
+                "told to stop, and left without a checkpoint: a rank did not answer", step=steps
+            )
         return steps >= self._target
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

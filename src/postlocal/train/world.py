@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.rendezvous import rendezvous
 
+from postlocal.comm.agreement import ranks_named
 from postlocal.errors import PeerError
 
 _RUN = "postlocal-"  # what ids of runs that `launch` starts begin with
@@ -124,7 +125,10 @@ def _name_of_start(met: Store, rank: int, world: int, timeout: float) -> str:
                 return hashlib.blake2b(published.encode(), digest_size=8).hexdigest()
         time.sleep(0.02)
     missing = [r for r in range(world) if not met.check([f"word/{r}"])]
-    raise PeerError(f"not all {world} workers started within {timeout:g} s; missing: {missing}")
+    raise PeerError(
+        f"not all {world} workers started within {timeout:g} s; missing: {ranks_named(missing)}",
+        ranks=missing,
+    )
 
 
 def _read(met: Store, what: str, world: int) -> list[str]:

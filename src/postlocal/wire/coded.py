@@ -45,7 +45,7 @@ class Encoded:
         self._incoming = self._received.chunk(group.size)
         for rank, (part, payload) in enumerate(zip(self._parts, self._outgoing, strict=True)):
             self._send(rank, part, payload)
-        self._work: Work = group.exchange(_single(self._outgoing), _single(self._incoming))
+        self._work: Work = group.all_to_all(_single(self._outgoing), _single(self._incoming))
 
     def turn(self) -> None:
         self._work.wait()
@@ -60,7 +60,7 @@ class Encoded:
         mean.div_(divisor)
         self._cargo.settle(part, payload, self._codec, self._group.size)
         sent = [[payload]] * self._group.size
-        self._work = self._group.exchange(sent, _single(self._outgoing))
+        self._work = self._group.all_to_all(sent, _single(self._outgoing))
 
     def wait(self) -> None:
         self._work.wait()

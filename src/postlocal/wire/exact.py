@@ -55,7 +55,7 @@ class Direct:
             () if rank == group.rank else torch.split(next(rows), sizes)
             for rank in range(group.size)
         ]
-        self._work: Work = group.exchange(self._parts, self._contributions)
+        self._work: Work = group.all_to_all(self._parts, self._contributions)
 
     def turn(self) -> None:
         self._work.wait()
@@ -68,7 +68,7 @@ class Direct:
         everyone = range(self._group.size)
         sent = [own if rank in self._readers else [] for rank in everyone]
         received = self._parts if self._group.rank in self._readers else [[] for _ in everyone]
-        self._work = self._group.exchange(sent, received)
+        self._work = self._group.all_to_all(sent, received)
 
     def wait(self) -> None:
         self._work.wait()

@@ -35,7 +35,7 @@ class ToEveryone:
         codec.encode(values, own)
         cargo.lose(slice(0, values.numel()), own, codec)
         places = [[payload] for payload in self._payloads]
-        self._work: Work = group.exchange([[own]] * group.size, places)
+        self._work: Work = group.all_to_all([[own]] * group.size, places)
 
     def turn(self) -> None:
         self._work.wait()

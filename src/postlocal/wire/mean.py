@@ -69,7 +69,7 @@ def carry_(
         convoy.make_room(chunk)
         convoy.add(chunk, wire.launch(chunk, group, divisor, staging))
         sent += wire.sent_bytes(chunk.numel, group.rank, group.size, chunk.dtype)
-    convoy.arrive()
+    convoy.announce()
     return sent
 
 

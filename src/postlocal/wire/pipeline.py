@@ -42,7 +42,7 @@ class Convoy:
             else:
                 return
 
-    def arrive(self) -> None:
+    def announce(self) -> None:
         """Let all exchanges end."""
         while self._outbound:
             self._turn()

@@ -198,9 +198,9 @@ class _Copies:
     def __init__(self, pieces: Sequence[Tensor], group: Group) -> None:
         nothing: list[Sequence[Tensor]] = [[] for _ in range(group.size)]
         if group.rank == 0:
-            self._work: Work = group.exchange([pieces] * group.size, nothing)
+            self._work: Work = group.all_to_all([pieces] * group.size, nothing)
         else:
-            self._work = group.exchange(nothing, [pieces, *nothing[1:]])
+            self._work = group.all_to_all(nothing, [pieces, *nothing[1:]])
 
     def turn(self) -> None:
         return None

@@ -321,13 +321,13 @@ def test_a_round_that_is_cut_short_lands_before_it_launches_again() -> None:
             move(model, 0.1 * (1 + group.rank))
             sync.step()
         sync.finish()
-        return [(record.step, record.landed) for record in sync.meter.records]
+        return [(record.step, record.applied) for record in sync.meter.records]
 
     assert run(strategy, loop) == [[(6, 8), (8, 8)]] * 2
 
 
 @pytest.mark.parametrize("stop", [5, 8, 10])
-def test_momentum_buffers_and_juries_in_flight_resume_to_the_bit(stop: int) -> None:
+def test_momentum_buffers_and_juries_under_way_resume_to_the_bit(stop: int) -> None:
     strategy = Strategy(
         schedule.periodic(4), outer.slow_momentum(1.0, 0.5),
         fragments=fragments.streaming(2, delay=3, mix=0.5), guard=guard.outliers(warmup=1),
@@ -387,9 +387,9 @@ def test_on_another_number_of_ranks_fragments_start_from_the_anchor(
 ) -> None:
     strategy = streaming(6, count=2, delay=4, mix=0.5)
     saved = ranks(2, save_at, strategy, tmp_path, 8)
-    for parameters, agreed, flights in ranks(3, start_at, strategy, tmp_path):
+    for parameters, agreed, under_way in ranks(3, start_at, strategy, tmp_path):
         assert equal(parameters, saved[0])
-        assert (agreed, flights) == (True, 0)
+        assert (agreed, under_way) == (True, 0)
 
 
 def test_bf16_parameters_are_mixed_in_fp32() -> None:

@@ -20,7 +20,7 @@ from postlocal import DisagreementError, Strategy, schedule, strategies, topolog
 from postlocal.comm.group import Group, Processes
 from postlocal.comm.groups import LevelGroups, by_node
 from postlocal.ddp_comm_hooks import default_hooks, powerSGD_hook, quantization_hooks
-from postlocal.sync import kinds
+from postlocal.sync import supported_tensors
 from tests.models import mlp, sgd, train, train_step
 
 Ranks = Callable[..., list[Any]]
@@ -135,34 +135,34 @@ def with_buffer(tensor: Tensor) -> nn.Module:
 def test_a_tensor_without_plain_memory_is_refused_by_name(case: str) -> None:
     make, message = REFUSED[case]
     with pytest.raises(TypeError, match=f"buffer 'odd' {message}"):
-        kinds.check(with_buffer(make()))
+        supported_tensors.check(with_buffer(make()))
     if case in ("expanded", "sparse", "meta"):
         model = mlp()
         model.odd = nn.Parameter(make())
         with pytest.raises(TypeError, match=f"parameter 'odd' {message}"):
-            kinds.check(model)
+            supported_tensors.check(model)
 
 
 def test_what_has_no_maximum_is_refused_as_a_buffer_and_kept_as_a_frozen_parameter() -> None:
     huge = torch.zeros(2, dtype=torch.uint64)
     with pytest.raises(TypeError, match=r"buffer 'odd' is of torch\.uint64, of which no mean"):
-        kinds.check(with_buffer(huge))
+        supported_tensors.check(with_buffer(huge))
     model = mlp()
     model.odd = nn.Parameter(huge, requires_grad=False)
-    kinds.check(model)
+    supported_tensors.check(model)
 
 
 def test_training_in_8_bits_is_refused_by_name() -> None:
     model = mlp()
     model.odd = nn.Parameter(torch.zeros(2, dtype=torch.float8_e4m3fn))
     with pytest.raises(TypeError, match=r"'odd' is of torch\.float8_e4m3fn and trained: train in"):
-        kinds.check(model)
+        supported_tensors.check(model)
 
 
 def test_a_lazy_module_is_refused_by_name() -> None:
     model = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(TypeError, match=r"parameter '0.weight' is not initialized: run the model"):
-        kinds.check(model)
+        supported_tensors.check(model)
 
 
 def test_an_odd_buffer_on_one_rank_is_an_error_on_all() -> None:
@@ -178,7 +178,7 @@ def test_an_odd_buffer_on_one_rank_is_an_error_on_all() -> None:
 
     first, second = virtual.run(2, work)
     assert second.startswith("buffer 'odd' is expanded")
-    assert first == f"rank 1 cannot go on: TypeError: {second}"
+    assert first == f"another rank cannot go on: TypeError: {second} (rank 1)"
 
 
 def embedding() -> nn.Module:

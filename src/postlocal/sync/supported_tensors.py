@@ -44,7 +44,7 @@ def check(model: nn.Module) -> None:
 
 
 def check_dense(model: nn.Module) -> None:
-    """Refuse embeddings whose gradients are sparse, where gradients travel as codes.
+    """Refuse embeddings whose gradients are sparse, where gradients are sent as codes.
 
     Args:
         model: the user's own module, without wrappers.
@@ -57,7 +57,7 @@ def check_dense(model: nn.Module) -> None:
         if sparse and module.weight.requires_grad:
             weight = f"{name}.weight" if name else "weight"
             raise TypeError(
-                f"parameter {weight!r} has sparse gradients, which only the wire fp32 carries: "
+                f"parameter {weight!r} has sparse gradients, which only the wire fp32 sends: "
                 "make the embedding with sparse=False, or leave gradient_wire at fp32()"
             )
 
@@ -72,7 +72,7 @@ def dense(bucket: GradBucket) -> Tensor:
     if buffer.is_sparse:
         raise TypeError(
             f"the gradient of a parameter of shape {tuple(buffer.shape)} is sparse, which no hook "
-            "that compresses carries: make the embedding with sparse=False, or take allreduce_hook"
+            "that compresses sends: make the embedding with sparse=False, or take allreduce_hook"
         )
     return buffer
 

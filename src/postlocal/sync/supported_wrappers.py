@@ -148,10 +148,14 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_optimizer(optimizer: object) -> None:
+def check_optimizer(optimizer: object, name: str = "optimizer") -> None:
     """Refuse an optimizer that reduces or shards by itself, and what is no optimizer.
 
     A proxy that hands everything on to an optimizer is one.
+
+    Args:
+        optimizer: what was given.
+        name: what messages call it.
 
     Raises:
         TypeError: with the fix.
@@ -163,14 +167,14 @@ def check_optimizer(optimizer: object) -> None:
     for inner in _wrapped(optimizer):
         known = _known(type(inner), _OPTIMIZERS)
         if known is not None:
-            raise TypeError(f"optimizer must not be {_title(type(inner))}: {known.fix}")
-    if not all(hasattr(optimizer, name) for name in ("param_groups", "state", "step")):
+            raise TypeError(f"{name} must not be {_title(type(inner))}: {known.fix}")
+    if not all(hasattr(optimizer, need) for need in ("param_groups", "state", "step")):
         hint = ""
         if isinstance(optimizer, nn.Module):
             hint = ": model comes first, then optimizer"
         elif hasattr(optimizer, "optimizer"):
             hint = ": pass its optimizer"
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {shown(optimizer)}{hint}")
+        raise TypeError(f"{name} must be a torch.optim.Optimizer, got {shown(optimizer)}{hint}")
 
 
 def gradients_reduced_elsewhere(
