@@ -24,7 +24,7 @@ from benchmarks.measure import loopback_traffic, run_ranks, slowest
 from benchmarks.options import Record, Worlds
 from benchmarks.report import markdown_table, write_record
 from benchmarks.training import Worker
-from postlocal import Strategy, strategies, wire
+from postlocal import Strategy, codec, strategies, wire
 from postlocal.train import TrainConfig, make_config
 from postlocal.train.model import SIZES, Transformer
 from postlocal.wire import fp32
@@ -52,21 +52,21 @@ class Case:
     finish: bool = True
 
 
-def _streaming(delay: int, carrier: wire.Wire) -> Case:
+def _streaming(delay: int, recipe: wire.Wire) -> Case:
     strategy = strategies.streaming_diloco(PERIOD, fragments=4, delay=delay)
-    return Case(replace(strategy, wire=carrier), overlaps=True)
+    return Case(replace(strategy, wire=recipe), overlaps=True)
 
 
-def _every_step(carrier: wire.Wire) -> Case:
-    return Case(replace(strategies.diloco(period=1), wire=carrier), steps=4)
+def _every_step(recipe: wire.Wire) -> Case:
+    return Case(replace(strategies.diloco(period=1), wire=recipe), steps=4)
 
 
 WAITING: dict[str, Case] = {
     "DDP": Case(strategies.ddp(), steps=3),
     "DiLoCo, blocking": Case(strategies.diloco(PERIOD)),
     "streaming fp32, delay 5": _streaming(5, wire.fp32()),
-    "streaming fp4, delay 1": _streaming(1, wire.fp4()),
-    "streaming fp4, delay 5": _streaming(5, wire.fp4()),
+    "streaming fp4, delay 1": _streaming(1, wire.quantised(codec.fp4())),
+    "streaming fp4, delay 5": _streaming(5, wire.quantised(codec.fp4())),
 }
 """Over the slow wire."""
 
@@ -77,9 +77,9 @@ COUNTED: dict[str, Case] = {
     "local SGD": Case(strategies.local_sgd(period=1), steps=4),
     "DiLoCo": _every_step(wire.fp32()),
     "DiLoCo bf16": _every_step(wire.bf16()),
-    "DiLoCo int8": _every_step(wire.int8()),
-    "DiLoCo fp4": _every_step(wire.fp4()),
-    "DiLoCo top-k": _every_step(wire.top_k()),
+    "DiLoCo int8": _every_step(wire.quantised(codec.int8())),
+    "DiLoCo fp4": _every_step(wire.quantised(codec.fp4())),
+    "DiLoCo top-k": _every_step(wire.gathered(codec.top_k())),
     # One step more, so that the last fragment of the one round has landed.
     RARE: Case(strategies.streaming_diloco(100, fragments=4), steps=101, finish=False),
 }

@@ -74,7 +74,7 @@ class Case:
     def strategies(self) -> Mapping[str, Strategy]:
         """Those that are compared; hosts of several replicas send once a host."""
         several = self.fleet.node_size > 1
-        return chosen(self.job.steps, wire.relayed if several else lambda bare: bare)
+        return chosen(self.job.steps, wire.two_level if several else lambda bare: bare)
 
 
 def hosts(uplink: Link) -> Fleet:

@@ -116,7 +116,7 @@ TABLE: list[tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = [
     (wire.gathered, {"codec": codec.int8()}, {"codec": OTHER}),
     (wire.error_feedback, {"inner": wire.bf16()}, {"inner": OTHER, "decay": NUMBER}),
     (wire.powersgd, {}, {"rank": COUNT, "min_compression": NUMBER, "seed": COUNT}),
-    (wire.relayed, {"between": wire.bf16()}, {"between": OTHER, "level": LEVEL}),
+    (wire.two_level, {"between": wire.bf16()}, {"between": OTHER, "level": LEVEL}),
     (wire.int8, {}, {"block": COUNT}),
     (wire.int4, {}, {"block": COUNT}),
     (wire.fp8, {}, {"block": COUNT}),
@@ -545,7 +545,7 @@ def test_without_levels_below_the_world_there_is_the_world_only() -> None:
 
 
 def test_a_wire_that_names_a_level_needs_it_as_a_schedule_does() -> None:
-    strategy = replace(strategies.diloco(2), wire=wire.relayed(wire.bf16(), "rack"))
+    strategy = replace(strategies.diloco(2), wire=wire.two_level(wire.bf16(), "rack"))
     assert strategy.levels == {"world", "rack"}
     model = mlp()
     with pytest.raises(ValueError, match=r"got 'rack': pass .* topology=topology.nested\(\{'rack'"):

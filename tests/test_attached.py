@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import postlocal
-from postlocal import schedule, strategies, topology, wire
+from postlocal import codec, schedule, strategies, topology, wire
 from postlocal.errors import DisagreementError
 from postlocal.strategies import Strategy
 from tests.models import batches, convnet, distance, equal, mlp, momentum, sgd, train_step, values
@@ -106,7 +106,7 @@ def counted(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tens
 
 STRATEGIES: dict[str, Strategy] = {
     "ddp": strategies.ddp(),
-    "int8": replace(strategies.ddp(), gradient_wire=wire.int8()),
+    "int8": replace(strategies.ddp(), gradient_wire=wire.quantised(codec.int8())),
     "diloco": strategies.diloco(period=4),
     "node": Strategy(schedule.periodic(4, gradients="node")),
     "warm-up": strategies.post_local_sgd(3, 2),
@@ -371,7 +371,10 @@ def attach_often(rank: int) -> list[tuple[int, int, int]]:
     model = DistributedDataParallel(mlp())
     optimizer = sgd(model)
     every = (
-        replace(strategies.streaming_diloco(period=4, fragments=1), gradient_wire=wire.int8()),
+        replace(
+            strategies.streaming_diloco(period=4, fragments=1),
+            gradient_wire=wire.quantised(codec.int8()),
+        ),
         Strategy(schedule.hierarchical({"node": 1, "world": 2})),
     )
     found = []
@@ -536,7 +539,7 @@ def search_in_nodes(rank: int, options: dict[str, Any], lossy: bool) -> tuple[fl
     optimizer = sgd(model)
     strategy = Strategy(schedule.periodic(100, gradients="node"))
     if lossy:
-        strategy = replace(strategy, gradient_wire=wire.int8())
+        strategy = replace(strategy, gradient_wire=wire.quantised(codec.int8()))
     sync = postlocal.attach(model, optimizer, strategy, topology=topology.nodes(size=2))
     dist.barrier()
     if rank >= 2:

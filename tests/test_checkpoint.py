@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import postlocal
-from postlocal import CheckpointError, Strategy, checkpoint, codec, schedule, strategies, wire
+from postlocal import CheckpointError, Strategy, checkpoint, schedule, strategies, wire
 from postlocal.checkpoint.packing import pack
 from tests.models import OPTIMIZERS, batches, convnet, distance, equal, mlp, train_step, values
 
@@ -28,7 +28,7 @@ STRATEGIES = {
     "slowmo over bf16": replace(strategies.slowmo(4), wire=wire.bf16()),
     "streaming over fp4": replace(
         strategies.streaming_diloco(4, fragments=2, delay=3),
-        wire=wire.error_feedback(wire.quantised(codec.fp4())),
+        wire=wire.fp4(),
     ),
     "edit": strategies.edit(4),
     "averaged state": replace(strategies.local_sgd(4), optimizer_state="average"),

@@ -332,14 +332,14 @@ def test_random_k_keeps_every_place_as_often() -> None:
 @pytest.mark.parametrize("numel", [1, 5, 33, 70_000])
 def test_residuals_hold_what_is_not_sent(name: str, workers: int, numel: int) -> None:
     """The mean of contribution + old residual is what comes, plus the mean of new residuals."""
-    carrier = quantised(CODECS[name])
+    recipe = quantised(CODECS[name])
 
     def work(group: Group) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(group.rank)
         values = torch.randn(numel, generator=generator)
         residual = torch.randn(numel, generator=generator)
         owed = values + residual
-        mean_([values], group, carrier, residuals=[residual])
+        mean_([values], group, recipe, residuals=[residual])
         return owed, values, residual
 
     results = virtual.run(workers, work)
@@ -352,7 +352,7 @@ def test_residuals_hold_what_is_not_sent(name: str, workers: int, numel: int) ->
 
 def test_residuals_of_many_tensors_go_with_them() -> None:
     shapes = [(40_000,), (3, 5), (64, 33), ()]
-    carrier = quantised(int8(block=8))
+    recipe = quantised(int8(block=8))
 
     def work(group: Group) -> list[tuple[Tensor, Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(group.rank)
@@ -360,7 +360,7 @@ def test_residuals_of_many_tensors_go_with_them() -> None:
         tensors[2] = tensors[2].t()
         residuals = [torch.zeros_like(tensor) for tensor in tensors]
         before = [tensor.clone() for tensor in tensors]
-        mean_(tensors, group, carrier, residuals=residuals)
+        mean_(tensors, group, recipe, residuals=residuals)
         return list(zip(before, tensors, residuals, strict=True))
 
     for triples in zip(*virtual.run(2, work), strict=True):
@@ -370,7 +370,7 @@ def test_residuals_of_many_tensors_go_with_them() -> None:
 
 
 def test_error_feedback_makes_the_mean_of_many_rounds_exact() -> None:
-    carrier = quantised(int8(block=64))
+    recipe = quantised(int8(block=64))
 
     def work(group: Group) -> tuple[Tensor, Tensor]:
         value = torch.randn(64, generator=torch.Generator().manual_seed(group.rank))
@@ -379,7 +379,7 @@ def test_error_feedback_makes_the_mean_of_many_rounds_exact() -> None:
         for _ in range(50):
             for total, kept in ((with_feedback, [residual]), (without, None)):
                 travelling = value.clone()
-                mean_([travelling], group, carrier, residuals=kept)
+                mean_([travelling], group, recipe, residuals=kept)
                 total.add_(travelling / 50)
         exact_mean = value.clone()
         mean_([exact_mean], group, wire.fp32())

@@ -251,7 +251,7 @@ def test_an_adaptive_period_goes_on_after_a_resume() -> None:
 
 def test_a_wire_between_nodes_changes_nothing_where_it_is_exact() -> None:
     plain = strategies.diloco(4)
-    relayed = replace(plain, wire=wire.relayed(wire.fp32(), "node"))
+    two_level = replace(plain, wire=wire.two_level(wire.fp32(), "node"))
     models = mlps(4)
 
     def work(group: Group, strategy: Strategy) -> list[Tensor]:
@@ -269,6 +269,6 @@ def test_a_wire_between_nodes_changes_nothing_where_it_is_exact() -> None:
 
     start = deepcopy(models[0].state_dict())
     direct = virtual.run(4, lambda group: work(group, plain))
-    by_node = virtual.run(4, lambda group: work(group, relayed))
+    by_node = virtual.run(4, lambda group: work(group, two_level))
     assert distance(direct[0], by_node[0]) < 1e-6
     assert all(equal(by_node[0], other) for other in by_node)

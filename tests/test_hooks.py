@@ -488,8 +488,8 @@ def test_quantisation_resumes_with_its_errors(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_traffic_of_quantised_hooks_does_not_grow_with_the_number_of_ranks(world: int) -> None:
-    carrier = QuantizationState(None).wire
-    assert carrier.payload_bytes(2**20, world) <= 2 * 2**20 * (1 + 4 / 256)
+    recipe = QuantizationState(None).wire
+    assert recipe.payload_bytes(2**20, world) <= 2 * 2**20 * (1 + 4 / 256)
 
 
 class PlainSGD:

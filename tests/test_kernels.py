@@ -1,5 +1,6 @@
 """Kernels: the same bits compiled and tile by tile, and never silently the slow way."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -220,6 +221,70 @@ class Halved(int8):
     def restore(self, parameters: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]:
         numbers, scales = super().restore(parameters, codes)
         return numbers, scales / 2
+
+
+HALVED = """
+from postlocal.codec import int8
+
+SHARE = 2  # of a scale
+
+def share(scales):
+    return scales / SHARE
+
+def unused():
+    return 1
+
+class halved(int8):
+    def restore(self, parameters, codes):
+        'Half of what int8 restores.'
+        numbers, scales = super().restore(parameters, codes)
+        return numbers, share(scales)
+"""
+
+
+def key_of(folder: Path, source: str) -> str:
+    """What the kernels of the codec ``halved`` are made of."""
+    folder.mkdir()
+    (folder / "halved.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("halved", folder / "halved.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return compiling.made_of(module.halved)
+
+
+REWORDED = {
+    "comment": ("# of a scale", "# by which scales are divided"),
+    "docstring": ("Half of what int8", "Halves of what int8"),
+    "no docstring": ("'Half of what int8 restores.'", ""),
+    "blank lines": ("SHARE = 2", "\n\n\nSHARE = 2"),
+    "what is not used": ("return 1", "return 2"),
+}
+RECKONED = {
+    "constant": ("SHARE = 2", "SHARE = 4"),
+    "function": ("scales / SHARE", "scales * SHARE"),
+    "method": ("return numbers, share(scales)", "return numbers, share(share(scales))"),
+}
+
+
+@pytest.mark.parametrize("name", [*REWORDED, *RECKONED])
+def test_kernels_are_compiled_anew_for_other_arithmetic_and_for_no_other_words(
+    name: str, tmp_path: Path
+) -> None:
+    old, new = (REWORDED | RECKONED)[name]
+    assert old in HALVED
+    before = key_of(tmp_path / "before", HALVED)
+    after = key_of(tmp_path / "after", HALVED.replace(old, new))
+    assert (before == after) == (name in REWORDED)
+
+
+def test_the_key_of_kernels_holds_all_that_their_arithmetic_reaches() -> None:
+    key = compiling.made_of(int4)
+    for name in ("int4.quantise", "_symmetric", "noise", "mixed", "scales_of", "_Encode.forward"):
+        assert f".{name}: " in key
+    assert "Half" not in key
+    assert "int8.quantise" not in key
 
 
 def test_codecs_of_others_run_by_their_own_arithmetic(unloaded: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bytes that carriers count are those that they hand to their groups, rank by rank."""
+"""Bytes that reducers count are those that they hand to their groups, rank by rank."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,17 @@ from postlocal import codec, virtual, wire
 from postlocal.comm.group import Group, Operation, TensorsByRank, Value, Work
 from postlocal.comm.groups import LevelGroups
 from postlocal.topology import WORLD, Partition
-from postlocal.wire import Wire, maximum_
+from postlocal.wire import Wire, maximum_, sent_bytes
 
 WIRES: dict[str, Wire] = {
     **{name: make() for name, make in wire.NAMED.items()},
-    "bare int4": wire.int4(block=64),
+    "bare int4": wire.quantised(codec.int4(block=64)),
     "quantised top_k": wire.quantised(codec.top_k(k=4, chunk=32)),
     "quantised random_k": wire.quantised(codec.random_k(k=4, chunk=32)),
-    "relayed fp32": wire.relayed(wire.fp32(), level="pair"),
-    "relayed int8": wire.relayed(wire.named("int8"), level="pair"),
-    "relayed powersgd": wire.relayed(wire.powersgd(rank=1), level="pair"),
-    "relayed twice": wire.relayed(wire.relayed(wire.bf16(), level="four"), level="pair"),
+    "two levels fp32": wire.two_level(wire.fp32(), level="pair"),
+    "two levels int8": wire.two_level(wire.named("int8"), level="pair"),
+    "two levels powersgd": wire.two_level(wire.powersgd(rank=1), level="pair"),
+    "two levels twice": wire.two_level(wire.two_level(wire.bf16(), level="four"), level="pair"),
 }
 
 
@@ -94,21 +94,22 @@ def test_what_is_counted_and_predicted_is_what_was_sent(
 ) -> None:
     def work(group: Group) -> tuple[int, int, int]:
         counts: list[int] = []
-        carrier = WIRES[name].open(LevelGroups(Counting(group, counts), nested()), WORLD)
-        tensors = shaped(numel, dtype)
-        return carrier.payload_bytes(tensors), carrier.mean_(tensors), sum(counts)
+        groups = LevelGroups(Counting(group, counts), nested())
+        reducer, tensors = WIRES[name].open(groups, WORLD), shaped(numel, dtype)
+        legs = WIRES[name].messages(tensors, groups, WORLD)
+        return sent_bytes(legs), reducer.mean_(tensors), sum(counts)
 
     for predicted, returned, sent in virtual.run(workers, work):
         assert predicted == returned == sent
 
 
-@pytest.mark.parametrize("name", [name for name in WIRES if "relayed" not in name])
+@pytest.mark.parametrize("name", [name for name in WIRES if "two levels" not in name])
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("numel", [1, 300, 100_003])
 def test_the_recipe_tells_the_most_that_a_rank_sends(name: str, workers: int, numel: int) -> None:
     def work(group: Group) -> int:
-        carrier = WIRES[name].open(LevelGroups(group, nested()), WORLD)
-        return carrier.payload_bytes({"flat": torch.zeros(numel)})
+        groups, flat = LevelGroups(group, nested()), {"flat": torch.zeros(numel)}
+        return sent_bytes(WIRES[name].messages(flat, groups, WORLD))
 
     most = max(virtual.run(workers, work))
     if name != "powersgd":  # its estimate is that of a square matrix

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 import postlocal
-from postlocal import Strategy, outer, schedule, strategies, topology, virtual, wire
+from postlocal import Strategy, codec, outer, schedule, strategies, topology, virtual, wire
 from postlocal.cli import app, main
 from postlocal.cli.units import by_level, parse_bandwidth, parse_count, parse_latency
 from postlocal.comm.group import Group
@@ -57,7 +57,7 @@ KINDS = {
     "streaming": strategies.streaming_diloco(100, fragments=4, delay=5),
     "sparse_loco": strategies.sparse_loco(),
     "qsr": strategies.qsr(alpha=0.02, total=500),
-    "relayed": replace(strategies.diloco(50), wire=wire.relayed(wire.bf16())),
+    "two levels": replace(strategies.diloco(50), wire=wire.two_level(wire.bf16())),
     "powersgd": replace(strategies.ddp(), gradient_wire=wire.powersgd()),
 }
 kinds = st.sampled_from(list(KINDS.values()))
@@ -149,12 +149,12 @@ def test_a_reduction_of_gradients_is_hidden_as_far_as_the_backward_pass_goes() -
     assert exposed(1e8, 0.7) == pytest.approx(reduction(1e8) - hidden, rel=1e-3)
 
 
-def test_gradients_of_a_wire_that_remembers_wait_for_the_whole_backward_pass() -> None:
-    bare = replace(strategies.ddp(), gradient_wire=wire.int8())
-    remembering = replace(strategies.ddp(), gradient_wire=wire.named("int8"))
+def test_gradients_of_a_wire_with_state_wait_for_the_whole_backward_pass() -> None:
+    bare = replace(strategies.ddp(), gradient_wire=wire.quantised(codec.int8()))
+    with_state = replace(strategies.ddp(), gradient_wire=wire.named("int8"))
     quick = Cluster(2, {"world": Link(2e9)})
     alone = 0.1 / (0.1 + 10**7 * 8 / 2e9)
-    assert plan(remembering, job(), quick).share_computing == pytest.approx(alone, rel=0.02)
+    assert plan(with_state, job(), quick).share_computing == pytest.approx(alone, rel=0.02)
     # Of three buckets the second is sent once it is full, and the link is busy from then on.
     (first, second), backward = (2**20 / 4e7, 26 * 2**20 / 4e7), 2 / 3 * 0.1
     beside = 0.1 / (0.1 + second * backward + (1 - first) * 10**7 * 8 / 2e9 - backward)
@@ -162,9 +162,9 @@ def test_gradients_of_a_wire_that_remembers_wait_for_the_whole_backward_pass() -
 
 
 def test_a_gathered_exchange_takes_a_payload_for_each_other_rank() -> None:
-    strategy = replace(strategies.sparse_loco(period=10), wire=wire.top_k())
+    strategy = replace(strategies.sparse_loco(period=10), wire=wire.gathered(codec.top_k()))
     planned = plan(strategy, job(), Cluster(5, {"world": Link(1e8, 0.05)}))
-    exchange = 8 * wire.top_k().payload_bytes(10**7, 5) / 1e8 + 0.05
+    exchange = 8 * wire.gathered(codec.top_k()).payload_bytes(10**7, 5) / 1e8 + 0.05
     assert planned.seconds_a_step == pytest.approx(0.1 + exchange / 10, rel=1e-3)
 
 
@@ -178,8 +178,8 @@ def test_levels_of_a_hierarchy_take_their_time_one_after_the_other() -> None:
 
 def test_a_relay_sends_between_nodes_once_a_node() -> None:
     flat = plan(strategies.diloco(50), job(), cluster(1e8))
-    relayed = replace(strategies.diloco(50), wire=wire.relayed(wire.fp32()))
-    once = plan(relayed, job(), cluster(1e8))
+    two_level = replace(strategies.diloco(50), wire=wire.two_level(wire.fp32()))
+    once = plan(two_level, job(), cluster(1e8))
     waiting = [each.seconds_a_step - 0.1 for each in (flat, once)]
     assert waiting[0] / waiting[1] == pytest.approx(2, rel=0.02)
 
@@ -244,7 +244,7 @@ ROUNDS = {
     "streaming": strategies.streaming_diloco(period=6, fragments=3, delay=2),
     "streaming, blocking": strategies.streaming_diloco(period=6, fragments=2, delay=0),
     "hierarchical": strategies.hierarchical({"node": 2, "world": 6}),
-    "relayed": replace(strategies.diloco(4), wire=wire.relayed(wire.bf16())),
+    "two levels": replace(strategies.diloco(4), wire=wire.two_level(wire.bf16())),
     "edit": strategies.edit(period=4),
     "qsr": strategies.qsr(alpha=0.3, base=2, total=22),
     "growing": Strategy(schedule.growing(start=2)),

@@ -19,17 +19,17 @@ from postlocal.wire import Divisor, Wire
 WORKERS = 3
 ROUNDS = 60
 BARE: dict[str, Wire] = {
-    "int8": wire.int8(block=16),
-    "int4": wire.int4(block=16),
-    "sign": wire.sign(block=16),
-    "top_k": wire.top_k(k=4, chunk=16, bits=32),
+    "int8": wire.quantised(codec.int8(block=16)),
+    "int4": wire.quantised(codec.int4(block=16)),
+    "sign": wire.quantised(codec.sign(block=16)),
+    "top_k": wire.gathered(codec.top_k(k=4, chunk=16, bits=32)),
     "quantised top_k": wire.quantised(codec.top_k(k=4, chunk=16)),
 }
-REMEMBERING: dict[str, Wire] = {
+COMPENSATED: dict[str, Wire] = {
     **{name: wire.error_feedback(bare) for name, bare in BARE.items()},
     "powersgd": wire.powersgd(rank=1, min_compression=1.0),
-    "relayed int4": wire.relayed(wire.error_feedback(wire.int4(block=16)), level="pair"),
-    "relayed powersgd": wire.relayed(wire.powersgd(rank=1, min_compression=1.0), level="pair"),
+    "two levels int4": wire.two_level(wire.int4(block=16), level="pair"),
+    "two levels powersgd": wire.two_level(wire.powersgd(rank=1, min_compression=1.0), level="pair"),
 }
 Weigh = Callable[[int, int], float]
 """Weight of a rank in a round."""
@@ -77,13 +77,13 @@ def far_off(recipe: Wire, weigh: Weigh) -> float:
     """How far the sum of many means is from that of exact ones, in means of one round."""
 
     def work(group: Group) -> tuple[Tensor, Tensor]:
-        carrier = recipe.open(LevelGroups(group, pairs()), WORLD)
+        reducer = recipe.open(LevelGroups(group, pairs()), WORLD)
         missing = torch.zeros(2, 16, 8)
         for step in range(ROUNDS):
             weights = [weigh(step, rank) for rank in range(WORKERS)]
             mine = values(group.rank)
             own = dict.fromkeys(mine, weights[group.rank])
-            carrier.mean_(mine, total(sum(weights)), own)
+            reducer.mean_(mine, total(sum(weights)), own)
             exact = [
                 torch.stack([w * values(rank)[name] for rank, w in enumerate(weights)]).sum(0)
                 / sum(weights)
@@ -96,10 +96,10 @@ def far_off(recipe: Wire, weigh: Weigh) -> float:
     return float(missing.norm() / exact.norm())
 
 
-@pytest.mark.parametrize("name", REMEMBERING)
+@pytest.mark.parametrize("name", COMPENSATED)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_what_is_owed_does_not_grow_though_weights_change(name: str, scheme: str) -> None:
-    owed = far_off(REMEMBERING[name], SCHEMES[scheme])
+    owed = far_off(COMPENSATED[name], SCHEMES[scheme])
     if scheme in ("steady", "scaled"):  # what ranks owe counts as much as it did
         assert owed < 6
     if name in BARE:
@@ -109,14 +109,14 @@ def test_what_is_owed_does_not_grow_though_weights_change(name: str, scheme: str
 
 
 def test_debts_are_the_same_whatever_unit_weights_are_in() -> None:
-    recipe = wire.error_feedback(wire.int4(block=16), decay=0.9)
+    recipe = wire.error_feedback(wire.quantised(codec.int4(block=16)), decay=0.9)
 
     def work(group: Group, unit: float) -> Tensor:
-        carrier = recipe.open(LevelGroups(group, pairs()), WORLD)
+        reducer = recipe.open(LevelGroups(group, pairs()), WORLD)
         for step in range(4):
             mine = values(group.rank)
             weight = unit if step % 2 else 1.0  # a power of two: nothing is rounded
-            carrier.mean_(mine, total(WORKERS * weight), dict.fromkeys(mine, weight))
+            reducer.mean_(mine, total(WORKERS * weight), dict.fromkeys(mine, weight))
         return mine["first"]
 
     plain = virtual.run(WORKERS, lambda group: work(group, 1.0))
@@ -124,19 +124,19 @@ def test_debts_are_the_same_whatever_unit_weights_are_in() -> None:
     assert torch.equal(plain[0], small[0])
 
 
-@pytest.mark.parametrize("name", REMEMBERING)
+@pytest.mark.parametrize("name", COMPENSATED)
 def test_a_tensor_of_weight_zero_counts_as_zeros_and_its_residual_waits(name: str) -> None:
     def work(group: Group) -> tuple[dict[str, Tensor], Mapping[str, Any], Mapping[str, Any]]:
-        carrier = REMEMBERING[name].open(LevelGroups(group, pairs()), WORLD)
-        carrier.mean_(values(group.rank))
-        before = {k: v.clone() for k, v in tensors_of(carrier.state_dict()).items()}
+        reducer = COMPENSATED[name].open(LevelGroups(group, pairs()), WORLD)
+        reducer.mean_(values(group.rank))
+        before = {k: v.clone() for k, v in tensors_of(reducer.state_dict()).items()}
         mine = values(group.rank)
         weights = dict.fromkeys(mine, 1.0)
         if group.rank == 2:  # the last one: the first part is not its own
             mine["first"].fill_(math.nan)
             weights["first"] = 0.0
-        carrier.mean_(mine, lambda: 2.0, weights)
-        return mine, before, tensors_of(carrier.state_dict())
+        reducer.mean_(mine, lambda: 2.0, weights)
+        return mine, before, tensors_of(reducer.state_dict())
 
     *_, (mean, before, after) = virtual.run(WORKERS, work)
     assert all(bool(tensor.isfinite().all()) for tensor in mean.values())
@@ -199,7 +199,7 @@ JUDGING = guard.outliers(warmup=4, max_norm=1e9)
         ("no step", guard.non_finite(), {"0.weight", "1.weight"}),
     ],
 )
-def test_a_replica_forgets_what_it_was_left_out_of_and_only_that(
+def test_a_replica_drops_the_residuals_of_what_it_was_left_out_of_and_no_others(
     reason: str, judge: guard.Guard, kept: set[str]
 ) -> None:
     strategy = replace(strategies.diloco(period=1), wire=wire.named("top_k"), guard=judge)

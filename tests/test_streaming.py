@@ -17,7 +17,6 @@ from postlocal import (
     DisagreementError,
     PeerError,
     Strategy,
-    codec,
     fragments,
     outer,
     schedule,
@@ -204,16 +203,14 @@ def test_averaging_in_parts_averages_each_part_at_its_step() -> None:
         assert torch.equal(history[0][3][index], history[1][3][index])
 
 
-@pytest.mark.parametrize(
-    "carrier", [wire.fp32(), wire.error_feedback(wire.quantised(codec.fp4()))], ids=["fp32", "fp4"]
-)
-def test_replicas_are_equal_after_finish_and_the_agreed_parameters_always(carrier: Any) -> None:
+@pytest.mark.parametrize("recipe", [wire.fp32(), wire.fp4()], ids=["fp32", "fp4"])
+def test_replicas_are_equal_after_finish_and_the_agreed_parameters_always(recipe: Any) -> None:
     models = [stack() for _ in range(3)]
 
     def work(group: Group) -> tuple[list[list[Tensor]], list[Tensor]]:
         model = models[group.rank]
         optimizer = OPTIMIZERS["adamw"](model)
-        strategy = streaming(4, delay=2, wire=carrier)
+        strategy = streaming(4, delay=2, wire=recipe)
         sync = postlocal.attach(model, optimizer, strategy, process_group=group)
         agreed = []
         for x, y in batches(group.rank, 11):
@@ -251,7 +248,7 @@ def test_agreed_parameters_need_an_anchor_once_replicas_are_apart() -> None:
     assert "keeps no anchor" in virtual.run(2, work)[0]
 
 
-FEEDBACK = wire.error_feedback(wire.quantised(codec.int8(block=8)))
+FEEDBACK = wire.int8(block=8)
 
 
 @pytest.mark.parametrize("stop", [3, 5, 6, 9])

@@ -168,7 +168,7 @@ def test_a_resume_between_two_synchronizations_of_nodes_keeps_their_work() -> No
 
 
 def test_ranks_behind_a_relay_hear_of_a_disagreement_too() -> None:
-    strategy = replace(strategies.qsr(alpha=0.02, base=4), wire=wire.relayed(wire.bf16(), "node"))
+    strategy = replace(strategies.qsr(alpha=0.02, base=4), wire=wire.two_level(wire.bf16(), "node"))
 
     def loop(group: Group, model: nn.Module, sync: Sync) -> str:
         sync.inner.optimizer.param_groups[0]["lr"] = 0.002 if group.rank != 2 else 0.001

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from postlocal import virtual, wire
+from postlocal import codec, virtual, wire
 from postlocal.comm.group import Group
 from postlocal.tensors import all_finite, flat_view, squared_norm, weigh_
 from postlocal.wire import ChunkWire, maximum_, mean_
@@ -30,11 +30,11 @@ def make(rank: int, dtype: torch.dtype) -> list[Tensor]:
     return tensors
 
 
-def means(workers: int, dtype: torch.dtype, carrier: ChunkWire) -> list[tuple[list[Tensor], int]]:
+def means(workers: int, dtype: torch.dtype, recipe: ChunkWire) -> list[tuple[list[Tensor], int]]:
     def work(group: Group) -> tuple[list[Tensor], int]:
         tensors = make(group.rank, dtype)
         places = [(t.data_ptr(), t.stride()) for t in tensors]
-        sent = mean_(tensors, group, carrier)
+        sent = mean_(tensors, group, recipe)
         assert places == [(t.data_ptr(), t.stride()) for t in tensors]
         return tensors, sent
 
@@ -82,23 +82,23 @@ def test_identical_replicas_are_a_fixed_point_of_the_exact_wire(
 @pytest.mark.parametrize("name", WIRES)
 @pytest.mark.parametrize("workers", [2, 3])
 def test_payload_is_what_the_wire_predicts(name: str, workers: int) -> None:
-    carrier = WIRES[name]
+    recipe = WIRES[name]
     sizes = [wire.CHUNK // 2 + 5, 11, 300_000]
 
     def work(group: Group) -> int:
-        return mean_([torch.zeros(size) for size in sizes], group, carrier)
+        return mean_([torch.zeros(size) for size in sizes], group, recipe)
 
-    limit = carrier.limit(workers, sum(sizes))
+    limit = recipe.limit(workers, sum(sizes))
     full, rest = divmod(sum(sizes), limit)
     chunks = [limit] * full + [rest]
     sent = virtual.run(workers, work)
-    assert max(sent) == sent[0] == sum(carrier.payload_bytes(numel, workers) for numel in chunks)
+    assert max(sent) == sent[0] == sum(recipe.payload_bytes(numel, workers) for numel in chunks)
     width = {"fp32": 4, "bf16": 2, "fp16": 2}[name]
     assert sum(sent) == pytest.approx(2 * (workers - 1) * width * sum(chunks), rel=1e-4)
 
 
 def test_means_of_small_models_travel_in_chunks_that_are_worth_their_calls() -> None:
-    wires = (wire.fp32(), wire.bf16(), wire.fp4())
+    wires = (wire.fp32(), wire.bf16(), wire.quantised(codec.fp4()))
     assert [each.limit(4, numel=200_000) >= 200_000 for each in wires] == [False, False, True]
 
 
@@ -107,9 +107,9 @@ def test_codes_are_made_of_values_where_they_lie_if_that_is_end_to_end(apart: bo
     taken: list[torch.dtype] = []
 
     class Watched(wire.Staging):
-        def take(self, numel: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        def allocate(self, numel: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
             taken.append(dtype or like.dtype)
-            return super().take(numel, like, dtype)
+            return super().allocate(numel, like, dtype)
 
     def values(rank: int) -> Tensor:
         return torch.randn(8_001, generator=torch.Generator().manual_seed(rank))

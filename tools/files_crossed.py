@@ -21,15 +21,13 @@ import torch
 from torch import nn
 
 import postlocal
-from postlocal import codec, strategies, virtual, wire
+from postlocal import strategies, virtual, wire
 from postlocal.comm.group import Group
 
 SOURCE = Path(postlocal.__file__).parent
 STRATEGIES = {
     "local_sgd over fp32": strategies.local_sgd(period=2),
-    "diloco over error_feedback(int4)": replace(
-        strategies.diloco(period=2), wire=wire.error_feedback(wire.quantised(codec.int4()))
-    ),
+    "diloco over error_feedback(int4)": replace(strategies.diloco(period=2), wire=wire.int4()),
 }
 
 

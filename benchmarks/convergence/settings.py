@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from postlocal import Strategy, strategies, wire
+from postlocal import Strategy, codec, strategies, wire
 
 CONTROL = "ddp"
 
@@ -45,16 +45,16 @@ def _settings() -> dict[str, Strategy]:
             outer = f"{period}-lr{lr}-m{momentum}"
             settings[f"diloco-{outer}"] = _diloco(period, lr, momentum)
             settings[f"streaming-{outer}"] = _streaming(period, lr, momentum)
-        settings[f"streaming-{period}-fp4"] = _streaming(period, wire=wire.fp4())
+        settings[f"streaming-{period}-fp4"] = _streaming(period, wire=wire.quantised(codec.fp4()))
     settings |= _streams()
     for name in ("int8", "int4", "fp4", "sign"):
-        bare = getattr(wire, name)()
+        bare = wire.quantised(getattr(codec, name)())
         settings[f"diloco-30-{name}"] = _diloco(30, wire=bare)
         settings[f"diloco-30-{name}-feedback"] = _diloco(30, wire=wire.error_feedback(bare))
     for lr in (1.0, 1.5, 2.0, 4.0, 6.0, 8.0):
         settings[f"sparse-30-lr{lr}"] = strategies.sparse_loco(30, outer_lr=lr)
         settings[f"sparse-30-k128-lr{lr}"] = strategies.sparse_loco(30, top_k=128, outer_lr=lr)
-    forgetful = replace(strategies.sparse_loco(30, outer_lr=2.0), wire=wire.top_k())
+    forgetful = replace(strategies.sparse_loco(30, outer_lr=2.0), wire=wire.gathered(codec.top_k()))
     settings["sparse-30-lr2.0-no-feedback"] = forgetful
     return settings
 
@@ -68,7 +68,7 @@ def _streams() -> dict[str, Strategy]:
         if delay:
             carried = _streaming(30, delay=delay, mix=0.0, carry=True)
             settings[f"streaming-30-delay{delay}-mix0.0-carry"] = carried
-    settings["streaming-30-fp4-mix0.0"] = _streaming(30, mix=0.0, wire=wire.fp4())
+    settings["streaming-30-fp4-mix0.0"] = _streaming(30, mix=0.0, wire=wire.quantised(codec.fp4()))
     return settings
 
 

@@ -25,7 +25,7 @@ from postlocal import schedule as schedules
 from postlocal import wire as wires
 from postlocal.checks import choice, no_steps_or_more, positive, settle, shown, text, whole
 from postlocal.codec.sparse import check_kept
-from postlocal.wire.carrier import is_wire
+from postlocal.wire.api import is_wire
 from postlocal.wire.error_feedback import decay_of
 
 OptimizerState = Literal["keep", "average", "reset"]
@@ -107,7 +107,7 @@ class Strategy:
     @property
     def levels(self) -> frozenset[str]:
         """The levels that its schedule and its wires name, ``"rank"`` left out."""
-        within = wires.levels(self.wire) | wires.levels(self.gradient_wire)
+        within = self.wire.levels | self.gradient_wire.levels
         return (schedules.levels(self.schedule) | within) - {schedules.RANK}
 
     @property

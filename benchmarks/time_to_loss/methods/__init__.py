@@ -13,7 +13,7 @@ from benchmarks.time_to_loss.methods import (
 )
 from benchmarks.time_to_loss.methods.method import Method, Training
 from benchmarks.time_to_loss.methods.ours import ours
-from postlocal import Strategy, strategies, wire
+from postlocal import Strategy, codec, strategies, wire
 from postlocal.train import TrainConfig
 
 __all__ = ["ALONE", "DDP", "METHODS", "PERIOD", "PLANNED", "Method", "Training", "named"]
@@ -95,7 +95,7 @@ PLANNED: Mapping[str, Strategy] = {
     "ddp": strategies.ddp(),
     "local_sgd, period 8": strategies.local_sgd(8),
     "diloco, period 16": strategies.diloco(16),
-    "diloco, period 4, int8": replace(strategies.diloco(4), wire=wire.int8()),
+    "diloco, period 4, int8": replace(strategies.diloco(4), wire=wire.quantised(codec.int8())),
     "streaming_diloco, period 8, fp32": replace(
         strategies.streaming_diloco(8, delay=2), wire=wire.fp32()
     ),

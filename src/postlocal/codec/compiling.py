@@ -2,28 +2,38 @@
 
 A process of its own compiles (torch's compiler switches global state that training in other threads
 would see), ahead of time, into a cache folder: ``$XDG_CACHE_HOME/postlocal/kernels``. What is there
-is used by all processes, whatever their tensors' sizes. A compiler that fails is remembered there
-too, so that no other process waits for the next one.
+is used by all processes, whatever their tensors' sizes. A compiler that fails is noted there too,
+so that no other process waits for the next one.
+
+The key of an entry is what its kernels are made of: the codec and its arguments, the syntax trees
+of its arithmetic, torch, the compiler and the processor. Comments and docstrings are no part of it.
 """
 
+import ast
 import fcntl
 import hashlib
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from postlocal.codec.blockwise import Blockwise
 
 _SECONDS = 900  # a compiler that takes longer has failed
 _EXAMPLE = 2**16  # elements of the example; the number of blocks is left open
@@ -41,20 +51,6 @@ class CompileError(RuntimeError):
         self.remedy = remedy
 
 
-class Arithmetic(Protocol):
-    """What `postlocal.codec.blockwise.Blockwise` codecs are made of."""
-
-    packed: int
-    compiled: bool
-
-    @property
-    def block(self) -> int: ...
-
-    def quantise(self, blocks: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]: ...
-
-    def restore(self, parameters: Tensor, codes: Tensor) -> tuple[list[Tensor], Tensor]: ...
-
-
 @dataclass(frozen=True)
 class Kernels:
     """Compiled functions; blocks have shape ``(n, block)``, codes ``(n, block / packed)``.
@@ -70,12 +66,7 @@ class Kernels:
     accumulate: Callable[..., list[Tensor]]
 
 
-def sections(blocks: Tensor, packed: int) -> tuple[Tensor, ...]:
-    """The parts of blocks, shape ``(n, block / packed)``, whose codes share bytes."""
-    return blocks.view(len(blocks), packed, -1).unbind(1)
-
-
-def compiled(codec: Arithmetic, dtype: torch.dtype, device: str) -> Kernels:
+def compiled(codec: "Blockwise", dtype: torch.dtype, device: str) -> Kernels:
     """The functions of a codec for values of a dtype on a device, compiled if they are not yet.
 
     Raises:
@@ -83,7 +74,8 @@ def compiled(codec: Arithmetic, dtype: torch.dtype, device: str) -> Kernels:
             cache folder cannot be written.
     """
     request = _request(codec, dtype, device)
-    folder = _cache() / hashlib.sha256(f"{_machine()} {request}".encode()).hexdigest()[:24]
+    key = f"{_machine()} {made_of(type(codec))} {request}"
+    folder = _cache() / hashlib.sha256(key.encode()).hexdigest()[:24]
     failure = folder.with_suffix(".failed")
     if not folder.exists():
         with _alone(folder.with_suffix(".lock")):
@@ -94,7 +86,7 @@ def compiled(codec: Arithmetic, dtype: torch.dtype, device: str) -> Kernels:
     return Kernels(*(_load(folder / f"{field.name}.pt2") for field in fields(Kernels)))
 
 
-def _request(codec: Arithmetic, dtype: torch.dtype, device: str) -> str:
+def _request(codec: "Blockwise", dtype: torch.dtype, device: str) -> str:
     """What the compiling process is told, as text."""
     recipe = {"codec": type(codec).__name__, "arguments": asdict(codec)}  # type: ignore[call-overload]
     return json.dumps(recipe | {"dtype": str(dtype).removeprefix("torch."), "device": device})
@@ -114,7 +106,7 @@ def _cache() -> Path:
 
 @cache
 def _machine() -> str:
-    """What compiled code depends on: torch, compiler, processor and the codecs' own source."""
+    """What compiled code depends on beside its source: torch, compiler and processor."""
     path = shutil.which(os.environ.get("CXX", "g++"))
     if path is None:
         raise CompileError(
@@ -122,10 +114,59 @@ def _machine() -> str:
         )
     version = subprocess.run([path, "--version"], capture_output=True, check=False)  # noqa: S603
     flags = [line for line in _processor().splitlines() if line.startswith(("flags", "Features"))]
-    source = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
-    return (
-        f"{torch.__version__} {path} {version!r} {flags[:1]} {hashlib.sha256(source).hexdigest()}"
-    )
+    return f"{torch.__version__} {path} {version!r} {flags[:1]}"
+
+
+@cache
+def made_of(codec: type) -> str:
+    """The source that the kernels of a class of codecs are compiled from, as syntax trees.
+
+    These are `compile_to`, and all functions and constants of the codecs that it reaches by name.
+    """
+    found: dict[str, str] = {}
+    waiting: list[tuple[str, object]] = [(compile_to.__qualname__, compile_to)]
+    while waiting:
+        name, value = waiting.pop()
+        if name in found:
+            continue
+        if isinstance(value, FunctionType):
+            tree = _tree(value)
+            found[name] = ast.dump(tree)
+            waiting += _reached(tree, value, codec)
+        else:
+            found[name] = repr(value)
+    return " ".join(f"{name}: {found[name]}" for name in sorted(found))
+
+
+def _tree(function: FunctionType) -> ast.AST:
+    """The syntax of a function, without comments and docstrings."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return tree
+
+
+def _reached(tree: ast.AST, function: FunctionType, codec: type) -> Iterator[tuple[str, object]]:
+    """Functions and constants that a function names: of its module, and of a class of codecs."""
+    for node in ast.walk(tree):
+        values: list[object] = []
+        if isinstance(node, ast.Name):
+            values = [function.__globals__.get(node.id)]
+        elif isinstance(node, ast.Attribute):
+            values = [vars(base).get(node.attr) for base in codec.__mro__]
+        for value in values:
+            if isinstance(value, int | float):
+                yield f"{ast.unparse(node)} in {function.__qualname__}", value
+            yield from _functions(value, (__package__ or "", codec.__module__))
+
+
+def _functions(value: object, modules: tuple[str, str]) -> Iterator[tuple[str, object]]:
+    """A function, or those of a class, if some module of ours has its source."""
+    if (getattr(value, "__module__", None) or "").startswith(modules):
+        for each in vars(value).values() if isinstance(value, type) else [value]:
+            if isinstance(each, FunctionType) and not each.__code__.co_filename.startswith("<"):
+                yield f"{each.__module__}.{each.__qualname__}", each
 
 
 def _processor() -> str:
@@ -179,7 +220,7 @@ def _load(package: Path) -> Callable[..., list[Tensor]]:
 
 
 class _Encode(nn.Module):
-    def __init__(self, codec: Arithmetic) -> None:
+    def __init__(self, codec: "Blockwise") -> None:
         super().__init__()
         self.codec = codec
 
@@ -190,7 +231,7 @@ class _Encode(nn.Module):
 
 
 class _Decode(nn.Module):
-    def __init__(self, codec: Arithmetic) -> None:
+    def __init__(self, codec: "Blockwise") -> None:
         super().__init__()
         self.codec = codec
 
@@ -201,7 +242,7 @@ class _Decode(nn.Module):
 
 
 class _Accumulate(nn.Module):
-    def __init__(self, codec: Arithmetic) -> None:
+    def __init__(self, codec: "Blockwise") -> None:
         super().__init__()
         self.codec = codec
 
@@ -217,15 +258,17 @@ def main() -> None:
     """Compile what the command line asks for: a request, and the folder that takes the packages."""
     request, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
     codecs = sys.modules["postlocal.codec"]
-    codec: Arithmetic = getattr(codecs, request["codec"])(**request["arguments"])
-    values = torch.zeros(
-        max(2, _EXAMPLE // codec.block) * codec.block,
-        dtype=getattr(torch, request["dtype"]), device=request["device"],
-    )  # fmt: skip
-    blocks = values.view(-1, codec.block)
+    codec: Blockwise = getattr(codecs, request["codec"])(**request["arguments"])
+    compile_to(folder, codec, getattr(torch, request["dtype"]), request["device"])
+
+
+def compile_to(folder: Path, codec: "Blockwise", dtype: torch.dtype, device: str) -> None:
+    """Compile the functions of a codec into packages in a folder."""
+    numel = max(2, _EXAMPLE // codec.block) * codec.block
+    blocks = torch.zeros(numel, dtype=dtype, device=device).view(-1, codec.block)
     with torch.no_grad():
         parameters, codes = codec.quantise(blocks.float(), 0, codec.block)
-        parts, weight = sections(blocks, codec.packed), blocks.new_ones((), dtype=torch.float32)
+        parts, weight = codec.sections(blocks), blocks.new_ones((), dtype=torch.float32)
         _package(_Encode(codec), (blocks, codes), folder / "encode.pt2")
         _package(_Decode(codec), (parameters, codes, parts), folder / "decode.pt2")
         accumulated = (parameters, codes, parts, weight)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from postlocal.checks import flag, settle
-from postlocal.codec.blockwise import Blockwise, scales_of, zero_unless
-from postlocal.codec.layout import block_of
+from postlocal.codec.blockwise import Blockwise, block_of, scales_of, zero_unless
 from postlocal.codec.rounding import noise
 
 

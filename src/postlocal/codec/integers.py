@@ -7,8 +7,13 @@ import torch
 from torch import Tensor
 
 from postlocal.checks import flag, optional, settle
-from postlocal.codec.blockwise import Blockwise, scales_of, zero_unless
-from postlocal.codec.layout import Layout, block_of
+from postlocal.codec.blockwise import (
+    Blockwise,
+    PayloadLayout,
+    block_of,
+    scales_of,
+    zero_unless,
+)
 from postlocal.codec.rounding import noise, rounded_by_chance
 
 
@@ -128,8 +133,8 @@ class affine(Blockwise):
     def block(self) -> int:
         return self.channel or 1
 
-    def layout(self, numel: int) -> Layout:
-        return Layout(numel, self.channel or max(1, numel), self.parameters, self.packed)
+    def layout(self, numel: int) -> PayloadLayout:
+        return PayloadLayout(numel, self.channel or max(1, numel), self.parameters, self.packed)
 
     def quantise(self, blocks: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
         low = blocks.amin(dim=1, keepdim=True).clamp_(max=0)

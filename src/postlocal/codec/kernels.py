@@ -19,12 +19,15 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from postlocal.codec.compiling import Arithmetic, CompileError, Kernels, compiled, sections
+from postlocal.codec.compiling import CompileError, Kernels, compiled
+
+if TYPE_CHECKING:
+    from postlocal.codec.blockwise import Blockwise
 
 Mode = Literal["auto", "compiled", "eager"]
 
@@ -35,9 +38,9 @@ _PATIENCE = 2**30  # elements after which the slow way has cost seconds
 
 _lock = threading.Lock()
 _mode: Mode | None = None  # None: what the environment says
-_loaded: dict[tuple[Arithmetic, torch.dtype, str], Kernels | None] = {}
+_loaded: dict[tuple["Blockwise", torch.dtype, str], Kernels | None] = {}
 _warned: set[str] = set()  # reasons
-_slowly: Counter[Arithmetic] = Counter()  # elements that took the slow way unasked
+_slowly: Counter["Blockwise"] = Counter()  # elements that took the slow way unasked
 
 
 def use(mode: Mode) -> None:
@@ -74,7 +77,7 @@ def warm_up(
         _kernels(codec, dtype, torch.device(device).type)  # type: ignore[arg-type]
 
 
-def encode(codec: Arithmetic, blocks: Tensor, parameters: Tensor, codes: Tensor) -> None:
+def encode(codec: "Blockwise", blocks: Tensor, parameters: Tensor, codes: Tensor) -> None:
     """Write parameters and codes of blocks, shape ``(n, block)``."""
     if kernels := _fast(codec, blocks):
         (measured,) = kernels.encode(blocks, codes)
@@ -95,14 +98,14 @@ def finite_or_nan(parameters: Tensor) -> Tensor:
     return torch.where(parameters.isfinite(), parameters, torch.nan)
 
 
-def decode(codec: Arithmetic, parameters: Tensor, codes: Tensor, blocks: Tensor) -> None:
+def decode(codec: "Blockwise", parameters: Tensor, codes: Tensor, blocks: Tensor) -> None:
     """Write what parameters and codes stand for to blocks, shape ``(n, block)``."""
     if kernels := _fast(codec, blocks):
-        kernels.decode(parameters, codes, *sections(blocks, codec.packed))
+        kernels.decode(parameters, codes, *codec.sections(blocks))
         return
     for _, part in _tiles(blocks):
         numbers, scales = codec.restore(parameters[part], codes[part])
-        for section, number in zip(sections(blocks[part], codec.packed), numbers, strict=True):
+        for section, number in zip(codec.sections(blocks[part]), numbers, strict=True):
             if section.dtype == torch.float32:
                 section.copy_(number).mul_(scales)
             else:
@@ -110,15 +113,15 @@ def decode(codec: Arithmetic, parameters: Tensor, codes: Tensor, blocks: Tensor)
 
 
 def accumulate(
-    codec: Arithmetic, parameters: Tensor, codes: Tensor, blocks: Tensor, weight: Tensor
+    codec: "Blockwise", parameters: Tensor, codes: Tensor, blocks: Tensor, weight: Tensor
 ) -> None:
     """Add what parameters and codes stand for, times a weight, to blocks, shape ``(n, block)``."""
     if kernels := _fast(codec, blocks):
-        kernels.accumulate(parameters, codes, *sections(blocks, codec.packed), weight)
+        kernels.accumulate(parameters, codes, *codec.sections(blocks), weight)
         return
     for _, part in _tiles(blocks):
         numbers, scales = codec.restore(parameters[part], codes[part])
-        for section, number in zip(sections(blocks[part], codec.packed), numbers, strict=True):
+        for section, number in zip(codec.sections(blocks[part]), numbers, strict=True):
             section.add_(number.float() * (scales * weight))
 
 
@@ -128,7 +131,7 @@ def _tiles(blocks: Tensor) -> Iterator[tuple[int, slice]]:
         yield first, slice(first, first + rows)
 
 
-def _fast(codec: Arithmetic, blocks: Tensor) -> Kernels | None:
+def _fast(codec: "Blockwise", blocks: Tensor) -> Kernels | None:
     if not _compiles(codec) or blocks.numel() < _FEW or len(blocks) < 2:
         return None
     if _chosen() != "auto" or (codec, blocks.dtype, blocks.device.type) in _loaded:
@@ -149,7 +152,7 @@ def _chosen() -> Mode:
     return _mode or _checked(os.environ.get("POSTLOCAL_KERNELS", "auto"), "POSTLOCAL_KERNELS")
 
 
-def _kernels(codec: Arithmetic, dtype: torch.dtype, device: str) -> Kernels | None:
+def _kernels(codec: "Blockwise", dtype: torch.dtype, device: str) -> Kernels | None:
     """Compiled functions, or None if they are not wanted or cannot be had; made by one thread."""
     mode = _chosen()
     if mode == "eager":
@@ -161,7 +164,7 @@ def _kernels(codec: Arithmetic, dtype: torch.dtype, device: str) -> Kernels | No
         return _loaded[key]
 
 
-def _compile(codec: Arithmetic, dtype: torch.dtype, device: str, mode: Mode) -> Kernels | None:
+def _compile(codec: "Blockwise", dtype: torch.dtype, device: str, mode: Mode) -> Kernels | None:
     try:
         return compiled(codec, dtype, device)
     except (CompileError, OSError, RuntimeError) as error:  # torch raises these for bad packages

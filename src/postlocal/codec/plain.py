@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from postlocal.checks import shown
-from postlocal.codec.layout import round_up
+from postlocal.codec.protocol import round_up
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _TILE = 2**15  # elements worked on at a time, that stay in a processor's cache

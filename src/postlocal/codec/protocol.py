@@ -1,4 +1,4 @@
-"""What every codec can do."""
+"""What every codec can do, and what every payload is."""
 
 from typing import Any, Protocol
 
@@ -50,3 +50,13 @@ def is_codec(name: str, value: Any) -> Any:
     """
     needs = ("block", "nbytes", "encode", "decode", "accumulate")
     return made(name, value, needs, "codec.int8(block=256)")
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The least multiple that is not below a number.
+
+    Example:
+        >>> round_up(5, 4)
+        8
+    """
+    return -(-number // multiple) * multiple

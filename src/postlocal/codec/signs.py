@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from postlocal.checks import settle
-from postlocal.codec.blockwise import Blockwise
-from postlocal.codec.layout import block_of
+from postlocal.codec.blockwise import Blockwise, block_of
 
 
 @dataclass(frozen=True)

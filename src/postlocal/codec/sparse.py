@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from postlocal.checks import count, settle, whole
-from postlocal.codec.bits import pack, packed_bytes, unpack
-from postlocal.codec.layout import round_up
-from postlocal.codec.levels import from_levels, numbers_in_fp32, to_levels
+from postlocal.codec.protocol import round_up
 from postlocal.codec.rounding import GOLDEN, mixed
 
 _TILE = 2**18  # elements worked on at a time
@@ -246,3 +244,103 @@ def _digest(values: Tensor) -> Tensor:
         place = torch.arange(start, start + len(bits), device=values.device).to(torch.int32)
         total += mixed(bits ^ mixed(place)).sum(dtype=torch.int64)
     return torch.stack([total, total >> 32]).to(torch.int32)
+
+
+# How kept values are written: exactly, or as sign and level of magnitude. Magnitudes between the
+# least and the greatest kept are cut into equal bins, and decode to the middle of theirs. Numbers
+# in fp32 come first: the values, or the least magnitude and a bin's width.
+
+
+def numbers_in_fp32(kept: int, bits: int) -> int:
+    """How many numbers in fp32 there are.
+
+    Example:
+        >>> numbers_in_fp32(kept=64, bits=2), numbers_in_fp32(kept=64, bits=32)
+        (2, 64)
+    """
+    return kept if bits == 32 else 2
+
+
+def to_levels(kept: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Least magnitude and width of bins, fp32, shape ``(n, 2)``, and codes, int64, ``(n, kept)``.
+
+    Args:
+        kept: fp32, finite or all NaN in a row, shape ``(n, kept)``.
+        bits: of a code, from 2 to 8; the lowest is the sign.
+
+    Example:
+        >>> to_levels(torch.tensor([[1.0, -5.0, 2.9]]), bits=2)
+        (tensor([[1., 2.]]), tensor([[0, 3, 0]]))
+    """
+    levels = 2 ** (bits - 1)
+    magnitudes = kept.abs()
+    low, high = magnitudes.aminmax(dim=1, keepdim=True)
+    widths = (high - low) / levels
+    numbers = torch.cat([low, widths], dim=1)
+    fractions = (magnitudes - low) / torch.where(widths == 0, 1.0, widths)
+    level = fractions.nan_to_num(0.0).clamp_(0, levels - 1).long()
+    return numbers, (level << 1) | (kept < 0)
+
+
+def from_levels(numbers: Tensor, codes: Tensor) -> Tensor:
+    """Values, fp32, shape ``(n, kept)``.
+
+    Example:
+        >>> from_levels(torch.tensor([[1.0, 2.0]]), torch.tensor([[0, 3]]))
+        tensor([[ 2., -4.]])
+    """
+    low, widths = torch.split(numbers, 1, dim=1)
+    magnitudes = ((codes >> 1) + 0.5) * widths + low
+    return torch.where((codes & 1).bool(), -magnitudes, magnitudes)
+
+
+# Whole numbers of a few bits each, one after the other without gaps.
+
+
+def packed_bytes(numel: int, bits: int) -> int:
+    """Bytes that ``numel`` numbers of ``bits`` bits take.
+
+    Example:
+        >>> packed_bytes(64, bits=12)
+        96
+    """
+    return -(-numel * bits // 8)
+
+
+def pack(numbers: Tensor, bits: int) -> Tensor:
+    """Rows of numbers as rows of bytes, the lowest bits first.
+
+    Args:
+        numbers: int64, shape ``(n, k)``, each from 0 to ``2^bits - 1``.
+        bits: how many each takes.
+
+    Returns:
+        uint8, shape ``(n, packed_bytes(k, bits))``.
+
+    Example:
+        >>> pack(torch.tensor([[1, 2, 3]]), bits=4)
+        tensor([[33,  3]], dtype=torch.uint8)
+    """
+    flat = _bits_of(numbers, bits)
+    padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 8))
+    return _numbers_of(padded, 8).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
+    """The numbers that `pack` was given, int64, shape ``(n, numel)``.
+
+    Example:
+        >>> unpack(torch.tensor([[33, 3]], dtype=torch.uint8), bits=4, numel=3)
+        tensor([[1, 2, 3]])
+    """
+    return _numbers_of(_bits_of(packed, 8)[:, : numel * bits], bits)
+
+
+def _bits_of(numbers: Tensor, bits: int) -> Tensor:
+    shifts = torch.arange(bits, device=numbers.device, dtype=numbers.dtype)
+    return ((numbers.unsqueeze(2) >> shifts) & 1).to(torch.uint8).flatten(1)
+
+
+def _numbers_of(flat: Tensor, bits: int) -> Tensor:
+    shifts = torch.arange(bits, device=flat.device)
+    return (flat.view(len(flat), flat.shape[1] // bits, bits).long() << shifts).sum(dim=2)

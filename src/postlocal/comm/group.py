@@ -144,6 +144,19 @@ class Alone:
         return None
 
 
+class OnPaper(Alone):
+    """Rank 0 of a group that is not there: it has a size, and sends nothing.
+
+    Of a partition it takes the largest part, whose synchronizations take longest.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def subgroup(self, partition: Sequence[Sequence[int]]) -> Group:
+        return OnPaper(max(map(len, partition)))
+
+
 class Processes:
     """Ranks of torch.distributed.
 

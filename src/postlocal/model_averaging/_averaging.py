@@ -13,7 +13,7 @@ from postlocal.errors import NonFiniteError
 from postlocal.sync.parameters import once
 from postlocal.sync.status import RankStatus, gather_status, layout_number
 from postlocal.tensors import is_dtensor
-from postlocal.wire import Exact, Staging, maximum_, mean_
+from postlocal.wire import Staging, exact, maximum_, mean_
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,9 @@ class Averaging:
 
     def _meet(self, parameters: list[Tensor], buffers: list[Tensor], device: torch.device) -> None:
         finite = _FiniteMean(self._group)
-        mean_(parameters, self._group, Exact(finite.repair), staging=self._staging)
+        mean_(parameters, self._group, exact(finite.repair), staging=self._staging)
         floats = [t for t in buffers if t.is_floating_point()]
-        tolerant = Exact(_FiniteMean(self._group).repair)
+        tolerant = exact(_FiniteMean(self._group).repair)
         mean_(floats, self._group, tolerant, staging=self._staging)
         maximum_([t for t in buffers if not t.is_floating_point()], self._group)
         finite.report(device)

@@ -1,10 +1,10 @@
 """The ranks and links of a cluster that need not be there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from postlocal.comm.group import Alone, Group
+from postlocal.comm.group import OnPaper
 from postlocal.comm.groups import LevelGroups
 from postlocal.topology import RANK, WORLD, Topology, world
 
@@ -118,16 +118,3 @@ class Cluster:
         """The same cluster with another bandwidth at a level, in bit/s."""
         links = dict(self.links) | {level: Link(bandwidth, self.link(level).latency)}
         return Cluster(self.workers, links, self.topology)
-
-
-class OnPaper(Alone):
-    """Rank 0 of a group that is not there: it has a size, and sends nothing.
-
-    Of a partition it takes the largest part, whose synchronizations take longest.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def subgroup(self, partition: Sequence[Sequence[int]]) -> Group:
-        return OnPaper(max(map(len, partition)))

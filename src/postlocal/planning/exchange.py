@@ -1,6 +1,5 @@
-"""What one exchange of tensors costs: the wire's own bytes, and seconds on a cluster's links."""
+"""What one exchange of tensors costs: the wire's own legs, and seconds on a cluster's links."""
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,7 +8,7 @@ from postlocal.planning.cluster import Cluster
 from postlocal.planning.job import Job, Tensors
 from postlocal.strategies import Strategy
 from postlocal.topology import WORLD
-from postlocal.wire import ChunkWire, Gathered, Wire, fp32, powersgd, relayed, travels_as
+from postlocal.wire import Leg, Wire, fp32, ring_bytes, sent_bytes
 
 _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20  # bytes, of DistributedDataParallel
 
@@ -52,11 +51,8 @@ def of_tensors(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> Ex
     """
     if cluster.size(level) == 1 or not tensors:
         return Exchange()
-    level = cluster.narrowest(level)
-    payload = wire.open(cluster.groups, level).payload_bytes(tensors)
-    if isinstance(wire, relayed):
-        return Exchange(payload, _relayed_seconds(wire, tensors, cluster, level))
-    return Exchange(payload, _seconds(wire, payload, cluster, level))
+    legs = wire.messages(tensors, cluster.groups, cluster.narrowest(level))
+    return Exchange(sent_bytes(legs), sum(seconds(leg, cluster) for leg in legs))
 
 
 def of_gradients(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> Exchange:
@@ -67,12 +63,30 @@ def of_gradients(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> 
     size = cluster.size(level)
     if wire != fp32() or size == 1:
         return of_tensors(wire, tensors, cluster, level)
-    level = cluster.narrowest(level)
-    payload = sum(
-        2 * (size - 1) * math.ceil(tensor.numel() / size) * tensor.itemsize
-        for tensor in tensors.values()
-    )
-    return Exchange(payload, cluster.link(level).seconds(payload, 2 * (size - 1)))
+    payload = sum(ring_bytes(t.numel(), size, t.dtype) for t in tensors.values())
+    return Exchange(payload, seconds(Leg(payload, size, "ring", level=level), cluster))
+
+
+def seconds(leg: Leg, cluster: Cluster) -> float:
+    """From the first byte of a leg to the last, with nothing else on the link.
+
+    Ranks of a host share its link, and what they send each other does not cross it: all of them
+    send and receive in an exchange, one of them along a ring or from and to one rank.
+
+    Example:
+        >>> from postlocal.planning.cluster import Link
+        >>> four = Cluster(4, {"world": Link(bandwidth=8e6, latency=0.5)})
+        >>> seconds(Leg(3000, peers=4), four), seconds(Leg(3000, peers=4, pattern="ring"), four)
+        (0.503, 3.003)
+    """
+    level = cluster.narrowest(leg.level)
+    others = leg.peers - 1
+    if leg.pattern == "ring":
+        return cluster.link(level).seconds(leg.busiest, 2 * others)
+    # Of each host's ranks as many take part as of all ranks.
+    host = max(1, cluster.host(level) * leg.peers // cluster.size(level))
+    crossing = (leg.peers - host) / others * (host if leg.pattern == "exchange" else 1)
+    return cluster.link(level).seconds(leg.busiest * crossing, 1)
 
 
 class Costs:
@@ -115,7 +129,7 @@ class Costs:
     def _gradients(self, level: str) -> Exchange:
         job, wire = self._job, self._strategy.gradient_wire
         sent = of_gradients(wire, job.tensors, self._cluster, level)
-        if not hides(wire):
+        if not wire.by_bucket:
             return sent
         backward = job.gradient_overlap * job.step_time.mean
         return Exchange(
@@ -168,47 +182,3 @@ def exposed(seconds: float, shares: Sequence[float], backward: float) -> float:
         ready += share * backward
         sent = max(sent, ready) + share * seconds
     return sent - backward
-
-
-def hides(gradient_wire: Wire) -> bool:
-    """Whether gradients travel beside the backward pass; else they wait for its end."""
-    return isinstance(gradient_wire, ChunkWire)
-
-
-def remembers(wire: Wire) -> bool:
-    """Whether a wire keeps what it lost of each value, in fp32.
-
-    Example:
-        >>> from postlocal.wire import error_feedback, int8
-        >>> remembers(error_feedback(int8())), remembers(int8())
-        (True, False)
-    """
-    between = getattr(wire, "between", None)
-    return remembers(between) if between is not None else not isinstance(wire, ChunkWire)
-
-
-def _seconds(wire: Wire, payload: int, cluster: Cluster, level: str) -> float:
-    size, host = cluster.size(level), cluster.host(level)
-    if isinstance(wire, powersgd):  # two ring all-reduces of factors, and what is no matrix
-        return cluster.link(level).seconds(payload, 4 * (size - 1) + 2)
-    # Each rank sends to each other one at the same time; ranks of a host share its link, and what
-    # they send each other does not cross it.
-    crossing = host * (size - host) / (size - 1)
-    legs = 1 if isinstance(getattr(wire, "inner", wire), Gathered) else 2
-    return cluster.link(level).seconds(payload * crossing, legs)
-
-
-def _relayed_seconds(wire: relayed, tensors: Tensors, cluster: Cluster, level: str) -> float:
-    """Sums come to the first rank of each node, means go between these, and back to all."""
-    inside = min(wire.level, level, key=cluster.groups.levels.index)
-    size = cluster.size(inside)
-    hosts = math.ceil(cluster.size(level) / size)
-    seconds = 0.0
-    if size > 1:
-        wide = sum(t.numel() * travels_as(t.dtype).itemsize for t in tensors.values())
-        first = 2 * (size - 1) / size * wide + (size - 1) * wide
-        seconds = cluster.link(inside).seconds(first, 3)
-    if hosts > 1:
-        leaders = Cluster(hosts, {WORLD: cluster.link(level)})
-        seconds += of_tensors(wire.between, tensors, leaders, WORLD).seconds
-    return seconds

@@ -8,15 +8,14 @@ import torch
 
 from postlocal.outer import Outer
 from postlocal.planning.cluster import Cluster
-from postlocal.planning.exchange import remembers
 from postlocal.planning.job import Job, count
 from postlocal.planning.replay import Totals, replay
 from postlocal.planning.rounds import Rounds, rounds_of
 from postlocal.schedule import RANK
 from postlocal.schedule import levels as levels_of
 from postlocal.strategies import Strategy
+from postlocal.wire import STAGING_BYTES
 
-_STAGING = 64 * 2**20  # the most that wires stage at a time
 _DAY = 86_400
 
 
@@ -30,7 +29,7 @@ class Memory:
         optimizer: the inner optimizer's state.
         anchor: the parameters last agreed on.
         outer: the outer optimizer's state.
-        residual: what wires remember.
+        residual: of wires with error feedback.
         under_way: contributions that travel, or wait, while training goes on, and what they were
             taken from where steps are carried.
         staging: of wires, at most.
@@ -157,7 +156,8 @@ def _memory(strategy: Strategy, job: Job, cluster: Cluster, totals: Totals) -> M
     numel, parameters = job.numel, job.parameter_bytes
     wide = sum(_wide_bytes(tensor) for tensor in job.tensors.values())
     reduces = strategy.schedule(0, 1.0).gradients != RANK
-    residuals = int(remembers(strategy.wire)) + int(reduces and remembers(strategy.gradient_wire))
+    wires = [strategy.wire, *([strategy.gradient_wire] if reduces else [])]
+    residuals = sum(wire.keeps_residuals for wire in wires)
     return Memory(
         parameters=parameters,
         gradients=parameters,
@@ -166,7 +166,7 @@ def _memory(strategy: Strategy, job: Job, cluster: Cluster, totals: Totals) -> M
         outer=round(numel * _bytes_a_value(strategy.outer)) if strategy.anchored else 0,
         residual=residuals * wide,
         under_way=4 * _under_way(strategy, job, totals),
-        staging=min(_STAGING, wide) if cluster.workers > 1 else 0,
+        staging=min(STAGING_BYTES, wide) if cluster.workers > 1 else 0,
     )
 
 

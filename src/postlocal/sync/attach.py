@@ -36,7 +36,7 @@ from postlocal.sync.inner_optimizer import InnerOptimizers, as_optimizers
 from postlocal.sync.parameters import Replica
 from postlocal.sync.supported_wrappers import check_model, find_ddp
 from postlocal.topology import Partition, Topology, default, is_topology, unknown_level
-from postlocal.wire import Staging, codecs, fp32, travels_as
+from postlocal.wire import Staging, fp32, travels_as
 
 logger = logging.getLogger("postlocal")
 
@@ -312,7 +312,7 @@ def _warm_up(strategy: Strategy, replica: Replica) -> None:
     if sum(parameter.numel() for parameter in parameters) < _LARGE:
         return
     for wire in (strategy.wire, strategy.gradient_wire):
-        for codec in codecs(wire):
+        for codec in wire.codecs:
             for dtype in {travels_as(parameter.dtype) for parameter in parameters}:
                 kernels.warm_up(codec, dtype, parameters[0].device)
 

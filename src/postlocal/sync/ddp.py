@@ -3,7 +3,6 @@
 No `from __future__ import annotations` here: torch checks the hook's annotations by identity.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from postlocal.comm.group import Group, Processes
 from postlocal.comm.groups import LevelGroups
 from postlocal.meter import Meter
 from postlocal.schedule import WORLD
-from postlocal.wire import ChunkWire, Staging, Wire, fp32
+from postlocal.wire import Staging, Wire, fp32, ring_bytes
 
 
 class UnreducedGradients:
@@ -75,8 +74,8 @@ class DDPHook:
     is DDP's own, bit for bit. Between forward passes all attributes of DDP have the values that
     the user gave them, and `close` takes the hooks away.
 
-    Other wires run beside the backward pass, bucket by bucket. Those that keep residuals wait for
-    the last bucket and take all gradients at once, in the order of the model's parameters: DDP
+    Wires that are `by_bucket` run beside the backward pass, bucket by bucket. Others wait
+    for the last bucket and take all gradients at once, in the order of the model's parameters: DDP
     makes its buckets anew after the first backward pass of each process, and blocks of codes that
     lay across other parameters would not resume bit for bit.
 
@@ -103,13 +102,13 @@ class DDPHook:
         self._group: Group = groups[WORLD]
         self._names = {parameter: name for name, parameter in model.module.named_parameters()}
         staging = Staging()  # one thread runs all reductions
-        self._carriers = {level: wire.open(groups, level, staging) for level in groups.levels}
-        self._carrier = self._carriers[WORLD]
+        self._reducers = {level: wire.open(groups, level, staging) for level in groups.levels}
+        self._reducer = self._reducers[WORLD]
         self._reducing = True
         self._at_world = True
         self._kept: dict[str, bool] = {}
         self._background = None if wire == fp32() else BackgroundThread()
-        self._by_bucket = isinstance(wire, ChunkWire)
+        self._by_bucket = wire.by_bucket
         self._waiting: list[_Bucket] = []
         model.register_comm_hook(self, _hook)
         model._comm_hooks.pop()  # what is in this list is copied with the model
@@ -121,7 +120,7 @@ class DDPHook:
     def use(self, level: str) -> None:
         """Reduce gradients at ``level`` from the next forward pass on."""
         self._group = self._groups[level]
-        self._carrier = self._carriers[level]
+        self._reducer = self._reducers[level]
         self._at_world = level == WORLD
         # A static graph has to be seen by the reducer from the first pass on: there the hook is
         # called in local rounds too, and leaves gradients as they are.
@@ -159,17 +158,17 @@ class DDPHook:
 
     def state_dict(self) -> dict[str, Any]:
         """What the wire keeps, by level and parameter; this rank's own and not copied."""
-        return {level: carrier.state_dict() for level, carrier in self._carriers.items()}
+        return {level: reducer.state_dict() for level, reducer in self._reducers.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; a level that it lacks starts without residuals."""
-        for level, carrier in self._carriers.items():
-            carrier.load_state_dict(state.get(level, {}))
+        for level, reducer in self._reducers.items():
+            reducer.load_state_dict(state.get(level, {}))
 
     def drop_residuals(self) -> None:
         """Drop what the wire lost of this rank's gradients."""
-        for carrier in self._carriers.values():
-            carrier.forget()
+        for reducer in self._reducers.values():
+            reducer.drop_residuals()
 
     def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         """Start the mean of one bucket over the group of the round."""
@@ -186,11 +185,8 @@ class DDPHook:
     def _all_reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         buffer, group = bucket.buffer(), self._group
         assert isinstance(group, Processes)
-        size = group.size
-        self._meter.count(
-            "gradients", 2 * (size - 1) * math.ceil(buffer.numel() / size) * buffer.itemsize
-        )
-        buffer.mul_(1 / size)  # by the reciprocal and before the sum, to round as DDP does
+        self._meter.count("gradients", ring_bytes(buffer.numel(), group.size, buffer.dtype))
+        buffer.mul_(1 / group.size)  # by the reciprocal and before the sum, to round as DDP does
         return group.sum_(buffer)
 
     def _reduce_over_wire(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
@@ -212,12 +208,12 @@ class DDPHook:
     def _submit(self, buffer: Tensor, gradients: Mapping[str, Tensor]) -> Future[Tensor]:
         """Send gradients, and promise the last one's bucket and those that wait for it."""
         assert self._background is not None
-        carrier, waiting = self._carrier, list(self._waiting)
+        reducer, waiting = self._reducer, list(self._waiting)
         self._waiting.clear()
 
         def reduce() -> None:
             try:
-                self._meter.count("gradients", carrier.mean_(gradients))
+                self._meter.count("gradients", reducer.mean_(gradients))
             except Exception as error:
                 for bucket in waiting:
                     bucket.promise.set_exception(error)  # type: ignore[arg-type]

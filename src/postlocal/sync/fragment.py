@@ -13,7 +13,7 @@ from postlocal.schedule import WORLD
 from postlocal.strategies import Strategy
 from postlocal.sync.anchor import Anchor
 from postlocal.tensors import all_finite, squared_norm
-from postlocal.wire import Carrier, Staging
+from postlocal.wire import Reducer, Staging
 
 
 class Fragment:
@@ -22,7 +22,7 @@ class Fragment:
     Args:
         parameters: by name; they are changed in place.
         level: with whom they are synchronized.
-        carrier: how they are sent, and to whom.
+        reducer: how they are sent, and to whom.
         strategy: its guard weighs contributions, and its outer optimizer moves the anchor, if
             there is one at this level.
         modules: names of the parameters, in groups that an outlier detector judges one by one.
@@ -36,7 +36,7 @@ class Fragment:
         self,
         parameters: Mapping[str, Tensor],
         level: str,
-        carrier: Carrier,
+        reducer: Reducer,
         strategy: Strategy,
         modules: Sequence[Sequence[str]] = (),
         number: int | None = None,
@@ -45,14 +45,14 @@ class Fragment:
         self._likes = [torch.empty_like(tensor, device="meta") for tensor in parameters.values()]
         self.device = next(iter(parameters.values())).device
         self.level = level
-        self.carrier = carrier
+        self.reducer = reducer
         self.number = number
         self.guard = strategy.guard
         self.anchor: Anchor | None = None
         self.detector: OutlierDetector | None = None
         if strategy.anchored and level == WORLD:
             self.anchor = Anchor(parameters, strategy.outer)
-            self.detector = strategy.guard.detector(carrier.group.size, len(modules))
+            self.detector = strategy.guard.detector(reducer.group.size, len(modules))
         self.modules = [tuple(parameters)] if self.detector is None else [*map(tuple, modules)]
         self._since = (0, 0.0)
 
@@ -70,7 +70,7 @@ class Fragment:
     @property
     def group(self) -> Group:
         """Who takes part."""
-        return self.carrier.group
+        return self.reducer.group
 
     @property
     def since(self) -> int:
@@ -94,7 +94,7 @@ class Fragment:
         """Anchor, residuals of the wire, statistics of the guard, and when work began to count."""
         return {
             "anchor": None if self.anchor is None else self.anchor.state_dict(),
-            "wire": self.carrier.state_dict(),
+            "wire": self.reducer.state_dict(),
             "detector": None if self.detector is None else self.detector.state_dict(),
             "since": self._since,
         }
@@ -103,7 +103,7 @@ class Fragment:
         """Go on with what `state_dict` gave."""
         if self.anchor is not None:
             self.anchor.load_state_dict(state["anchor"])
-        self.carrier.load_state_dict(state["wire"])
+        self.reducer.load_state_dict(state["wire"])
         if self.detector is not None:
             self.detector.load_state_dict(state["detector"])
         self._since = tuple(state["since"])
@@ -134,7 +134,7 @@ class Contribution:
     def release(self) -> None:
         """Free the memory; the tensors are no longer needed."""
         if self.staging is not None:
-            self.staging.give(*self.allocated)
+            self.staging.free(*self.allocated)
             self.allocated.clear()
 
 
@@ -196,7 +196,7 @@ def staged(anchor: Anchor, staging: Staging, allocated: list[Tensor]) -> list[Te
     free: dict[torch.dtype, Tensor] = {}
     for dtype in {tensor.dtype for tensor in tensors}:
         numel = sum(tensor.numel() for tensor in tensors if tensor.dtype == dtype)
-        free[dtype] = staging.take(numel, tensors[0], dtype)
+        free[dtype] = staging.allocate(numel, tensors[0], dtype)
     allocated += free.values()
     cut: list[Tensor] = []
     for tensor in tensors:

@@ -251,7 +251,7 @@ class Synchronization:
         judged = self._judge(pending)
         weights, divisor = self._weigh(pending) if judged is None else self._judged(judged)
         try:
-            sent = fragment.carrier.mean_(contribution.tensors, divisor, weights)
+            sent = fragment.reducer.mean_(contribution.tensors, divisor, weights)
         except PeerError:
             pending.wait()  # a rank that found a disagreement has left, and all have to hear of it
             raise
@@ -278,14 +278,14 @@ class Synchronization:
         modules = zip(fragment.modules, judged[fragment.group.rank].tolist(), strict=True)
         weights = {name: share for module, share in modules for name in module}
         if self._status.work > 0 or not self._status.finite:
-            fragment.carrier.forget([name for name, share in weights.items() if share == 0])
+            fragment.reducer.drop_residuals([name for name, share in weights.items() if share == 0])
         return weights, _one
 
     def _weigh(self, pending: PendingStatus) -> tuple[dict[str, float], Divisor]:
         """Weights of this rank's contribution by name, and what their sum is divided by."""
         fragment, weight = self.fragment, self._status.weight
         if weight == 0:
-            fragment.carrier.forget(self.contribution.tensors)
+            fragment.reducer.drop_residuals(self.contribution.tensors)
         elif weight != 1:  # the status is waited for only where weights are uneven
             weight = float(shares(pending.wait().weights)[0][fragment.group.rank])
         weights = dict.fromkeys(self.contribution.tensors, weight)

@@ -21,7 +21,7 @@ from torch.futures import Future
 from postlocal.comm.background import promise
 from postlocal.comm.group import Group, Operation, Processes, TensorsByRank, Work, torch_group
 from postlocal.comm.missing_ranks import Progress
-from postlocal.wire.exchange import ring_bytes
+from postlocal.wire import ring_bytes
 
 Result = TypeVar("Result")
 

@@ -1,8 +1,8 @@
 """How tensors travel: means of many tensors over a group, in place, with bounded memory.
 
-A `Wire` is a recipe, such as `bf16` or ``error_feedback(int8())``. Opened over a group it is a
-`Carrier`, which keeps what is remembered of each tensor. Recipes that remember nothing can be used
-without one: `mean_` takes a `ChunkWire`.
+A `Wire` is a recipe, such as `bf16` or `int8`, and a frozen value. Opened over a group it is a
+`Reducer`, which keeps residuals and other state of each tensor. Stateless wires that take means
+chunk by chunk, `ChunkWire`, can be used without one, in `mean_`.
 
 Example:
     >>> import torch
@@ -10,56 +10,53 @@ Example:
     >>> from postlocal.topology import world
     >>> from postlocal.comm.groups import LevelGroups
     >>> def work(group):
-    ...     carrier = wire.error_feedback(wire.bf16()).open(LevelGroups(group, world()), "world")
+    ...     reducer = wire.error_feedback(wire.bf16()).open(LevelGroups(group, world()), "world")
     ...     weight = torch.full((8,), float(group.rank))
-    ...     return carrier.mean_({"weight": weight}), weight[0].item()
+    ...     return reducer.mean_({"weight": weight}), weight[0].item()
     >>> virtual.run(2, work)
     [(16, 0.5), (16, 0.5)]
 """
 
-from postlocal.wire.carrier import Carrier, Wire
-from postlocal.wire.chunks import CHUNK, Chunk, travels_as
+from postlocal.wire.api import Divisor, Leg, Reducer, Wire, ring_bytes, sent_bytes
+from postlocal.wire.chunks import CHUNK, STAGING_BYTES, Chunk, Staging, travels_as
 from postlocal.wire.error_feedback import error_feedback
-from postlocal.wire.exact import Direct
-from postlocal.wire.exchange import ChunkWire, Divisor, Exchange, Repair, Staged
-from postlocal.wire.mean import maximum_, mean_
+from postlocal.wire.exact import Repair, exact, fp32
+from postlocal.wire.gathered import gathered
+from postlocal.wire.mean import ChunkWire, Exchange, Staged, maximum_, mean_
 from postlocal.wire.named import (
     NAMED,
-    codecs,
+    bf16,
     fp4,
     fp8,
+    fp16,
     int4,
     int8,
-    levels,
     named,
     random_k,
     sign,
     top_k,
 )
 from postlocal.wire.power_sgd import powersgd
-from postlocal.wire.recipes import Coded, Exact, Gathered, bf16, fp16, fp32, gathered, quantised
-from postlocal.wire.staging import Staging
-from postlocal.wire.two_level import relayed
+from postlocal.wire.quantised import quantised
+from postlocal.wire.two_level import two_level
 
 __all__ = [
     "CHUNK",
     "NAMED",
-    "Carrier",
+    "STAGING_BYTES",
     "Chunk",
     "ChunkWire",
-    "Coded",
-    "Direct",
     "Divisor",
-    "Exact",
     "Exchange",
-    "Gathered",
+    "Leg",
+    "Reducer",
     "Repair",
     "Staged",
     "Staging",
     "Wire",
     "bf16",
-    "codecs",
     "error_feedback",
+    "exact",
     "fp4",
     "fp8",
     "fp16",
@@ -67,15 +64,16 @@ __all__ = [
     "gathered",
     "int4",
     "int8",
-    "levels",
     "maximum_",
     "mean_",
     "named",
     "powersgd",
     "quantised",
     "random_k",
-    "relayed",
+    "ring_bytes",
+    "sent_bytes",
     "sign",
     "top_k",
     "travels_as",
+    "two_level",
 ]

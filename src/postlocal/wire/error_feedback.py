@@ -1,4 +1,4 @@
-"""Error feedback: what a wire lost of this rank's values is added to the next ones."""
+"""Error feedback: what a wire loses of this rank's values is added to the next ones."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,40 +6,37 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from postlocal.checks import number, settle
+from postlocal.codec import Codec
 from postlocal.comm.group import Group
 from postlocal.comm.groups import LevelGroups
-from postlocal.wire.cargo import Terms
-from postlocal.wire.carrier import Carrier, Forgetful, Weights, Wire, is_wire, weight_of
-from postlocal.wire.chunks import Parcel
-from postlocal.wire.exchange import ChunkWire, Divisor
-from postlocal.wire.mean import carry_
-from postlocal.wire.residuals import Memory
-from postlocal.wire.staging import Staging
+from postlocal.wire.api import Divisor, Leg, Reducer, Tensors, Weights, Wire, is_wire
+from postlocal.wire.chunks import Staging, WeightedTensor, Weighting
+from postlocal.wire.mean import ChunkWire, StatelessReducer, weight_of, weighted_mean_
+from postlocal.wire.residuals import Residuals, zero_nonfinite_
 
 decay_of = partial(number, above=0, most=1)
 """The rule for the share of what was lost that is kept."""
 
 
 @dataclass(frozen=True)
-class error_feedback:
-    """Keep what a wire lost of this rank's values, and add it to the next ones.
+class error_feedback(Wire):
+    """Keep what a wire loses of this rank's values, and add it to the next ones.
 
     What a codec rounds away in one synchronization travels in a later one: over many, the mean is
-    exact. It costs memory for one fp32 copy of what travels, on each rank. Weights may change from
-    one to the next: residuals are kept for a weight of 1, and what the owner of a part loses
-    when it encodes the mean is added to the next mean.
+    exact. It costs memory for one fp32 copy of what travels, on each rank. Residuals are stored
+    unweighted, so they stay valid when weights change. What a rank loses when it encodes the mean
+    of its shard is added to the next mean. The legs are those of the wire within.
 
     Args:
-        inner: a wire that sends codes and remembers nothing, such as ``int8()`` or ``bf16()``.
+        inner: a stateless wire that sends codes, such as ``quantised(codec.int8())`` or ``bf16()``.
         decay: share of what was lost that is kept, above 0 and at most 1.
 
     Raises:
         TypeError: if ``inner`` is no wire, or ``decay`` no number.
-        ValueError: if ``decay`` is out of its range, or ``inner`` loses nothing, or keeps what it
-            loses itself.
+        ValueError: if ``decay`` is out of its range, or ``inner`` loses nothing, or keeps residuals
+            itself.
 
     Example:
         >>> from postlocal.wire import bf16
@@ -53,6 +50,7 @@ class error_feedback:
     inner: Wire
     decay: float = 1.0
     lossy = True
+    keeps_residuals = True
 
     def __post_init__(self) -> None:
         settle(self, inner=is_wire, decay=decay_of)
@@ -62,68 +60,63 @@ class error_feedback:
             )
         if not isinstance(self.inner, ChunkWire):
             raise ValueError(
-                f"inner must be a wire that remembers nothing, got {self.inner!r}, which keeps "
-                "what it loses, or gives that to the wire between: use it as it is, or wrap the "
-                "wire within"
+                f"inner must be a stateless wire, which takes means chunk by chunk, got "
+                f"{self.inner!r}: use it as it is, or wrap the wire within"
             )
+
+    @property
+    def codecs(self) -> Sequence[Codec]:
+        return self.inner.codecs
+
+    def messages(self, tensors: Tensors, groups: LevelGroups, level: str) -> Sequence[Leg]:
+        return self.inner.messages(tensors, groups, level)
 
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
         return self.inner.payload_bytes(numel, size, dtype)
 
-    def open(self, groups: LevelGroups, level: str, staging: Staging | None = None) -> Carrier:
+    def open(self, groups: LevelGroups, level: str, staging: Staging | None = None) -> Reducer:
         assert isinstance(self.inner, ChunkWire)
-        return _Remembering(self.inner, groups[level], self.decay, staging)
+        return ErrorFeedbackReducer(self.inner, groups[level], self.decay, staging)
 
 
-class _Remembering(Forgetful):
-    """Carries what was lost along, one residual a tensor."""
+class ErrorFeedbackReducer(StatelessReducer):
+    """A reducer that keeps one residual a tensor."""
 
     def __init__(
         self, wire: ChunkWire, group: Group, decay: float, staging: Staging | None
     ) -> None:
         super().__init__(wire, group, staging)
         self._decay = decay
-        self._memory = Memory()
-        # Marked, not dropped: what this rank owes as an owner stays, and which part of a tensor
-        # that is becomes known where it travels.
-        self._forgotten: set[str] = set()
+        self._residuals = Residuals()
+        # Marked and dropped later: what this rank lost of means stays, and which shards of a tensor
+        # it reduces is known where the tensor travels.
+        self._dropped: set[str] = set()
 
     def mean_(
-        self,
-        tensors: Mapping[str, Tensor],
-        divisor: Divisor | None = None,
-        weights: Weights | None = None,
+        self, tensors: Tensors, divisor: Divisor | None = None, weights: Weights | None = None
     ) -> int:
         if self.group.size == 1:  # nothing is lost
             return super().mean_(tensors, divisor, weights)
-        parcels = [
-            Parcel(tensor, self._memory.residual(name, tensor), self._terms(name, weights))
+        weighted = [
+            WeightedTensor(tensor, self._residuals.of(name, tensor), self._weighting(name, weights))
             for name, tensor in tensors.items()
         ]
-        sent = carry_(parcels, self.group, self._wire, divisor, self._staging)
-        self._forgotten.difference_update(tensors)
-        _heal_([parcel.residual for parcel in parcels if parcel.residual is not None])
+        sent = weighted_mean_(weighted, self.group, self._wire, divisor, self._staging)
+        self._dropped.difference_update(tensors)
+        zero_nonfinite_([each.residual for each in weighted if each.residual is not None])
         return sent
 
-    def forget(self, names: Iterable[str] | None = None) -> None:
-        known = self._memory.names
-        self._forgotten |= known if names is None else known.intersection(names)
+    def drop_residuals(self, names: Iterable[str] | None = None) -> None:
+        known = self._residuals.names
+        self._dropped |= known if names is None else known.intersection(names)
 
     def state_dict(self) -> dict[str, Any]:
-        residuals = self._memory.state_dict()
-        return {"residuals": residuals, "forgotten": sorted(self._forgotten)} if residuals else {}
+        residuals = self._residuals.state_dict()
+        return {"residuals": residuals, "dropped": sorted(self._dropped)} if residuals else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._memory.load_state_dict(state.get("residuals", {}))
-        self._forgotten = set(state.get("forgotten", ()))
+        self._residuals.load_state_dict(state.get("residuals", {}))
+        self._dropped = set(state.get("dropped", ()))
 
-    def _terms(self, name: str, weights: Weights | None) -> Terms:
-        return Terms(weight_of(name, weights), self._decay, name in self._forgotten)
-
-
-def _heal_(residuals: Sequence[Tensor]) -> None:
-    """Zero what is not finite: a gradient that overflowed once would be sent for ever."""
-    known = [residual for residual in residuals if residual.numel()]
-    if known and not torch.stack([residual.norm() for residual in known]).isfinite().all():
-        for residual in known:
-            residual.nan_to_num_(0.0, 0.0, 0.0)
+    def _weighting(self, name: str, weights: Weights | None) -> Weighting:
+        return Weighting(weight_of(name, weights), self._decay, name in self._dropped)

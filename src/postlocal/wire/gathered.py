@@ -1,49 +1,101 @@
-"""Means of payloads that go to everybody, as suits sparse ones."""
+"""Means of payloads that are all-gathered, as suits sparse ones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from postlocal.checks import settle
 from postlocal.codec import Codec
+from postlocal.codec.protocol import is_codec
 from postlocal.comm.group import Group, Work
-from postlocal.wire.cargo import Cargo
-from postlocal.wire.exchange import Divisor
-from postlocal.wire.staging import Staging
+from postlocal.wire.api import Divisor, Leg
+from postlocal.wire.chunks import Chunk, Staging, gathered_chunk_size
+from postlocal.wire.mean import ChunkWire, Exchange, Staged
+from postlocal.wire.residuals import CompensatedValues
 
 
-class ToEveryone:
-    """Each rank's payload travels to all others, and each takes the mean of all, rank by rank.
+@dataclass(frozen=True)
+class gathered(ChunkWire):
+    """Codes that go to everybody: each value is encoded once, and its mean not at all.
 
-    Each value is coded once, and the rank that sent it keeps what coding loses; see `Cargo`.
+    One all-gather. A rank sends ``W - 1`` payloads of the whole, which suits sparse ones and few
+    ranks: a mean of sparse values is not sparse, and would lose what `quantised` encodes on the way
+    back.
+
+    Args:
+        codec: one of `postlocal.codec`.
+
+    Raises:
+        TypeError: if ``codec`` is none.
+
+    Example:
+        >>> from postlocal import codec
+        >>> gathered(codec.int8(block=256)).payload_bytes(numel=2**20, size=3)
+        2129920
+    """
+
+    codec: Codec
+    lossy = True
+
+    def __post_init__(self) -> None:
+        settle(self, codec=is_codec)
+
+    @property
+    def codecs(self) -> Sequence[Codec]:
+        return (self.codec,)
+
+    def legs(self, numel: int, rank: int, size: int, dtype: torch.dtype) -> Sequence[Leg]:
+        return (Leg((size - 1) * self.codec.nbytes(numel, dtype), size),)
+
+    def limit(self, size: int, numel: int) -> int:
+        return gathered_chunk_size(size, self.codec)
+
+    def staged(self, chunk: Chunk, size: int) -> Staged:
+        packed = chunk.packed * chunk.dtype.itemsize
+        return Staged(packed + size * self.codec.nbytes(chunk.numel, chunk.dtype), packed)
+
+    def start(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
+        return GatheredExchange(CompensatedValues(chunk), group, divisor, self.codec, staging)
+
+
+class GatheredExchange:
+    """Payloads under way to all ranks, each of which takes the mean, in the order of ranks.
+
+    Each value is encoded once, and the rank that sent it keeps what coding loses; see
+    `CompensatedValues`.
     """
 
     def __init__(
         self,
-        cargo: Cargo,
+        compensated: CompensatedValues,
         group: Group,
         divisor: Divisor,
         codec: Codec,
         staging: Staging,
     ) -> None:
-        values = cargo.lend(slice(0, cargo.values.numel()))
+        whole = slice(0, compensated.values.numel())
+        values = compensated.compensate(whole)
         self._values = values
         self._divisor = divisor
         self._codec = codec
         self._staging = staging
         nbytes = codec.nbytes(values.numel(), values.dtype)
-        self._received = staging.take(group.size * nbytes, values, torch.uint8)
+        self._received = staging.allocate(group.size * nbytes, values, torch.uint8)
         self._payloads = self._received.view(group.size, nbytes)
         own = self._payloads[group.rank]
         codec.encode(values, own)
-        cargo.lose(slice(0, values.numel()), own, codec)
+        compensated.keep_loss(whole, own, codec)
         places = [[payload] for payload in self._payloads]
         self._work: Work = group.all_to_all([[own]] * group.size, places)
 
-    def turn(self) -> None:
+    def reduce(self) -> None:
         self._work.wait()
         self._values.zero_()
         for payload in self._payloads:
             self._codec.accumulate(payload, self._values)
         self._values.div_(self._divisor())
-        self._staging.give(self._received)
+        self._staging.free(self._received)
 
     def wait(self) -> None:
         return None

@@ -1,17 +1,148 @@
-"""Means and maxima of many tensors over a group, in place."""
+"""Means of many tensors over a group, in place: chunk by chunk, several under way at a time."""
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from abc import abstractmethod
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from postlocal.comm.group import Group
+from postlocal.comm.groups import LevelGroups
 from postlocal.tensors import weigh_
-from postlocal.wire.chunks import Chunk, Parcel, chunks
-from postlocal.wire.exchange import ChunkWire, Divisor, ring_bytes
-from postlocal.wire.pipeline import Convoy
-from postlocal.wire.staging import Staging
+from postlocal.topology import WORLD
+from postlocal.wire.api import (
+    Divisor,
+    Leg,
+    Reducer,
+    Tensors,
+    Weights,
+    Wire,
+    ring_bytes,
+    sent_bytes,
+    total,
+)
+from postlocal.wire.chunks import (
+    GATHER_BYTES,
+    SCATTER_BYTES,
+    Chunk,
+    Staging,
+    WeightedTensor,
+    Weighting,
+    chunks,
+)
+
+
+class Exchange(Protocol):
+    """A mean of a chunk under way: contributions travel, are reduced, and means come back."""
+
+    def reduce(self) -> None:
+        """Block until all contributions are here, take the mean, and send it on its way back.
+
+        Raises:
+            PeerError: if a rank did not take part in time.
+        """
+        ...
+
+    def wait(self) -> None:
+        """Block until the chunk holds the mean.
+
+        Raises:
+            PeerError: if a rank did not take part in time.
+        """
+        ...
+
+
+class Staged(NamedTuple):
+    """Staging memory of a chunk, in bytes, before and after its contributions are reduced."""
+
+    scatter: int
+    gather: int
+
+
+class ChunkWire(Wire):
+    """A wire that takes the mean of values chunk by chunk, and is stateless.
+
+    One of one's own implements `lossy`, `legs`, `limit`, `staged` and `start`.
+    """
+
+    by_bucket = True
+
+    @abstractmethod
+    def legs(self, numel: int, rank: int, size: int, dtype: torch.dtype) -> Sequence[Leg]:
+        """What rank ``rank`` of ``size`` sends for a chunk of ``numel`` elements.
+
+        As many legs, of the same patterns, for all chunks.
+        """
+
+    @abstractmethod
+    def limit(self, size: int, numel: int) -> int:
+        """Greatest number of fp32 elements of a chunk, where ``size`` ranks exchange ``numel``."""
+
+    @abstractmethod
+    def staged(self, chunk: Chunk, size: int) -> Staged:
+        """Memory that a chunk takes on its way between ``size`` ranks."""
+
+    @abstractmethod
+    def start(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
+        """Start to replace values by the weighted sum over the group divided by ``divisor()``.
+
+        All ranks end with identical bits.
+
+        Args:
+            chunk: the values with this rank's weights, of the same sizes on all ranks.
+            group: who takes part.
+            divisor: gives the sum of the weights of all contributions.
+            staging: where memory for what travels comes from.
+        """
+
+    def messages(self, tensors: Tensors, groups: LevelGroups, level: str) -> Sequence[Leg]:
+        return chunk_legs(tensors.values(), groups[level], self, level)
+
+    def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
+        return sent_bytes(self.legs(numel, 0, size, dtype))
+
+    def open(self, groups: LevelGroups, level: str, staging: Staging | None = None) -> Reducer:
+        return StatelessReducer(self, groups[level], staging)
+
+
+class StatelessReducer:
+    """A reducer that takes means chunk by chunk, and keeps nothing.
+
+    Args:
+        wire: how values travel.
+        group: whose mean is taken.
+        staging: memory for what travels.
+    """
+
+    def __init__(self, wire: ChunkWire, group: Group, staging: Staging | None = None) -> None:
+        self.group = group
+        self._wire = wire
+        self._staging = staging or Staging()
+
+    def mean_(
+        self, tensors: Tensors, divisor: Divisor | None = None, weights: Weights | None = None
+    ) -> int:
+        weighted = [
+            WeightedTensor(tensor, weighting=Weighting(weight_of(name, weights)))
+            for name, tensor in tensors.items()
+        ]
+        return weighted_mean_(weighted, self.group, self._wire, divisor, self._staging)
+
+    def drop_residuals(self, names: Iterable[str] | None = None) -> None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        return None
+
+
+def weight_of(name: str, weights: Weights | None) -> float:
+    """The weight of a tensor of this rank."""
+    return 1.0 if weights is None else weights[name]
 
 
 def mean_(
@@ -34,7 +165,7 @@ def mean_(
         wire: how values travel.
         divisor: gives the sum of the weights; None: the size of the group.
         residuals: error feedback: what a lossy wire lost, added to what travels next, and then
-            replaced by what is lost this time; see `Parcel`.
+            replaced by what is lost this time; see `WeightedTensor`.
         staging: memory to use; give the same one again to save its allocation.
 
     Returns:
@@ -44,12 +175,12 @@ def mean_(
         PeerError: if a rank did not take part in time.
     """
     kept = [None] * len(tensors) if residuals is None else residuals
-    parcels = [Parcel(*pair) for pair in zip(tensors, kept, strict=True)]
-    return carry_(parcels, group, wire, divisor, staging)
+    weighted = [WeightedTensor(*pair) for pair in zip(tensors, kept, strict=True)]
+    return weighted_mean_(weighted, group, wire, divisor, staging)
 
 
-def carry_(
-    parcels: Sequence[Parcel],
+def weighted_mean_(
+    tensors: Sequence[WeightedTensor],
     group: Group,
     wire: ChunkWire,
     divisor: Divisor | None = None,
@@ -58,46 +189,111 @@ def carry_(
     """As `mean_`, of tensors with weights and residuals: their weighted sum over the divisor."""
     divisor = divisor or (lambda: float(group.size))
     if group.size == 1:
-        total = divisor()
-        for parcel in parcels:
-            weigh_([parcel.tensor], parcel.terms.weight / total)
+        whole = divisor()
+        for each in tensors:
+            weigh_([each.tensor], each.weighting.weight / whole)
         return 0
-    sent = 0
     staging = staging or Staging()
-    convoy = Convoy(wire, group.size)
-    for chunk in _cut(parcels, wire, group.size, staging):
-        convoy.make_room(chunk)
-        convoy.add(chunk, wire.launch(chunk, group, divisor, staging))
-        sent += wire.sent_bytes(chunk.numel, group.rank, group.size, chunk.dtype)
-    convoy.announce()
-    return sent
+    pipeline = _Pipeline(wire, group.size)
+    sizes: Counter[tuple[int, torch.dtype]] = Counter()
+    for chunk in _cut(tensors, wire, group.size, staging):
+        pipeline.make_room(chunk)
+        pipeline.add(chunk, wire.start(chunk, group, divisor, staging))
+        sizes[chunk.numel, chunk.dtype] += 1
+    pipeline.drain()
+    return sent_bytes(_legs(sizes, group, wire))
 
 
-def payload_bytes(tensors: Iterable[Tensor], group: Group, wire: ChunkWire) -> int:
-    """What `mean_` of tensors will return on this rank.
-
-    Example:
-        >>> from postlocal.comm.group import Alone
-        >>> from postlocal.wire import fp32
-        >>> payload_bytes([torch.zeros(1000), torch.zeros(24)], Alone(), fp32())
-        0
-    """
+def chunk_legs(
+    tensors: Iterable[Tensor], group: Group, wire: ChunkWire, level: str
+) -> tuple[Leg, ...]:
+    """What `mean_` of tensors makes this rank of a group send."""
     if group.size == 1:
-        return 0
-    cut = _cut(list(map(Parcel, tensors)), wire, group.size, Staging())
-    # Most chunks have one size: of thousands of ranks each has as many parts to look at.
-    alike = Counter((chunk.numel, chunk.dtype) for chunk in cut)
-    return sum(
-        times * wire.sent_bytes(numel, group.rank, group.size, dtype)
-        for (numel, dtype), times in alike.items()
-    )
+        return ()
+    cut = _cut(list(map(WeightedTensor, tensors)), wire, group.size, Staging())
+    return _legs(Counter((chunk.numel, chunk.dtype) for chunk in cut), group, wire, level)
+
+
+def _legs(
+    sizes: Counter[tuple[int, torch.dtype]], group: Group, wire: ChunkWire, level: str = WORLD
+) -> tuple[Leg, ...]:
+    """The legs of chunks, of which most have one size."""
+    several = [
+        [(times, leg) for leg in wire.legs(numel, group.rank, group.size, dtype)]
+        for (numel, dtype), times in sizes.items()
+    ]
+    return tuple(total(alike, level) for alike in zip(*several, strict=True))
 
 
 def _cut(
-    parcels: Sequence[Parcel], wire: ChunkWire, size: int, staging: Staging
+    tensors: Sequence[WeightedTensor], wire: ChunkWire, size: int, staging: Staging
 ) -> Iterator[Chunk]:
-    numel = sum(parcel.tensor.numel() for parcel in parcels)
-    return chunks(parcels, wire.limit(size, numel), staging)
+    numel = sum(each.tensor.numel() for each in tensors)
+    return chunks(tensors, wire.limit(size, numel), staging)
+
+
+class _Pipeline:
+    """Chunks under way, several at a time, which go on in one order on all ranks.
+
+    What it decides follows from the chunks alone, so that all ranks decide the same.
+
+    Args:
+        wire: tells how much memory a chunk takes.
+        size: number of ranks.
+    """
+
+    def __init__(self, wire: ChunkWire, size: int) -> None:
+        self._wire = wire
+        self._size = size
+        self._scattered: deque[tuple[Chunk, Exchange]] = deque()
+        self._gathered: deque[tuple[Chunk, Exchange]] = deque()
+
+    def add(self, chunk: Chunk, exchange: Exchange) -> None:
+        """Take in an exchange that was started."""
+        self._scattered.append((chunk, exchange))
+
+    def make_room(self, chunk: Chunk) -> None:
+        """Let exchanges go on until there is memory for one more."""
+        while self._gathered and self._bytes_back() > GATHER_BYTES:
+            self._finish()
+        while self._staged() + self._scatter_cost(chunk) > SCATTER_BYTES:
+            costs = self._gathered and self._gather_cost(self._gathered[0][0])
+            if self._gathered and (costs or not self._scattered):
+                self._finish()
+            elif self._scattered:
+                self._reduce()
+            else:
+                return
+
+    def drain(self) -> None:
+        """Let all exchanges end."""
+        while self._scattered:
+            self._reduce()
+        while self._gathered:
+            self._finish()
+
+    def _staged(self) -> int:
+        out = sum(self._scatter_cost(chunk) for chunk, _ in self._scattered)
+        return out + sum(self._gather_cost(chunk) for chunk, _ in self._gathered)
+
+    def _scatter_cost(self, chunk: Chunk) -> int:
+        return self._wire.staged(chunk, self._size).scatter
+
+    def _gather_cost(self, chunk: Chunk) -> int:
+        return self._wire.staged(chunk, self._size).gather
+
+    def _bytes_back(self) -> int:
+        return sum(chunk.numel * chunk.dtype.itemsize for chunk, _ in self._gathered)
+
+    def _reduce(self) -> None:
+        chunk, exchange = self._scattered.popleft()
+        exchange.reduce()
+        self._gathered.append((chunk, exchange))
+
+    def _finish(self) -> None:
+        chunk, exchange = self._gathered.popleft()
+        exchange.wait()
+        chunk.unpack()
 
 
 def maximum_(tensors: Sequence[Tensor], group: Group, device: torch.device | None = None) -> int:

@@ -1,7 +1,7 @@
-"""PowerSGD as a wire: matrices travel as two factors, and what these lack is sent later."""
+"""PowerSGD as a wire: matrices travel as two factors, with error feedback."""
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,25 +13,23 @@ from postlocal.checks import count, positive, settle, whole
 from postlocal.comm.group import Group
 from postlocal.comm.groups import LevelGroups
 from postlocal.tensors import flat_view, weigh_
+from postlocal.topology import WORLD
 from postlocal.wire import low_rank as mathematics
-from postlocal.wire.cargo import Terms
-from postlocal.wire.carrier import Carrier, Weights, weight_of
-from postlocal.wire.chunks import Parcel, travels_as
-from postlocal.wire.exchange import Divisor, ring_bytes
-from postlocal.wire.mean import carry_, payload_bytes
-from postlocal.wire.recipes import fp32
-from postlocal.wire.residuals import Memory
-from postlocal.wire.staging import Staging
+from postlocal.wire.api import Divisor, Leg, Reducer, Tensors, Weights, Wire, ring_bytes, sent_bytes
+from postlocal.wire.chunks import Staging, WeightedTensor, Weighting, travels_as
+from postlocal.wire.exact import exact
+from postlocal.wire.mean import weight_of, weighted_mean_
+from postlocal.wire.residuals import Residuals
 
 
 @dataclass(frozen=True)
-class powersgd:
+class powersgd(Wire):
     """Matrices as two factors of low rank, with error feedback; all else travels exactly.
 
     A matrix of shape ``(n, m)`` travels as ``rank * (n + m)`` values, in two all-reduces for all of
-    them together. Each rank remembers the second factor, from where the next mean starts, and
-    what the mean lacks of its own matrices, for a weight of 1: one fp32 copy. Means of matrices of
-    16 bits take another one, of all of them at once, until they have come.
+    them together. Each rank keeps the second factor, from where the next mean starts, and what the
+    mean lacks of its own matrices, for a weight of 1: one fp32 copy. Means of matrices of 16 bits
+    take another one, of all of them at once, until they have come.
 
     `payload_bytes` is that of a square matrix.
 
@@ -57,19 +55,46 @@ class powersgd:
     min_compression: float = 2.0
     seed: int = 0
     lossy = True
+    keeps_residuals = True
 
     def __post_init__(self) -> None:
         settle(self, rank=partial(count, unit="column"), min_compression=positive, seed=_seed)
 
+    def messages(self, tensors: Tensors, groups: LevelGroups, level: str) -> Sequence[Leg]:
+        plain = {name: t for name, t in tensors.items() if not self.compresses(t)}
+        legs = [*exact().messages(plain, groups, level)]
+        for dtype in (torch.float32, torch.float64):
+            shapes = [
+                mathematics.matrix_shape(tensor)
+                for tensor in tensors.values()
+                if travels_as(tensor.dtype) == dtype and self.compresses(tensor)
+            ]
+            legs += self.factor_legs(shapes, groups[level].size, dtype, level)
+        return legs
+
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
         side = round(numel**0.5)
-        if not mathematics.is_compressed(side, side, self.rank, self.min_compression):
-            return fp32().payload_bytes(numel, size, dtype)
-        factor = side * min(side, self.rank)
-        return 2 * ring_bytes(factor, size, travels_as(dtype))
+        if not self.compresses(torch.empty(side, side, device="meta")):
+            return exact().payload_bytes(numel, size, dtype)
+        return sent_bytes(self.factor_legs([(side, side)], size, travels_as(dtype)))
 
-    def open(self, groups: LevelGroups, level: str, staging: Staging | None = None) -> Carrier:
-        return _LowRank(self, groups[level], staging)
+    def open(self, groups: LevelGroups, level: str, staging: Staging | None = None) -> Reducer:
+        return LowRankReducer(self, groups[level], staging)
+
+    def compresses(self, tensor: Tensor) -> bool:
+        """Whether a tensor travels as factors."""
+        n, m = mathematics.matrix_shape(tensor)
+        fits = mathematics.is_compressed(n, m, self.rank, self.min_compression)
+        return fits and flat_view(tensor) is not None
+
+    def factor_legs(
+        self, shapes: Sequence[tuple[int, int]], size: int, dtype: torch.dtype, level: str = WORLD
+    ) -> Iterator[Leg]:
+        """The all-reduces of both factors of matrices of shapes ``(n, m)``; none of no matrix."""
+        ranks = [min(n, m, self.rank) for n, m in shapes]
+        for side in (0, 1) if shapes and size > 1 else ():
+            numel = sum(shape[side] * rank for shape, rank in zip(shapes, ranks, strict=True))
+            yield Leg(ring_bytes(numel, size, dtype), size, "ring", level=level)
 
 
 @dataclass
@@ -100,8 +125,8 @@ class _Matrix:
             weigh_([self.values], 1 / self.weight if finite else 0.0)
 
 
-class _LowRank:
-    """A carrier by low-rank approximation.
+class LowRankReducer:
+    """A reducer by low-rank approximation.
 
     Args:
         wire: the recipe.
@@ -113,73 +138,44 @@ class _LowRank:
         self.group = group
         self._wire = wire
         self._staging = staging or Staging()
-        self._memory = Memory()
+        self._residuals = Residuals()
         self._qs: dict[str, Tensor] = {}
 
     def mean_(
-        self,
-        tensors: Mapping[str, Tensor],
-        divisor: Divisor | None = None,
-        weights: Weights | None = None,
+        self, tensors: Tensors, divisor: Divisor | None = None, weights: Weights | None = None
     ) -> int:
         alone = self.group.size == 1
         plain = [
-            Parcel(tensor, terms=Terms(weight_of(name, weights)))
+            WeightedTensor(tensor, weighting=Weighting(weight_of(name, weights)))
             for name, tensor in tensors.items()
-            if alone or not self._is_compressed(tensor)
+            if alone or not self._wire.compresses(tensor)
         ]
-        sent = carry_(plain, self.group, fp32(), divisor, self._staging)
+        sent = weighted_mean_(plain, self.group, exact(), divisor, self._staging)
         if not alone:
             for dtype in (torch.float32, torch.float64):
                 sent += self._approximate(self._matrices(tensors, dtype, weights), divisor)
         return sent
 
-    def payload_bytes(self, tensors: Mapping[str, Tensor]) -> int:
-        plain = [tensor for tensor in tensors.values() if not self._is_compressed(tensor)]
-        total = payload_bytes(plain, self.group, fp32())
-        for dtype in (torch.float32, torch.float64):
-            shapes = [
-                mathematics.matrix_shape(tensor)
-                for tensor in tensors.values()
-                if travels_as(tensor.dtype) == dtype and self._is_compressed(tensor)
-            ]
-            total += self._factors_bytes(shapes, dtype)
-        return total
-
-    def forget(self, names: Iterable[str] | None = None) -> None:
+    def drop_residuals(self, names: Iterable[str] | None = None) -> None:
         # Where to start from stays: it is equal on all ranks.
-        self._memory.forget(names)
+        self._residuals.drop(names)
 
     def state_dict(self) -> dict[str, Any]:
         if not self._qs:
             return {}
-        return {"errors": self._memory.state_dict(), "starts": dict(self._qs)}
+        return {"errors": self._residuals.state_dict(), "starts": dict(self._qs)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._memory.load_state_dict(state.get("errors", {}))
+        self._residuals.load_state_dict(state.get("errors", {}))
         self._qs = {name: q.clone() for name, q in state.get("starts", {}).items()}
 
-    def _is_compressed(self, tensor: Tensor) -> bool:
-        n, m = mathematics.matrix_shape(tensor)
-        fits = mathematics.is_compressed(n, m, self._wire.rank, self._wire.min_compression)
-        return fits and flat_view(tensor) is not None
-
-    def _factors_bytes(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
-        """Bytes of the all-reduces of both factors of matrices of shapes ``(n, m)``."""
-        ranks = [min(n, m, self._wire.rank) for n, m in shapes]
-        return sum(
-            ring_bytes(sum(shape[side] * r for shape, r in zip(shapes, ranks, strict=True)),
-                       self.group.size, dtype)
-            for side in (0, 1)
-        )  # fmt: skip
-
     def _matrices(
-        self, tensors: Mapping[str, Tensor], dtype: torch.dtype, weights: Weights | None
+        self, tensors: Tensors, dtype: torch.dtype, weights: Weights | None
     ) -> list[_Matrix]:
         return [
             self._matrix(name, tensor, dtype, weight_of(name, weights))
             for name, tensor in tensors.items()
-            if travels_as(tensor.dtype) == dtype and self._is_compressed(tensor)
+            if travels_as(tensor.dtype) == dtype and self._wire.compresses(tensor)
         ]
 
     def _matrix(self, name: str, tensor: Tensor, dtype: torch.dtype, weight: float) -> _Matrix:
@@ -188,9 +184,9 @@ class _LowRank:
         output = (flat if tensor.dtype == dtype else torch.empty_like(flat, dtype=dtype)).view(
             shape
         )
-        if weight == 0:  # the residual waits, and zeros take its place
+        if weight == 0:  # the residual is kept, and zeros are sent
             return _Matrix(name, tensor, output, output.zero_(), weight)
-        values = _flat(self._memory.residual(name, tensor).add_(tensor)).view(shape)
+        values = _flat(self._residuals.of(name, tensor).add_(tensor)).view(shape)
         weigh_([values], weight)
         return _Matrix(name, tensor, output, values, weight)
 
@@ -212,7 +208,7 @@ class _LowRank:
             if fine:
                 self._qs[matrix.name] = q
         shapes = [(matrix.values.shape[1], matrix.values.shape[2]) for matrix in matrices]
-        return self._factors_bytes(shapes, values[0].dtype)
+        return sent_bytes(self._wire.factor_legs(shapes, self.group.size, values[0].dtype))
 
     def _start(self, matrix: _Matrix) -> Tensor:
         """``Q`` to start from, the same on all ranks: where the last mean ended, or random."""

@@ -1,6 +1,5 @@
-"""Means over two levels: sums in fp32 within nodes, by another wire between them."""
+"""Means over two levels: exact sums within nodes, another wire between them."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,33 +8,30 @@ import torch
 from torch import Tensor
 
 from postlocal.checks import settle, text
+from postlocal.codec import Codec
 from postlocal.comm.group import Group, Work
 from postlocal.comm.groups import LevelGroups
 from postlocal.tensors import weigh_
-from postlocal.wire.cargo import Terms
-from postlocal.wire.carrier import Carrier, Forgetful, Weights, Wire, is_wire, weight_of
-from postlocal.wire.chunks import Chunk, Parcel, travels_as
-from postlocal.wire.exact import Direct
-from postlocal.wire.exchange import Divisor, Exchange
-from postlocal.wire.mean import carry_, payload_bytes
-from postlocal.wire.recipes import Exact
-from postlocal.wire.staging import Staging
+from postlocal.wire.api import Divisor, Leg, Reducer, Tensors, Weights, Wire, is_wire
+from postlocal.wire.chunks import Chunk, Staging, WeightedTensor, Weighting, travels_as
+from postlocal.wire.exact import ExactExchange, exact, shard_numel
+from postlocal.wire.mean import Exchange, StatelessReducer, chunk_legs, weight_of, weighted_mean_
 
 
 @dataclass(frozen=True)
-class relayed:
+class two_level(Wire):
     """Sums in fp32 within the groups of a level, another wire between their first ranks.
 
     What is lossy, or slow, is done once a node: contributions are summed at the node's first rank,
-    the first ranks of all nodes take the mean, and hand it to their nodes. Nodes may differ in
-    size. Tensors of 16 bits are summed in fp32 copies, of all of them at once.
+    the first ranks of all nodes take the mean, and broadcast it within their nodes. Nodes may
+    differ in size. Tensors of 16 bits are summed in fp32 copies, of all of them at once.
 
     Where everybody is in one group of the level, or the mean is taken within such a group, nothing
-    is left between, and the mean is that of `fp32`: identical replicas stay as they are.
+    is left between, and the mean is that of `exact`: identical replicas stay as they are.
 
-    What a lossy wire between remembers is a node's, at its first rank, and not one replica's to
-    forget: contributions of weight 0 have never been in it. Only a replica that is a node by itself
-    forgets.
+    The residuals of a lossy wire between are a node's, at its first rank. They are not dropped for
+    one replica, since contributions of weight 0 have never been in them; only those of a replica
+    that is a node by itself are.
 
     `payload_bytes` is what a first rank sends between nodes, where each rank is a node.
 
@@ -48,8 +44,8 @@ class relayed:
 
     Example:
         >>> from postlocal.wire import bf16
-        >>> relayed(bf16(), level="node").lossy
-        True
+        >>> two_level(bf16(), level="node").levels
+        frozenset({'node'})
     """
 
     between: Wire
@@ -62,33 +58,59 @@ class relayed:
     def lossy(self) -> bool:
         return self.between.lossy
 
+    @property
+    def codecs(self) -> Sequence[Codec]:
+        return self.between.codecs
+
+    @property
+    def levels(self) -> frozenset[str]:
+        return self.between.levels | {self.level}
+
+    @property
+    def keeps_residuals(self) -> bool:
+        return self.between.keeps_residuals
+
+    def messages(self, tensors: Tensors, groups: LevelGroups, level: str) -> Sequence[Leg]:
+        leaders, inner = groups.leaders(self.level), self._inner_level(groups, level)
+        inside = groups[inner]
+        if inside.size == groups[level].size:
+            return exact().messages(tensors, groups, inner)
+        wide = {name: _widened(tensor) for name, tensor in tensors.items()}
+        weights = [torch.empty(len(wide))] if self.lossy else []
+        to_leader = chunk_legs([*wide.values(), *weights], inside, _ToLeader(), inner)
+        between = self.between.messages(wide, leaders, level) if inside.rank == 0 else ()
+        from_leader = chunk_legs(wide.values(), inside, _FromLeader(), inner)
+        return *to_leader, *between, *from_leader
+
     def payload_bytes(self, numel: int, size: int, dtype: torch.dtype = torch.float32) -> int:
         return self.between.payload_bytes(numel, size, dtype)
 
-    def open(self, groups: LevelGroups, level: str, staging: Staging | None = None) -> Carrier:
+    def open(self, groups: LevelGroups, level: str, staging: Staging | None = None) -> Reducer:
         staging = staging or Staging()
         leaders = groups.leaders(self.level)
-        inside = groups[min(self.level, level, key=groups.levels.index)]
+        inside = groups[self._inner_level(groups, level)]
         between = self.between.open(leaders, level, staging)
         if inside.size == groups[level].size:
-            return Forgetful(Exact(), inside, staging)
-        return _Relay(groups[level], inside, between, staging, weighs=self.lossy)
+            return StatelessReducer(exact(), inside, staging)
+        return TwoLevelReducer(groups[level], inside, between, staging, weighs=self.lossy)
+
+    def _inner_level(self, groups: LevelGroups, level: str) -> str:
+        return min(self.level, level, key=groups.levels.index)
 
 
-class _Relay:
-    """A carrier over two levels.
+class TwoLevelReducer:
+    """A reducer over two levels.
 
     Args:
         group: whose mean is taken.
         inside: this rank's part of it, whose first rank leads.
-        between: carries between leaders.
+        between: reduces between leaders.
         staging: memory for what travels.
-        weighs: whether nodes' weights travel too, so that what is remembered between is for a
-            weight of 1.
+        weighs: whether nodes' weights travel too, so that residuals between are for a weight of 1.
     """
 
     def __init__(
-        self, group: Group, inside: Group, between: Carrier, staging: Staging, *, weighs: bool
+        self, group: Group, inside: Group, between: Reducer, staging: Staging, *, weighs: bool
     ) -> None:
         self.group = group
         self._inside = inside
@@ -98,48 +120,38 @@ class _Relay:
         self._weighs = weighs
 
     def mean_(
-        self,
-        tensors: Mapping[str, Tensor],
-        divisor: Divisor | None = None,
-        weights: Weights | None = None,
+        self, tensors: Tensors, divisor: Divisor | None = None, weights: Weights | None = None
     ) -> int:
         wide = {name: tensor.to(travels_as(tensor.dtype)) for name, tensor in tensors.items()}
-        sent, node = self._gather(wide, weights)
+        sent, node = self._reduce_to_leader(wide, weights)
         # Asked on all ranks: what it may raise, such as a disagreement, all have to hear.
         total = float(self.group.size) if divisor is None else divisor()
         if self._leads:
             sent += self._between.mean_(wide, lambda: total, node)
-        mean = [Parcel(tensor) for tensor in wide.values()]
-        sent += carry_(mean, self._inside, _FromLeader(), lambda: 1.0, self._staging)
+        mean = [WeightedTensor(tensor) for tensor in wide.values()]
+        sent += weighted_mean_(mean, self._inside, _FromLeader(), lambda: 1.0, self._staging)
         for name, tensor in tensors.items():
             if wide[name] is not tensor:
                 tensor.copy_(wide[name])
         return sent
 
-    def payload_bytes(self, tensors: Mapping[str, Tensor]) -> int:
-        wide = {name: _widened(tensor) for name, tensor in tensors.items()}
-        weights = [torch.empty(len(wide))] if self._weighs else []
-        inside = payload_bytes([*wide.values(), *weights], self._inside, _ToLeader())
-        inside += payload_bytes(wide.values(), self._inside, _FromLeader())
-        return inside + (self._between.payload_bytes(wide) if self._leads else 0)
-
-    def forget(self, names: Iterable[str] | None = None) -> None:
+    def drop_residuals(self, names: Iterable[str] | None = None) -> None:
         if self._inside.size == 1:
-            self._between.forget(names)
+            self._between.drop_residuals(names)
 
-    def _gather(
-        self, wide: Mapping[str, Tensor], weights: Weights | None
+    def _reduce_to_leader(
+        self, wide: Tensors, weights: Weights | None
     ) -> tuple[int, Weights | None]:
-        """Bring the node's weighted sums to its leader, or its means and their weights."""
+        """Give the leader the node's weighted sums, or its means and their weights."""
         own = [weight_of(name, weights) for name in wide]
         sums = [
-            Parcel(tensor, terms=Terms(weight))
+            WeightedTensor(tensor, weighting=Weighting(weight))
             for tensor, weight in zip(wide.values(), own, strict=True)
         ]
         if not self._weighs:
             return self._sum(sums), None
         totals = torch.tensor(own, device=next((t.device for t in wide.values()), None))
-        sent = self._sum([*sums, Parcel(totals)])
+        sent = self._sum([*sums, WeightedTensor(totals)])
         if not self._leads:
             return sent, None
         node = dict(zip(wide, totals.tolist(), strict=True))
@@ -147,8 +159,8 @@ class _Relay:
             weigh_([wide[name]], 1 / total if total else 0.0)
         return sent, node
 
-    def _sum(self, parcels: Sequence[Parcel]) -> int:
-        return carry_(parcels, self._inside, _ToLeader(), lambda: 1.0, self._staging)
+    def _sum(self, tensors: Sequence[WeightedTensor]) -> int:
+        return weighted_mean_(tensors, self._inside, _ToLeader(), lambda: 1.0, self._staging)
 
     def state_dict(self) -> dict[str, Any]:
         return self._between.state_dict()
@@ -166,33 +178,32 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _ToLeader(Exact):
-    """The sum comes to the first rank; what the others hold is then worth nothing."""
+class _ToLeader(exact):
+    """A reduce-scatter, and a gather of the sums at the first rank; others keep no sums."""
 
-    def sent_bytes(
-        self, numel: int, rank: int, size: int, dtype: torch.dtype = torch.float32
-    ) -> int:
-        kept = math.ceil(numel / size) if rank == 0 else 0
-        return (numel - kept) * dtype.itemsize
+    def legs(self, numel: int, rank: int, size: int, dtype: torch.dtype) -> Sequence[Leg]:
+        own, gathered = shard_numel(numel, rank, size), numel - shard_numel(numel, 0, size)
+        scatter = Leg((numel - own) * dtype.itemsize, size)
+        sent = own * dtype.itemsize if rank else 0
+        return scatter, Leg(sent, size, "root", gathered * dtype.itemsize)
 
-    def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
-        return Direct(chunk.pieces(), group, divisor, staging, readers=(0,))
+    def start(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
+        return ExactExchange(chunk.pieces(), group, divisor, staging, readers=(0,))
 
 
 @dataclass(frozen=True)
-class _FromLeader(Exact):
-    """What the first rank holds comes to all."""
+class _FromLeader(exact):
+    """A broadcast of what the first rank holds."""
 
-    def sent_bytes(
-        self, numel: int, rank: int, size: int, dtype: torch.dtype = torch.float32
-    ) -> int:
-        return (size - 1) * numel * dtype.itemsize if rank == 0 else 0
+    def legs(self, numel: int, rank: int, size: int, dtype: torch.dtype) -> Sequence[Leg]:
+        everything = (size - 1) * numel * dtype.itemsize
+        return (Leg(0 if rank else everything, size, "root", everything),)
 
-    def launch(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
-        return _Copies(chunk.pieces(), group)
+    def start(self, chunk: Chunk, group: Group, divisor: Divisor, staging: Staging) -> Exchange:
+        return _Broadcast(chunk.pieces(), group)
 
 
-class _Copies:
+class _Broadcast:
     """Values of the first rank under way to the others, from where they lie."""
 
     def __init__(self, pieces: Sequence[Tensor], group: Group) -> None:
@@ -202,7 +213,7 @@ class _Copies:
         else:
             self._work = group.all_to_all(nothing, [pieces, *nothing[1:]])
 
-    def turn(self) -> None:
+    def reduce(self) -> None:
         return None
 
     def wait(self) -> None:

@@ -1,4 +1,4 @@
-"""Wires in use: what all carriers have in common, and what each remembers."""
+"""Wires in use: what all reducers have in common, and the state that each keeps."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,39 +14,39 @@ from postlocal.checkpoint.packing import pack, unpack
 from postlocal.comm.group import Group
 from postlocal.comm.groups import LevelGroups
 from postlocal.topology import WORLD, Partition
-from postlocal.wire import Carrier, Staging, Wire
+from postlocal.wire import Reducer, Staging, Wire, sent_bytes
 
 Ranks = Callable[..., list[Any]]
 
 WIRES: dict[str, Wire] = {
     "fp32": wire.fp32(),
     "bf16": wire.bf16(),
-    "int8": wire.int8(),
-    "int8 with feedback": wire.error_feedback(wire.int8(), decay=0.9),
+    "int8": wire.quantised(codec.int8()),
+    "int8 with feedback": wire.error_feedback(wire.quantised(codec.int8()), decay=0.9),
     "bf16 with feedback": wire.error_feedback(wire.bf16()),
     "sign": wire.named("sign"),
     "fp4": wire.named("fp4"),
-    "top_k": wire.error_feedback(wire.top_k(k=4, chunk=32), decay=0.95),
-    "random_k": wire.error_feedback(wire.random_k(k=4, chunk=32)),
+    "top_k": wire.error_feedback(wire.gathered(codec.top_k(k=4, chunk=32)), decay=0.95),
+    "random_k": wire.random_k(k=4, chunk=32),
     "quantised top_k": wire.quantised(codec.top_k(k=4, chunk=32, bits=32)),
     "gathered int8": wire.gathered(codec.int8()),
     "powersgd": wire.powersgd(rank=2),
-    "relayed fp32": wire.relayed(wire.fp32()),
-    "relayed int4": wire.relayed(wire.named("int4")),
-    "relayed powersgd": wire.relayed(wire.powersgd(rank=1), level="pair"),
+    "two levels fp32": wire.two_level(wire.fp32()),
+    "two levels int4": wire.two_level(wire.named("int4")),
+    "two levels powersgd": wire.two_level(wire.powersgd(rank=1), level="pair"),
 }
 EXACT: dict[str, Wire] = {
     "fp32": wire.fp32(),
     "coded": wire.error_feedback(wire.quantised(codec.exact())),
     "gathered": wire.error_feedback(wire.gathered(codec.exact()), decay=0.5),
-    "all of top_k": wire.top_k(k=32, chunk=32, bits=32),
-    "all of random_k": wire.random_k(k=1, chunk=1),
+    "all of top_k": wire.gathered(codec.top_k(k=32, chunk=32, bits=32)),
+    "all of random_k": wire.gathered(codec.random_k(k=1, chunk=1)),
     "full rank": wire.powersgd(rank=64, min_compression=1e-6),
-    "relayed": wire.relayed(wire.fp32()),
-    "relayed pairs": wire.relayed(wire.quantised(codec.exact()), level="pair"),
-    "relayed alone": wire.relayed(wire.fp32(), level="rank"),
-    "relayed by one": wire.relayed(wire.fp32(), level="world"),
-    "relayed twice": wire.relayed(wire.relayed(wire.fp32(), level="node"), level="pair"),
+    "two levels": wire.two_level(wire.fp32()),
+    "two levels pairs": wire.two_level(wire.quantised(codec.exact()), level="pair"),
+    "two levels alone": wire.two_level(wire.fp32(), level="rank"),
+    "two levels by one": wire.two_level(wire.fp32(), level="world"),
+    "two levels twice": wire.two_level(wire.two_level(wire.fp32(), level="node"), level="pair"),
 }
 SHAPES = {"norm": (7,), "scale": (), "none": (0, 3), "weight": (64, 33), "conv": (5, 4, 3, 2)}
 
@@ -74,7 +74,7 @@ def runs(size: int, length: int) -> Partition:
     return tuple(tuple(range(start, min(start + length, size))) for start in range(0, size, length))
 
 
-def opened(recipe: Wire, group: Group) -> Carrier:
+def opened(recipe: Wire, group: Group) -> Reducer:
     return recipe.open(LevelGroups(group, uneven()), WORLD)
 
 
@@ -89,12 +89,12 @@ def test_all_ranks_end_with_identical_bits_in_the_memory_they_had(
     name: str, workers: int, dtype: torch.dtype
 ) -> None:
     def work(group: Group) -> list[dict[str, Tensor]]:
-        carrier = opened(WIRES[name], group)
+        reducer = opened(WIRES[name], group)
         rounds = []
         for step in range(3):
             tensors = make(10 * step + group.rank, dtype)
             places = [(t.data_ptr(), t.stride()) for t in tensors.values()]
-            carrier.mean_(tensors)
+            reducer.mean_(tensors)
             assert places == [(t.data_ptr(), t.stride()) for t in tensors.values()]
             rounds.append(tensors)
         return rounds
@@ -108,11 +108,12 @@ def test_all_ranks_end_with_identical_bits_in_the_memory_they_had(
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 5])
 def test_bytes_are_as_predicted(name: str, workers: int) -> None:
     def work(group: Group) -> None:
-        carrier = opened(WIRES[name], group)
+        groups = LevelGroups(group, uneven())
+        reducer = WIRES[name].open(groups, WORLD)
         for step in range(2):
             tensors = make(step)
-            predicted = carrier.payload_bytes(tensors)
-            assert carrier.mean_(tensors) == predicted
+            predicted = sent_bytes(WIRES[name].messages(tensors, groups, WORLD))
+            assert reducer.mean_(tensors) == predicted
             assert (predicted > 0) == (workers > 1)
 
     virtual.run(workers, work)
@@ -125,10 +126,10 @@ def test_what_loses_nothing_gives_the_plain_mean(
     name: str, workers: int, dtype: torch.dtype
 ) -> None:
     def work(group: Group) -> dict[str, Tensor]:
-        carrier = opened(EXACT[name], group)
-        carrier.mean_(make(7, dtype))  # the second mean must not depend on what the first one left
+        reducer = opened(EXACT[name], group)
+        reducer.mean_(make(7, dtype))  # the second mean must not depend on what the first one left
         tensors = make(group.rank, dtype)
-        carrier.mean_(tensors)
+        reducer.mean_(tensors)
         return tensors
 
     results = virtual.run(workers, work)
@@ -164,17 +165,17 @@ def test_weights_are_divided_out(name: str, workers: int) -> None:
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_state_taken_in_the_middle_goes_on_bit_for_bit(name: str, workers: int) -> None:
     def work(group: Group) -> None:
-        carrier = opened(WIRES[name], group)
+        reducer = opened(WIRES[name], group)
         for step in range(3):
-            carrier.mean_(make(10 * step + group.rank))
+            reducer.mean_(make(10 * step + group.rank))
         restored = opened(WIRES[name], group)
-        restored.load_state_dict(unpack(*pack(carrier.state_dict())))
+        restored.load_state_dict(unpack(*pack(reducer.state_dict())))
         for step in range(3, 6):
             one, other = make(10 * step + group.rank), make(10 * step + group.rank)
-            carrier.mean_(one)
+            reducer.mean_(one)
             restored.mean_(other)
             assert equal(one, other)
-        assert pack(carrier.state_dict())[0] == pack(restored.state_dict())[0]
+        assert pack(reducer.state_dict())[0] == pack(restored.state_dict())[0]
 
     virtual.run(workers, work)
 
@@ -182,14 +183,14 @@ def test_a_state_taken_in_the_middle_goes_on_bit_for_bit(name: str, workers: int
 @pytest.mark.parametrize("name", WIRES)
 def test_tensors_may_come_in_parts_that_change(name: str) -> None:
     def work(group: Group) -> Tensor:
-        carrier = opened(WIRES[name], group)
+        reducer = opened(WIRES[name], group)
         everything = make(group.rank)
-        carrier.mean_(everything)
+        reducer.mean_(everything)
         for step in range(2):
             some = make(step + group.rank)
             names = list(some)[:: 1 - 2 * step]
-            carrier.mean_({each: some[each] for each in names[:3]})
-            carrier.mean_({each: some[each] for each in names[3:]})
+            reducer.mean_({each: some[each] for each in names[:3]})
+            reducer.mean_({each: some[each] for each in names[3:]})
         return some["weight"]
 
     results = virtual.run(3, work)
@@ -198,42 +199,42 @@ def test_tensors_may_come_in_parts_that_change(name: str) -> None:
 
 def test_a_state_of_another_model_is_refused() -> None:
     def work(group: Group) -> None:
-        carrier = opened(WIRES["int8 with feedback"], group)
-        carrier.load_state_dict({"residuals": {"weight": torch.zeros(3)}})
+        reducer = opened(WIRES["int8 with feedback"], group)
+        reducer.load_state_dict({"residuals": {"weight": torch.zeros(3)}})
         with pytest.raises(ValueError, match=r"shape \(3,\) for 'weight', the tensor has \(4,\)"):
-            carrier.mean_({"weight": torch.zeros(4)})
+            reducer.mean_({"weight": torch.zeros(4)})
 
     virtual.run(2, work)
 
 
-FORGETTING: dict[str, Wire] = {
-    "int8": wire.error_feedback(wire.int8(block=8)),
-    "top_k": wire.error_feedback(wire.top_k(k=2, chunk=16)),
+WITH_RESIDUALS: dict[str, Wire] = {
+    "int8": wire.int8(block=8),
+    "top_k": wire.error_feedback(wire.gathered(codec.top_k(k=2, chunk=16))),
     "powersgd": wire.powersgd(rank=1, min_compression=1.0),
 }
 
 
-@pytest.mark.parametrize("name", FORGETTING)
+@pytest.mark.parametrize("name", WITH_RESIDUALS)
 @pytest.mark.parametrize("resumed", [False, True])
-def test_what_is_forgotten_is_not_sent(name: str, resumed: bool) -> None:
-    """Rank 0 forgets one of two tensors, and takes part with zeros afterwards."""
+def test_dropped_residuals_are_not_sent(name: str, resumed: bool) -> None:
+    """Rank 0 drops the residual of one of two tensors, and takes part with zeros afterwards."""
 
     def work(group: Group) -> dict[str, Tensor]:
-        carrier = opened(FORGETTING[name], group)
+        reducer = opened(WITH_RESIDUALS[name], group)
         for step in range(2):
             generator = torch.Generator().manual_seed(step)
             tensors = {
                 key: torch.randn(16, 16, generator=generator) * (group.rank == 0) for key in "ab"
             }
-            carrier.mean_(tensors)
+            reducer.mean_(tensors)
         if group.rank == 0:
-            carrier.forget(["a"])
+            reducer.drop_residuals(["a"])
         if resumed:
-            state = unpack(*pack(carrier.state_dict()))
-            carrier = opened(FORGETTING[name], group)
-            carrier.load_state_dict(state)
+            state = unpack(*pack(reducer.state_dict()))
+            reducer = opened(WITH_RESIDUALS[name], group)
+            reducer.load_state_dict(state)
         tensors = {key: torch.zeros(16, 16) for key in "ab"}
-        carrier.mean_(tensors)
+        reducer.mean_(tensors)
         return tensors
 
     sent = virtual.run(2, work)[0]
@@ -242,34 +243,34 @@ def test_what_is_forgotten_is_not_sent(name: str, resumed: bool) -> None:
     assert bool(sent["a"].abs().sum() > 0) == (name == "int8")
 
 
-def test_what_an_owner_owes_is_not_forgotten() -> None:
-    recipe = wire.error_feedback(wire.int4(block=8))
+def test_what_is_lost_of_a_mean_is_not_dropped() -> None:
+    recipe = wire.int4(block=8)
 
-    def work(group: Group, *, forgets: bool) -> Tensor:
-        carrier = opened(recipe, group)
+    def work(group: Group, *, drops: bool) -> Tensor:
+        reducer = opened(recipe, group)
         mine = torch.randn(64, generator=torch.Generator().manual_seed(0))
-        carrier.mean_({"weight": mine})
-        if forgets:
-            carrier.forget()
+        reducer.mean_({"weight": mine})
+        if drops:
+            reducer.drop_residuals()
         nothing = torch.zeros(64)
-        carrier.mean_({"weight": nothing}, weights={"weight": 0.0})
+        reducer.mean_({"weight": nothing}, weights={"weight": 0.0})
         return nothing
 
-    kept = virtual.run(2, lambda group: work(group, forgets=False))
-    forgotten = virtual.run(2, lambda group: work(group, forgets=True))
+    kept = virtual.run(2, lambda group: work(group, drops=False))
+    dropped = virtual.run(2, lambda group: work(group, drops=True))
     assert bool(kept[0].abs().sum() > 0)
-    assert torch.equal(kept[0], forgotten[0])
+    assert torch.equal(kept[0], dropped[0])
 
 
-def test_a_node_does_not_forget_what_one_of_its_replicas_does() -> None:
-    recipe = wire.relayed(wire.named("int4"), level="pair")
+def test_a_node_keeps_the_residuals_that_one_of_its_replicas_drops() -> None:
+    recipe = wire.two_level(wire.named("int4"), level="pair")
 
     def work(group: Group) -> bool:
-        carrier = opened(recipe, group)
-        carrier.mean_(make(group.rank))
-        before, _ = pack(carrier.state_dict())
-        carrier.forget(["weight"])
-        return bool(before == pack(carrier.state_dict())[0])
+        reducer = opened(recipe, group)
+        reducer.mean_(make(group.rank))
+        before, _ = pack(reducer.state_dict())
+        reducer.drop_residuals(["weight"])
+        return bool(before == pack(reducer.state_dict())[0])
 
     # The last one is a node by itself.
     assert virtual.run(5, work) == [True, True, True, True, False]
@@ -281,14 +282,14 @@ def test_a_node_does_not_forget_what_one_of_its_replicas_does() -> None:
         (lambda: wire.error_feedback(wire.fp32()), "must be a wire that loses something"),
         (
             lambda: wire.error_feedback(wire.error_feedback(wire.bf16())),
-            "must be a wire that remembers nothing",
+            "must be a stateless wire",
         ),
         (
             lambda: wire.error_feedback(wire.powersgd()),
-            "must be a wire that remembers nothing",
+            "must be a stateless wire",
         ),
         (
-            lambda: wire.error_feedback(wire.relayed(wire.bf16())),
+            lambda: wire.error_feedback(wire.two_level(wire.bf16())),
             "wrap the wire within",
         ),
         (lambda: wire.powersgd(rank=0), "rank must be at least 1 column, got 0"),
@@ -304,14 +305,14 @@ def test_recipes_that_make_no_sense_are_refused(
         make_wire()
 
 
-REMEMBERING: dict[str, Wire] = {
+COMPENSATED: dict[str, Wire] = {
     "bf16": wire.bf16(),
-    "int8": wire.int8(),
-    "int4": wire.int4(),
-    "fp4": wire.fp4(),
-    "sign": wire.sign(),
-    "top_k": wire.top_k(k=2, chunk=16),
-    "random_k": wire.random_k(k=2, chunk=16),
+    "int8": wire.quantised(codec.int8()),
+    "int4": wire.quantised(codec.int4()),
+    "fp4": wire.quantised(codec.fp4()),
+    "sign": wire.quantised(codec.sign()),
+    "top_k": wire.gathered(codec.top_k(k=2, chunk=16)),
+    "random_k": wire.gathered(codec.random_k(k=2, chunk=16)),
     "quantised top_k": wire.quantised(codec.top_k(k=2, chunk=16)),
 }
 ROUNDS = 60
@@ -321,12 +322,12 @@ def far_off(recipe: Wire) -> float:
     """How far the mean of many rounds of one vector a rank is from their mean, relative to it."""
 
     def work(group: Group) -> Tensor:
-        carrier = opened(recipe, group)
+        reducer = opened(recipe, group)
         mine = torch.randn(16, 8, generator=torch.Generator().manual_seed(group.rank))
         total = torch.zeros(16, 8)
         for _ in range(ROUNDS):
             travelling = mine.clone()
-            carrier.mean_({"weight": travelling})
+            reducer.mean_({"weight": travelling})
             total.add_(travelling)
         return total / ROUNDS
 
@@ -336,9 +337,9 @@ def far_off(recipe: Wire) -> float:
     return float((virtual.run(3, work)[0] - mean).norm() / mean.norm())
 
 
-@pytest.mark.parametrize("name", REMEMBERING)
+@pytest.mark.parametrize("name", COMPENSATED)
 def test_feedback_makes_the_sum_of_many_rounds_exact(name: str) -> None:
-    recipe = REMEMBERING[name]
+    recipe = COMPENSATED[name]
     without, with_feedback = far_off(recipe), far_off(wire.error_feedback(recipe))
     assert with_feedback < 20 / ROUNDS * without
     if name in ("sign", "top_k", "quantised top_k"):
@@ -352,14 +353,14 @@ def test_low_rank_means_are_exact_over_many_rounds() -> None:
 @pytest.mark.parametrize("recipe", [wire.named("int8"), wire.named("top_k"), wire.powersgd(1, 1.0)])
 def test_a_value_that_is_not_finite_spoils_no_later_mean(recipe: Wire) -> None:
     def work(group: Group) -> Tensor:
-        carrier = opened(recipe, group)
+        reducer = opened(recipe, group)
         bad = torch.full((8, 16), math.inf if group.rank else 1.0)
-        carrier.mean_({"weight": bad})
+        reducer.mean_({"weight": bad})
         assert not bad.isfinite().all()
         mine = torch.ones(8, 16)
         for _ in range(3):
             mine.fill_(1.0)
-            carrier.mean_({"weight": mine})
+            reducer.mean_({"weight": mine})
         return mine
 
     assert all(bool(mine.isfinite().all()) for mine in virtual.run(2, work))
@@ -380,18 +381,18 @@ class Watched(Staging):
         self.most = 0
         self._used: dict[int, int] = {}
 
-    def take(self, numel: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        taken = super().take(numel, like, dtype)
+    def allocate(self, numel: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        taken = super().allocate(numel, like, dtype)
         if taken.numel():
             self._used[taken.data_ptr()] = taken.untyped_storage().nbytes()
         free = sum(buffer.nbytes for buffer in self._free)
         self.most = max(self.most, free + sum(self._used.values()))
         return taken
 
-    def give(self, *buffers: Tensor) -> None:
+    def free(self, *buffers: Tensor) -> None:
         for buffer in buffers:
             self._used.pop(buffer.data_ptr(), None)
-        super().give(*buffers)
+        super().free(*buffers)
 
 
 BOUNDED = {
@@ -407,8 +408,8 @@ BOUNDED = {
 def test_staging_is_bounded(name: str, kind: str) -> None:
     def work(group: Group) -> int:
         staging = Watched()
-        carrier = BOUNDED[name].open(LevelGroups(group, uneven()), WORLD, staging)
-        carrier.mean_({str(index): make_one() for index, make_one in enumerate(MUCH[kind])})
+        reducer = BOUNDED[name].open(LevelGroups(group, uneven()), WORLD, staging)
+        reducer.mean_({str(index): make_one() for index, make_one in enumerate(MUCH[kind])})
         return staging.most
 
     for most in virtual.run(2, work):
@@ -421,10 +422,10 @@ def test_staging_is_bounded_whatever_sizes_came_before(name: str) -> None:
 
     def work(group: Group) -> int:
         staging = Watched()
-        carrier = BOUNDED[name].open(LevelGroups(group, uneven()), WORLD, staging)
+        reducer = BOUNDED[name].open(LevelGroups(group, uneven()), WORLD, staging)
         for index, size in enumerate(sizes):
             small = torch.zeros(size // 7, 3)[:, 1:]
-            carrier.mean_({f"{index}": torch.zeros(size).bfloat16(), f"{index} small": small})
+            reducer.mean_({f"{index}": torch.zeros(size).bfloat16(), f"{index} small": small})
         return staging.most
 
     for most in virtual.run(2, work):
@@ -433,23 +434,23 @@ def test_staging_is_bounded_whatever_sizes_came_before(name: str) -> None:
 
 def test_a_small_request_leaves_a_large_buffer_to_a_large_one() -> None:
     staging, like = Staging(), torch.zeros(())
-    large, small = staging.take(1000, like), staging.take(10, like)
-    staging.give(large, small)
-    assert staging.take(5, like).data_ptr() == small.data_ptr()
-    assert staging.take(400, like, torch.float64).data_ptr() == large.data_ptr()
+    large, small = staging.allocate(1000, like), staging.allocate(10, like)
+    staging.free(large, small)
+    assert staging.allocate(5, like).data_ptr() == small.data_ptr()
+    assert staging.allocate(400, like, torch.float64).data_ptr() == large.data_ptr()
 
 
 def test_a_buffer_that_is_too_small_is_dropped() -> None:
     staging, like = Staging(), torch.zeros(())
     for numel in range(1, 50):
-        staging.give(staging.take(numel, like))
+        staging.free(staging.allocate(numel, like))
     assert [buffer.numel() for buffer in staging._free] == [49]
 
 
 @pytest.mark.parametrize("name", ["fp32", "int8 with feedback", "top_k", "powersgd"])
 def test_tensors_with_gaps_are_cut_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire.Exact, "limit", lambda self, size, numel: 50)
-    monkeypatch.setattr(wire.Coded, "limit", lambda self, size, numel: 50)
+    monkeypatch.setattr(wire.exact, "limit", lambda self, size, numel: 50)
+    monkeypatch.setattr(wire.quantised, "limit", lambda self, size, numel: 50)
 
     def work(group: Group) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(0)
@@ -472,12 +473,12 @@ def test_tensors_with_gaps_are_cut_too(name: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_leaders_alone_send_between_nodes(workers: int) -> None:
-    recipe = wire.relayed(wire.bf16(), level="pair")
+    recipe = wire.two_level(wire.bf16(), level="pair")
 
     def work(group: Group) -> tuple[int, int]:
-        carrier = opened(recipe, group)
-        tensors = {"weight": torch.zeros(1200)}
-        return carrier.payload_bytes(tensors), carrier.mean_(tensors)
+        groups, tensors = LevelGroups(group, uneven()), {"weight": torch.zeros(1200)}
+        legs = recipe.messages(tensors, groups, WORLD)
+        return sent_bytes(legs), recipe.open(groups, WORLD).mean_(tensors)
 
     between = wire.bf16().payload_bytes(1200, -(-workers // 2))
     # In a node of two, a leader sends half of what it has to be summed, and then the mean. The
@@ -489,8 +490,8 @@ def test_leaders_alone_send_between_nodes(workers: int) -> None:
     assert virtual.run(workers, work) == [(sent, sent) for sent in expected]
 
 
-def test_a_mean_within_a_node_is_not_relayed() -> None:
-    recipe = wire.relayed(wire.sign(), level="node")
+def test_a_mean_within_a_node_is_exact() -> None:
+    recipe = wire.two_level(wire.quantised(codec.sign()), level="node")
 
     def work(group: Group) -> Tensor:
         mine = torch.tensor([1.0, 2.0, 3.0]) * (group.rank + 1)
@@ -508,10 +509,10 @@ def test_identical_replicas_stay_as_they_are_within_one_node(workers: int) -> No
 
     def work(group: Group) -> Tensor:
         mine = values.clone()
-        carrier = wire.relayed(wire.named("int4"), level="world").open(
+        reducer = wire.two_level(wire.named("int4"), level="world").open(
             LevelGroups(group, uneven()), WORLD
         )
-        carrier.mean_({"weight": mine})
+        reducer.mean_({"weight": mine})
         return mine
 
     assert all(torch.equal(mine, values) for mine in virtual.run(workers, work))
@@ -520,14 +521,14 @@ def test_identical_replicas_stay_as_they_are_within_one_node(workers: int) -> No
 def test_a_level_that_is_missing_is_named() -> None:
     def work(group: Group) -> None:
         with pytest.raises(ValueError, match=r"\(rank, pair, node, world\), got 'rack'"):
-            opened(wire.relayed(wire.bf16(), level="rack"), group)
+            opened(wire.two_level(wire.bf16(), level="rack"), group)
 
     virtual.run(2, work)
 
 
 @pytest.mark.parametrize("name", wire.NAMED)
 def test_named_wires_are_of_equal_value_each_time(name: str) -> None:
-    assert wire.named(name) == wire.NAMED[name]()
+    assert wire.named(name) == wire.NAMED[name]() == getattr(wire, name)()
     assert wire.named(name).lossy == (name != "fp32")
 
 
@@ -539,19 +540,20 @@ def test_an_unknown_name_is_refused_with_those_that_are_known() -> None:
 def over_processes(rank: int, name: str) -> tuple[list[dict[str, Tensor]], bool]:
     from postlocal.comm.group import resolve
 
-    carrier = opened(WIRES[name], resolve(None, None))
+    groups = LevelGroups(resolve(None, None), uneven())
+    reducer = WIRES[name].open(groups, WORLD)
     rounds, predicted = [], True
     for step in range(3):
         tensors = make(10 * step + rank)
-        expected = carrier.payload_bytes(tensors)
-        predicted = predicted and carrier.mean_(tensors) == expected
+        expected = sent_bytes(WIRES[name].messages(tensors, groups, WORLD))
+        predicted = predicted and reducer.mean_(tensors) == expected
         rounds.append(tensors)
     return rounds, predicted
 
 
 @pytest.mark.parametrize(
     ("world", "name"),
-    [(2, "top_k"), (3, "int8 with feedback"), (3, "powersgd"), (4, "relayed int4")],
+    [(2, "top_k"), (3, "int8 with feedback"), (3, "powersgd"), (4, "two levels int4")],
 )
 def test_processes_end_with_identical_bits_too(ranks: Ranks, world: int, name: str) -> None:
     results = ranks(world, over_processes, name)
