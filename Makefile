@@ -25,7 +25,7 @@ demo: install ## Train a language model over an emulated slow link, post-local S
 	@echo "== Post-local SGD beside DDP: 4 workers, each behind an emulated link of 25 Mbit/s, into runs/demo"
 	@echo "It takes 3 to 4 minutes on 2 cores that do nothing else: DDP first, then post-local SGD"
 	$(BIN)/postlocal train --workers 4 --link 25Mbit --compare ddp \
-		--strategy post_local_sgd --warmup 0 --period 4 --wire int4 \
+		--strategy 'post_local_sgd(warmup=0, period=4, wire=int4())' \
 		--steps 72 --batch-size 16 --lr 2e-3 --eval-every 8 --out runs/demo --overwrite
 
 test: install ## Run the tests

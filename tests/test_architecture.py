@@ -17,6 +17,7 @@ ROWS = (
     {"topology", "schedule", "outer", "fragments", "guard", "meter", "codec"},
     {"comm"},
     {"virtual", "wire"},
+    {"expressions"},
     {"strategies"},
     {"sync"},
     {"checkpoint", "planning", "ddp_comm_hooks", "model_averaging"},

@@ -243,7 +243,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_strategy_is_refused(tmp_path: Path) -> None:
     two_checkpoints(tmp_path)
     _, sync = solo(Strategy(schedule.periodic(2)))
-    with pytest.raises(CheckpointError, match=r"schedule.period: 4 saved, 2 here"):
+    with pytest.raises(
+        CheckpointError, match=r"diloco\(period=4\) saved, Strategy\(schedule=periodic\(2\)\) here"
+    ):
         checkpoint.restore(tmp_path, sync)
 
 

@@ -281,14 +281,15 @@ def test_the_refusal_of_another_strategy_is_short_and_tells_what_to_do(tmp_path:
     with pytest.raises(CheckpointError) as error:
         checkpoint.restore(tmp_path, sync)
     assert str(error.value).endswith(
-        "step-00000000 is of another strategy: schedule.period: 4 saved, 32 here; outer.momentum: "
-        '0.9 saved, 0.8 here; resume with that one, or pass on_strategy_change="restart" to start '
+        "step-00000000 is of another strategy: diloco(period=4) saved, "
+        "diloco(period=32, outer_momentum=0.8) here (period: 4 and 32; outer_momentum: default and "
+        '0.8); resume with that one, or pass on_strategy_change="restart" to start '
         "a new round of this one from the parameters last agreed on"
     )
     sync = postlocal.attach(model, adamw(model), strategies.ddp())
     with pytest.raises(CheckpointError) as error:
         checkpoint.restore(tmp_path, sync)
-    assert "outer: nesterov(lr=0.7, momentum=0.9) saved, average() here" in str(error.value)
+    assert "is of another strategy: diloco(period=4) saved, ddp() here; resume" in str(error.value)
     assert len(str(error.value)) < 600
 
 

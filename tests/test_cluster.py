@@ -188,8 +188,8 @@ def trainer(out: Path, data: Path, *more: str) -> list[str]:
     return [
         "python", "-m", "postlocal", "train", "--data", str(data), "--out", str(out),
         "--batch-size", "2", "--sequence-length", "32", "--eval-sequences", "16",
-        "--checkpoint-every", "100000", "--strategy", "streaming_diloco", "--fragments", "2",
-        "--delay", "1", "--period", "4", *more,
+        "--checkpoint-every", "100000",
+        "--strategy", "streaming_diloco(period=4, fragments=2)", *more,
     ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from postlocal import strategies
 from postlocal.cli import main
 from tests.calling import calling
 
@@ -169,8 +170,7 @@ def test_a_signal_saves_and_the_resumed_run_ends_bit_identical(
 
 
 STREAMING = (
-    "--workers", "2", "--strategy", "streaming_diloco", "--fragments", "2", "--delay", "5",
-    "--wire", "int4",
+    "--workers", "2", "--strategy", "streaming_diloco(fragments=2, delay=5)", "--wire", "int4",
 )  # fmt: skip
 
 
@@ -234,25 +234,22 @@ def command_line(
 
 BAD = {
     "period of zero": (["--period", "0"], "period must be at least 1 step, got 0"),
-    "unknown strategy": (["--strategy", "foo"], "strategy must be one of ddp,"),
-    "foreign parameter": (["--alpha", "3"], "alpha is not a parameter of post_local_sgd"),
+    "foreign parameter": (
+        ["--strategy", "ddp", "--period", "3"],
+        "period must not be given to ddp",
+    ),
+    "old flag": (["--mix", "0.5"], "as in --strategy 'streaming_diloco(mix=...)'"),
     "unknown flag": (["--foo"], "No such option: --foo"),
     "no number": (["--steps", "x"], "Invalid value for '--steps'"),
     "missing data": (["--data", "/nowhere"], "data must be files, folders or globs that exist"),
-    "garbled periods": (["--strategy", "hierarchical", "--periods", "a"], "level=steps pairs"),
     "folder below a file": (["--out", "/dev/null/x"], "out must be a folder that can be written"),
-    "unknown wire": (["--wire", "int1"], "wire must be one of fp32, bf16, fp16, int8,"),
     "fragments of fragments": (
-        ["--strategy", "streaming_diloco", "--fragments", "5"],
+        ["--strategy", "streaming_diloco(fragments=5)"],
         "got 5 fragments of 4 layers",
-    ),
-    "delay of a round": (
-        ["--strategy", "streaming_diloco", "--period", "4", "--delay", "4"],
-        "delay must be shorter than a round",
     ),
     "less than a batch": (["--batch-size", "1000000"], "fewer than batch size 1000000 each"),
     "unknown level": (
-        ["--strategy", "hierarchical", "--periods", "rack=4"],
+        ["--strategy", "hierarchical({'rack': 4})"],
         "level must be one that the topology has",
     ),
     "no folder": (["--out", ""], "out must name a folder, got ''"),
@@ -278,6 +275,53 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert error.count("\n") == 1
     assert error.startswith("postlocal: error: ")
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "place"),
+    [
+        (["--strategy", "dilco"], "strategy: there is no strategy dilco: did you", "dilco"),
+        (["--strategy", "diloco(period=0)"], "period must be at least 1 step, got 0", "0"),
+        (["--strategy", "diloco(perod=3)"], "did you mean period? It takes", "perod=3"),
+        (["--compare", "local_sgd(wire=int5)"], "compare: there is no wire int5", "int5"),
+        (
+            ["--strategy", "streaming_diloco(delay=4)", "--period", "4"],
+            "strategy: delay must be shorter than a round",
+            "4",
+        ),
+        (["--wire", "int1"], "wire: there is no wire int1: did you mean", "int1"),
+    ],
+)
+def test_a_bad_expression_is_shown_with_its_place_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    words: list[str],
+    message: str,
+    place: str,
+) -> None:
+    code, error = command_line(capsys, monkeypatch, "train", "--out", str(tmp_path), *words)
+    assert code == 2
+    said, shown, carets = error.splitlines()
+    assert said.startswith("postlocal: error: ")
+    assert message in said
+    assert shown[carets.index("^") : carets.rindex("^") + 1] == place
+
+
+def test_the_strategies_are_listed_with_their_arguments_and_sources(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = calling("strategies")(capsys, monkeypatch)
+    assert code == 0
+    assert all(f"{name}(" in out for name in strategies.NAMED)
+    assert "diloco(period=100, outer_lr=0.7, outer_momentum=0.9)\n" in out
+    assert "(Douillard et al., arXiv 2311.08105)\n  Take it between regions or homes" in out
+    code, out, _ = calling("strategies", "diloco")(capsys, monkeypatch)
+    assert code == 0
+    assert "  outer_lr: outer learning rate.\n" in out
+    assert "  outer: average, nesterov, scheduled, slow_momentum\n" in out
+    code, _, error = calling("strategies", "sgd")(capsys, monkeypatch)
+    assert (code, "strategy must be one of ddp, " in error) == (2, True)
 
 
 def test_empty_data_is_one_line(
@@ -365,5 +409,5 @@ def test_version_and_help() -> None:
     code, output = run(*POSTLOCAL, "train", "--help")
     assert code == 0
     assert "--outer-momentum" in output
-    assert "May be given anew" in " ".join(output.split())
+    assert "These may change" in " ".join(output.split())
     assert run(*POSTLOCAL, "--version") == (0, f"{version('postlocal')}\n")

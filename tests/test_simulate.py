@@ -336,12 +336,17 @@ WRONG = {
     "no bandwidth": (["--bandwidth", "fast:1"], "bandwidth must be above 0 and have a unit"),
     "nobody": (["--workers", "0"], "workers must be at least 1, got '0'"),
     "no latency": (["--latency", "1e400s"], "latency must have a unit"),
-    "parts": (["--fragments", "10001"], "fragments must be at most 10,000, got 10001"),
+    "parts": (
+        ["--strategy", "streaming_diloco(fragments=10001)"],
+        "fragments must be at most 10,000, got 10001",
+    ),
     "too many": (["--workers", "1,1e9"], "workers must be at most 1,000,000, got 1000000000"),
     "shares": (["--bandwidth", "1Gbit:0.5,1Mbit:0.4"], "must be above 0 and sum to 1"),
-    "no such strategy": (["--strategy", "foo"], "strategy must be one of ddp,"),
     "no folder": (["--plot", "/dev/null/x.png"], "plot must be a file in a folder that exists"),
-    "foreign parameter": (["--strategy", "ddp", "--period", "4"], "period is not a parameter"),
+    "foreign parameter": (
+        ["--strategy", "ddp", "--period", "4"],
+        "period must not be given to ddp",
+    ),
     "nodes": (["--node-size", "8", "--workers", "12"], "multiple of the node size 8, got 12"),
 }
 

@@ -87,7 +87,7 @@ def disagree(rank: int, item: str) -> str:
 
 DISAGREEMENTS = {
     "period": "ranks differ in strategy: rank 0 has .*period=4.*rank 1 has .*period=8",
-    "strategy": "ranks differ in strategy: .*rank 1 has .*nesterov",
+    "strategy": "ranks differ in strategy: .*rank 1 has 'diloco",
     "name": "ranks differ in parameters and buffers: .*'layer.weight.*rank 1 has 'other.weight",
     "shape": r"ranks differ in parameters and buffers: .*\(4, 8\).*rank 1 has .*\(5, 8\)",
     "frozen": "ranks differ in parameters and buffers: ",

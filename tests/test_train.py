@@ -20,20 +20,21 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
-from postlocal import DisagreementError, wire
+from postlocal import DisagreementError, schedule, strategies, wire
+from postlocal.expressions import ExpressionError
 from postlocal.meter import SyncRecord
 from postlocal.strategies import streaming_diloco
-from postlocal.train import make_config, train
+from postlocal.train import TrainConfig, make_config, train
+from postlocal.train.config_file import SavedRun, Text, changes, merge_settings
 from postlocal.train.data import Corpus, Share, Windows, find_files
 from postlocal.train.metrics import Metrics, Summary
 from postlocal.train.model import SIZES, Transformer
-from postlocal.train.opening import WEIGHTS, open_run
 from postlocal.train.plots import plot
+from postlocal.train.preparation import WEIGHTS, prepare_run
+from postlocal.train.progress import Progress
 from postlocal.train.run import save_weights
 from postlocal.train.sample import sample
-from postlocal.train.saved import SavedRun, Text, changes, merge_settings
 from postlocal.train.stop import Stop
-from postlocal.train.view import View
 from tests.launcher import free_port
 
 Ranks = Callable[..., list[Any]]
@@ -204,13 +205,15 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 def test_strategies_get_defaults_that_suit_the_run() -> None:
     assert make_config(steps=100).make_strategy().schedule.warmup == 30  # type: ignore[attr-defined]
-    config = make_config(steps=100, strategy="qsr", parameters={"alpha": 0.01})
+    config = make_config(steps=100, strategy="qsr(0.01)")
     assert config.make_strategy().schedule.total == 100  # type: ignore[attr-defined]
 
 
 def test_a_wire_is_the_one_named_or_the_strategys_own_or_bf16() -> None:
     assert make_config(strategy="diloco").make_strategy().wire == wire.bf16()
-    assert make_config(strategy="diloco", wire="int4").make_strategy().wire == wire.named("int4")
+    assert make_config(strategy="diloco(wire=int4)").make_strategy().wire == wire.named("int4")
+    flagged = make_config(strategy="diloco(wire=int8())", wire="int4")
+    assert flagged.make_strategy().wire == wire.named("int4")
     streaming = make_config(strategy="streaming_diloco")
     assert streaming.make_strategy().wire == streaming_diloco().wire
     assert streaming.make_strategy().gradient_wire == wire.bf16()
@@ -218,30 +221,44 @@ def test_a_wire_is_the_one_named_or_the_strategys_own_or_bf16() -> None:
 
 def test_a_compared_run_takes_the_options_that_its_strategy_has() -> None:
     given: dict[str, Any] = {
-        "strategy": "diloco",
-        "parameters": {"period": 5, "outer_lr": 0.5},
+        "strategy": "diloco(outer_lr=0.5, optimizer_state='average')",
+        "period": 5,
         "wire": "int4",
-        "optimizer_state": "average",
     }
     slowmo = make_config(**given, compare="slowmo")
-    other = slowmo.compared()
-    assert (other.parameters, other.wire) == ({"period": 5}, "int4")
-    assert other.optimizer_state == "average"
-    assert slowmo.not_compared == ["outer-lr"]
+    expected = 'slowmo(period=5, wire=int4(), optimizer_state="average")'
+    assert slowmo.compared().strategy == expected
+    assert slowmo.not_compared == ["outer_lr"]
     ddp = make_config(**given, compare="ddp")
-    assert (ddp.compared().wire, ddp.compared().gradient_wire) == ("fp32", "fp32")
-    assert ddp.not_compared == ["period", "outer-lr", "wire", "optimizer-state"]
+    assert ddp.compared().make_strategy() == strategies.ddp()
+    assert ddp.not_compared == ["outer_lr", "optimizer_state", "period", "wire"]
     assert list(ddp.runs()) == ["ddp", "diloco"]
 
 
 def test_a_strategy_compared_with_itself_takes_its_defaults_under_another_name() -> None:
-    config = make_config(strategy="diloco", parameters={"period": 5}, compare="diloco")
-    assert list(config.runs()) == ["diloco (defaults)", "diloco"]
-    assert config.compared().strategy_parameters["period"] == 100
+    config = make_config(strategy="diloco", period=5, compare="diloco")
+    assert list(config.runs()) == ["diloco()", "diloco(period=5)"]
+    assert config.compared().make_strategy().schedule == schedule.periodic(100)
     assert config.compared().out != config.out
     assert config.not_compared == ["period"]
     with pytest.raises(ValueError, match=r"compare must differ from the run itself, got 'diloco'"):
         make_config(strategy="diloco", compare="diloco")
+
+
+def test_a_compared_strategy_can_be_an_expression() -> None:
+    config = make_config(strategy="diloco(period=32)", compare="local_sgd(period=8, wire=int4())")
+    compared = config.compared().make_strategy()
+    assert str(compared) == "local_sgd(period=8, wire=int4(), gradient_wire=bf16())"
+    assert config.not_compared == ["period"]
+    assert list(config.runs()) == ["local_sgd", "diloco"]
+
+
+def test_the_strategy_that_is_kept_reads_back_as_the_same(tmp_path: Path) -> None:
+    text = "Strategy(schedule=growing(2), wire=fp32(), guard=clip(1.0), name='mine')"
+    config = make_config(strategy=text)
+    kept = TrainConfig.model_validate_json(config.resolved().model_dump_json())
+    assert kept.make_strategy() == config.make_strategy()
+    assert kept.make_strategy().wire == wire.fp32()
 
 
 BAD_SETTINGS = [
@@ -249,13 +266,10 @@ BAD_SETTINGS = [
     ({"lr": math.nan}, "lr must be .*, got nan"),
     ({"model": "huge"}, "model must be one of tiny, small, base, got 'huge'"),
     ({"batch_size": 8, "accumulate": 3}, "accumulate must divide the batch size 8, got 3"),
-    ({"strategy": "sgd"}, "strategy must be one of ddp, .*, got 'sgd'"),
-    ({"compare": "sgd"}, "strategy must be one of ddp, .*, got 'sgd'"),
-    ({"parameters": {"period": 0}}, "period must be at least 1 step, got 0"),
-    ({"parameters": {"alpha": 1.0}}, "alpha is not a parameter of post_local_sgd, which takes"),
-    ({"strategy": "qsr"}, "qsr needs the parameter alpha"),
-    ({"wire": "int3"}, "wire must be one of fp32, .*, got 'int3'"),
-    ({"gradient_wire": "int3"}, "wire must be one of fp32, .*, got 'int3'"),
+    ({"period": 0}, "period must be at least 1 step, got 0"),
+    ({"strategy": "ddp", "period": 4}, "period must not be given to ddp, which has no such arg"),
+    ({"parameters": {"period": 4}}, "parameters must be written in the strategy, as in"),
+    ({"optimizer_state": "reset"}, "optimizer_state must be written in the strategy, as in"),
     ({"lr_warmup": 101}, "lr-warmup must be at most the 100 steps of the run, got 101"),
     ({"colour": 1}, "colour must be .*"),
     ({"workers": 10**30}, "workers must be less than or equal to 1000000, got 1"),
@@ -270,6 +284,28 @@ def test_a_bad_setting_is_named_in_one_line(bad: dict[str, Any], message: str) -
     with pytest.raises(ValueError, match=message) as error:
         make_config(**bad)
     assert "\n" not in str(error.value)
+
+
+BAD_EXPRESSIONS = [
+    ({"strategy": "sgd"}, "strategy: there is no strategy sgd"),
+    ({"compare": "sgd"}, "compare: there is no strategy sgd"),
+    ({"strategy": "diloco(period=0)"}, "strategy: period must be at least 1 step, got 0"),
+    ({"strategy": "post_local_sgd(alpha=1)"}, "strategy: post_local_sgd has no argument alpha"),
+    ({"compare": "local_sgd(period=0)"}, "compare: period must be at least 1 step, got 0"),
+    ({"wire": "int3"}, "wire: there is no wire int3: did you mean"),
+    ({"gradient_wire": "int3"}, "gradient-wire: there is no wire int3"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_EXPRESSIONS)
+def test_a_bad_expression_is_shown_with_the_place_of_the_mistake(
+    bad: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ExpressionError, match=re.escape(message)) as error:
+        make_config(**bad)
+    _, shown, carets = str(error.value).splitlines()
+    assert set(carets.strip()) == {"^"}
+    assert len(carets) <= len(shown)
 
 
 def stop_at(rank: int, victim: int, step_seconds: float) -> int:
@@ -324,8 +360,7 @@ def test_one_process_alone_trains_too_and_accumulation_does_not_change_it(tmp_pa
     for accumulate in (1, 2):
         config = config_of(
             tmp_path,
-            strategy="diloco",
-            parameters={"period": 4},
+            strategy="diloco(period=4)",
             accumulate=accumulate,
             out=tmp_path / str(accumulate),
         )
@@ -361,13 +396,13 @@ def test_both_of_two_runs_of_one_strategy_are_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, text(20))
-    changes = {"strategy": "diloco", "parameters": {"period": 5}, "compare": "diloco"}
-    train(config_of(tmp_path, **changes))
+    train(config_of(tmp_path, strategy="diloco(period=5)", compare="diloco"))
     lines = capsys.readouterr().out.splitlines()
-    assert any("diloco (defaults)" in line and "│ diloco " in line for line in squeezed(lines))
+    assert any("│ diloco() " in line and "│ diloco(period=5) " in line for line in squeezed(lines))
     here, there = (Summary.read(f) for f in (tmp_path / "out", tmp_path / "out/compare/diloco"))
-    assert "period=5," in here.strategy_details
-    assert "period=100," in there.strategy_details
+    assert here.strategy_details == "diloco(period=5, wire=bf16(), gradient_wire=bf16())"
+    assert there.strategy_details == "diloco(wire=bf16(), gradient_wire=bf16())"
+    assert (here.strategy, there.strategy) == ("diloco", "diloco")
 
 
 def squeezed(lines: list[str]) -> list[str]:
@@ -378,7 +413,7 @@ def test_a_resumed_run_takes_its_settings_from_the_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, text(20))
-    train(config_of(tmp_path, lr=0.01, seed=3, strategy="diloco", parameters={"period": 4}))
+    train(config_of(tmp_path, lr=0.01, seed=3, strategy="diloco", period=4))
     out = tmp_path / "out"
     capsys.readouterr()
     train(make_config(out=out, resume=True, steps=20))
@@ -404,6 +439,10 @@ def test_a_run_is_not_made_shorter_than_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.json").read_text() == before
 
 
+BOTH_BF16 = "wire=bf16(), gradient_wire=bf16()"
+KEPT = f"diloco({BOTH_BF16})"
+
+
 def saved_run(folder: Path, **settings: Any) -> SavedRun:
     write(folder, text(20))
     config = config_of(folder, **{"lr": 0.01, "seed": 3, "strategy": "diloco"} | settings)
@@ -418,9 +457,17 @@ def saved_run(folder: Path, **settings: Any) -> SavedRun:
     [
         ({"lr": 0.003}, "lr: 0.01 kept, 0.003 given"),
         ({"lr": 0.003, "seed": 4}, "lr: 0.01 kept, 0.003 given; seed: 3 kept, 4 given"),
-        ({"strategy": "slowmo"}, "strategy: diloco kept, slowmo given"),
-        ({"parameters": {"outer_lr": 0.3}}, "outer-lr: 0.7 kept, 0.3 given"),
-        ({"wire": "int4"}, "wire: None kept, int4 given"),
+        ({"strategy": "slowmo"}, f"strategy: {KEPT} kept, slowmo({BOTH_BF16}) given"),
+        (
+            {"strategy": "diloco(outer_lr=0.3)"},
+            f"strategy: {KEPT} kept, diloco(outer_lr=0.3, {BOTH_BF16}) given (outer_lr: default and"
+            " 0.3)",
+        ),
+        (
+            {"wire": "int4"},
+            f"strategy: {KEPT} kept, diloco(wire=int4(), gradient_wire=bf16()) given "
+            "(wire: bf16() and int4())",
+        ),
         ({"lr_warmup": 7}, "lr-warmup: 1 kept, 7 given"),
     ],
 )
@@ -429,13 +476,13 @@ def test_settings_that_contradict_those_kept_are_named(
 ) -> None:
     saved = saved_run(tmp_path)
     config = make_config(out=tmp_path / "out", resume=True, **given)
-    with pytest.raises(ValueError, match=rf"got {words}: leave them out"):
+    with pytest.raises(ValueError, match=re.escape(f"got {words}: leave them out")):
         merge_settings(config, saved)
 
 
 def test_settings_given_again_agree_if_they_come_to_the_same(tmp_path: Path) -> None:
     saved = saved_run(tmp_path)
-    given: dict[str, Any] = {"wire": "bf16", "parameters": {"period": 100}, "lr_warmup": 1}
+    given: dict[str, Any] = {"wire": "bf16", "period": 100, "lr_warmup": 1}
     config = make_config(out=tmp_path / "out", resume=True, workers=3, keep=7, **given)
     settled = merge_settings(config, saved)
     assert (settled.workers, settled.keep, settled.seed, settled.lr) == (3, 7, 3, 0.01)
@@ -447,7 +494,7 @@ def test_a_longer_run_keeps_its_warm_ups(tmp_path: Path) -> None:
     longer = merge_settings(make_config(out=tmp_path / "out", resume=True, steps=24), saved)
     assert longer.make_strategy() == saved.settings.make_strategy()
     assert longer.rising_steps == 1
-    qsr = saved_run(tmp_path, strategy="qsr", parameters={"alpha": 0.01})
+    qsr = saved_run(tmp_path, strategy="qsr(0.01)")
     with pytest.raises(ValueError, match="steps: 12 kept, 24 given"):
         merge_settings(make_config(out=tmp_path / "out", resume=True, steps=24), qsr)
 
@@ -455,61 +502,62 @@ def test_a_longer_run_keeps_its_warm_ups(tmp_path: Path) -> None:
 def test_other_text_under_the_same_path_is_named(tmp_path: Path) -> None:
     saved_run(tmp_path)
     config = make_config(out=tmp_path / "out", resume=True)
-    assert open_run(config).config.seed == 3
+    assert prepare_run(config).config.seed == 3
     (tmp_path / "0.txt").write_bytes(text(20)[:-1] + b"?")
     with pytest.raises(ValueError, match=r"data must be the text that .*out was started with"):
-        open_run(config)
+        prepare_run(config)
 
 
 def test_a_folder_without_a_run_is_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"out must hold a run to resume, got .*none"):
-        open_run(make_config(out=tmp_path / "none", resume=True))
+        prepare_run(make_config(out=tmp_path / "none", resume=True))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"out must hold a config.json that can be read"):
-        open_run(make_config(out=tmp_path, resume=True))
+        prepare_run(make_config(out=tmp_path, resume=True))
 
 
 def lines_of(folder: Path, **settings: Any) -> list[str]:
     write(folder, text(20))
-    return list(open_run(config_of(folder, **settings)).lines(workers=2))
+    return list(prepare_run(config_of(folder, **settings)).lines(workers=2))
 
 
 def test_a_run_says_first_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "b.bin").write_bytes(b"\0")
     settings: dict[str, Any] = {"data": (str(tmp_path),), "strategy": "diloco", "compare": "ddp"}
-    lines = lines_of(tmp_path, **settings, parameters={"period": 4})
+    lines = lines_of(tmp_path, **settings, period=4)
     assert lines[0] == "training  tiny model of 853,120 parameters, 12 steps, 2 workers"
     assert any(line.startswith("data      1 file, 5.1") for line in lines)
     together = " ".join(line.strip() for line in lines)
     assert "1 file skipped for NUL bytes, the first is " in together
-    assert "strategy  diloco(period=4, outer_lr=0.7, outer_momentum=0.9), " in together
-    assert "with ddp(), parameters as fp32, gradients as fp32" in together
+    assert f"strategy  diloco(period=4, {BOTH_BF16}) " in together
+    assert "with ddp(wire=fp32(), gradient_wire=fp32()), trained first" in together
     assert "it does not take: period" in together
     assert not [line for line in lines if len(line) >= 80 and str(tmp_path) not in line]
 
 
 @pytest.mark.parametrize(
-    ("strategy", "parameters", "late"),
+    ("strategy", "late"),
     [
-        ("local_sgd", {"period": 1000}, True),
-        ("local_sgd", {"period": 12}, False),
-        ("streaming_diloco", {"period": 1000}, True),
-        ("streaming_diloco", {"period": 24}, False),
-        ("post_local_sgd", {"period": 10}, True),
-        ("ddp", {}, False),
+        ("local_sgd(period=1000)", True),
+        ("local_sgd(period=12)", False),
+        ("streaming_diloco(period=1000)", True),
+        ("streaming_diloco(period=24)", False),
+        ("post_local_sgd(period=10)", True),
+        ("ddp", False),
     ],
 )
 def test_a_round_longer_than_the_run_is_said_at_the_start(
-    tmp_path: Path, strategy: str, parameters: dict[str, Any], late: bool
+    tmp_path: Path, strategy: str, late: bool
 ) -> None:
-    lines = lines_of(tmp_path, strategy=strategy, parameters=parameters)
+    lines = lines_of(tmp_path, strategy=strategy)
     warned = [line for line in lines if line.startswith("warning")]
     assert bool(warned) == late
-    assert all(f"{strategy} synchronizes all workers only at the end" in line for line in warned)
+    name = strategy.partition("(")[0]
+    assert all(f"{name} synchronizes all workers only at the end" in line for line in warned)
 
 
 def test_a_warm_up_as_long_as_the_run_is_said_at_the_start(tmp_path: Path) -> None:
-    lines = lines_of(tmp_path, strategy="post_local_sgd", parameters={"warmup": 12})
+    lines = lines_of(tmp_path, strategy="post_local_sgd", warmup=12)
     assert (
         "warning   post_local_sgd reduces gradients of all workers at each of the 12" in lines[-2]
     )
@@ -521,7 +569,7 @@ def test_progress_is_short_lines_where_there_is_no_terminal() -> None:
         "loss": 2.5134, "payload_bytes": 493_000, "ddp_payload_bytes": 10**7,
         "wait_seconds": 1.0, "train_seconds": 10.0,
     }  # fmt: skip
-    with View(console, "diloco", 100, shown=True) as view:
+    with Progress(console, "diloco", 100, shown=True) as view:
         view.start(20)
         for step in (30, 40):
             view.advance(step)
@@ -541,7 +589,7 @@ def test_progress_is_short_lines_where_there_is_no_terminal() -> None:
 def test_progress_is_a_bar_on_a_terminal() -> None:
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=True)
-    with View(console, "diloco", 100, shown=True) as view:
+    with Progress(console, "diloco", 100, shown=True) as view:
         view.start(0)
         view.advance(50)
     assert "━" in file.getvalue()

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from postlocal.train import make_config
 from postlocal.train.metrics import Metrics, Summary
+from postlocal.train.progress import race, results, verdict
 from postlocal.train.run import _compare
-from postlocal.train.view import race, results, verdict
 
 
 def summary(strategy: str, loss: float, sent: int, link: float | None = None) -> Summary:

@@ -52,7 +52,7 @@ def key_of(config: TrainConfig, strategy: Strategy) -> str:
         "weight_decay", "clip", "eval_sequences", "seed",
     )  # fmt: skip
     settings = " ".join(f"{name}={getattr(config, name)}" for name in fields)
-    return f"{settings} {strategy.fingerprint}"
+    return f"{settings} {strategy}"
 
 
 def train(config: TrainConfig, strategy: Strategy, tick: Tick) -> Result:

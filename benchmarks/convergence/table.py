@@ -18,7 +18,7 @@ def summarize(campaign: Campaign, results: Mapping[Run, Result]) -> dict[str, di
         own = [results[name, seed] for seed in campaign.seeds]
         control = [results[CONTROL, seed] for seed in campaign.seeds]
         rows[name] = {
-            "strategy": campaign.settings[name].fingerprint,
+            "strategy": str(campaign.settings[name]),
             "losses": [result.loss for result in own],
             "penalties": [100 * (a.loss / b.loss - 1) for a, b in zip(own, control, strict=True)],
             "payload_bytes": own[0].payload_bytes,

@@ -79,7 +79,7 @@ class Classifying:
     @property
     def key(self) -> str:
         known = [f"{f.name}={getattr(self, f.name)}" for f in fields(self)[1:-1]]
-        return " ".join([*known, self.strategy.fingerprint])
+        return " ".join([*known, str(self.strategy)])
 
     @property
     def steps_an_epoch(self) -> int:

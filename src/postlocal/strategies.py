@@ -1,8 +1,7 @@
 """Named algorithms, each a composition of schedule, wire, outer optimizer, fragments and guard.
 
-A `Strategy` is a frozen value. The functions below return one; `dataclasses.replace` varies it::
-
-    replace(diloco(period=100), wire=wire.bf16())
+A `Strategy` is a frozen value. The functions below return one, and each takes the axes too, as in
+``diloco(period=100, wire=wire.bf16())``. `parse` reads a strategy from text, and `str` writes it.
 
 Example:
     >>> from postlocal import strategies
@@ -11,13 +10,12 @@ Example:
 """
 
 import inspect
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from functools import partial, wraps
+from typing import Any, Literal, ParamSpec, TypedDict, Unpack, get_args
 
-from postlocal import codec
+from postlocal import codec, expressions
 from postlocal import fragments as parts
 from postlocal import guard as guards
 from postlocal import outer as outers
@@ -115,30 +113,142 @@ class Strategy:
         """Whether parameters come in parts, late, or mixed, so that replicas always differ."""
         return self.fragments.streams
 
-    @property
-    def fingerprint(self) -> str:
-        """All that ranks must have in common, as text."""
-        return re.sub(r" at 0x[0-9a-f]+", "", repr(self))
+    def __str__(self) -> str:
+        """The expression that `parse` reads back, or, of what has none, its repr within it."""
+        return expressions.expression(self, AXIS)
 
 
-def ddp() -> Strategy:
-    """Plain data-parallel training: the control, bit-identical to torch's DDP."""
+class Axes(TypedDict, total=False):
+    """Axes of a `Strategy` that every named one takes too, in place of its own."""
+
+    outer: outers.Outer
+    wire: wires.Wire
+    gradient_wire: wires.Wire
+    fragments: parts.Fragments
+    guard: guards.Guard
+    optimizer_state: OptimizerState
+
+
+_P = ParamSpec("_P")
+_NAMED: dict[str, Callable[..., Strategy]] = {}
+
+
+def _named(**paths: str) -> Callable[[Callable[_P, Strategy]], Callable[_P, Strategy]]:
+    """Have a function take `Axes` as well, and tell the arguments from what it has made.
+
+    Args:
+        paths: parameter -> where its value is in the strategy, alternatives separated by spaces.
+            Its first part is the axis that it goes into, and that must not be given beside it.
+    """
+
+    def decorate(function: Callable[_P, Strategy]) -> Callable[_P, Strategy]:
+        name = function.__name__
+        own = [each for each in inspect.signature(function).parameters if each in paths]
+        signature = _with_axes(function, own)
+
+        @wraps(function)
+        def made(*args: _P.args, **kwargs: _P.kwargs) -> Strategy:
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError as error:
+                raise TypeError(
+                    f"{name}: {error}; it takes {', '.join(signature.parameters) or 'nothing'}"
+                ) from None
+            axes = {key: given.pop(key) for key in Axes.__annotations__
+                    if key in given and key not in own}  # fmt: skip
+            for key in given:
+                if (axis := paths[key].split(".")[0]) in axes:
+                    raise ValueError(
+                        f"{axis} must not be given to {name} beside {key}, which is a part of it: "
+                        "leave one out"
+                    )
+            return replace(function(**given), **axes)  # type: ignore[call-arg]
+
+        made.__signature__ = signature  # type: ignore[attr-defined]
+        made.arguments_of = partial(_arguments_of, made, paths)  # type: ignore[attr-defined]
+        _NAMED[name] = made
+        return made
+
+    return decorate
+
+
+def _with_axes(function: Callable[..., Strategy], own: list[str]) -> inspect.Signature:
+    known = inspect.signature(function).parameters
+    axes = [
+        inspect.Parameter(
+            key, inspect.Parameter.KEYWORD_ONLY, default=expressions.UNSET, annotation=annotation
+        )
+        for key, annotation in Axes.__annotations__.items()
+        if key not in own
+    ]
+    return inspect.Signature([*(known[key] for key in own), *axes], return_annotation=Strategy)
+
+
+def _arguments_of(
+    function: Callable[..., Strategy], paths: Mapping[str, str], value: Any
+) -> Mapping[str, Any] | None:
+    """What a named function has to be given to make a strategy; None if it cannot."""
+    if not isinstance(value, Strategy) or value.name != function.__name__:
+        return None
+    found = {key: _at(value, path) for key, path in paths.items()}
+    arguments = {key: held[0] for key, held in found.items() if held}
+    try:
+        made = function(**arguments)
+    except (TypeError, ValueError):
+        return None
+    others = [axis for axis in Axes.__annotations__ if getattr(made, axis) != getattr(value, axis)]
+    kept = {k: v for k, v in arguments.items() if paths[k].split(".")[0] not in others}
+    return kept | {axis: getattr(value, axis) for axis in others}
+
+
+def _at(value: Any, paths: str) -> list[Any]:
+    """What is found at the first of some paths that leads anywhere."""
+    for path in paths.split():
+        found = value
+        for step in path.split("."):
+            found = getattr(found, step, _at)
+        if found is not _at:
+            # A mapping is kept as pairs, so that the schedule can be hashed.
+            return [dict(found) if path == "schedule.periods" else found]
+    return []
+
+
+@_named()
+def ddp(**axes: Unpack[Axes]) -> Strategy:
+    """Plain data-parallel training: the control, bit-identical to torch's DDP.
+
+    Take it on a fast network, where there is nothing to save.
+    """
     return Strategy(schedules.every_step(), name="ddp")
 
 
-def local_sgd(period: int = 16) -> Strategy:
-    """Local SGD: average parameters every ``period`` steps (Stich 2018, arXiv 1805.09767)."""
+@_named(period="schedule.period")
+def local_sgd(period: int = 16, **axes: Unpack[Axes]) -> Strategy:
+    """Local SGD: average parameters every ``period`` steps (Stich 2018, arXiv 1805.09767).
+
+    Take it as the simplest strategy with few messages, and as a base to vary.
+
+    Args:
+        period: steps a round.
+    """
     return Strategy(schedules.periodic(period), name="local_sgd")
 
 
+@_named(
+    warmup="schedule.warmup", period="schedule.then.period", gradients="schedule.then.gradients",
+    outer_lr="outer.lr", outer_momentum="outer.momentum",
+)  # fmt: skip
 def post_local_sgd(
     warmup: int,
     period: int = 16,
     gradients: str = "node",
     outer_lr: float = 1.0,
     outer_momentum: float = 0.0,
+    **axes: Unpack[Axes],
 ) -> Strategy:
     """Post-local SGD: DDP for ``warmup`` steps, local SGD after (Lin et al., arXiv 1808.07217).
+
+    Take it on a network that is a few times too slow, or with fast links inside nodes.
 
     Args:
         warmup: number of synchronous steps; the paper goes on until the first drop of the
@@ -155,16 +265,36 @@ def post_local_sgd(
     return Strategy(schedules.post_local(warmup, then), outer, name="post_local_sgd")
 
 
-def hierarchical(periods: Mapping[str, int], gradients: str = "rank") -> Strategy:
-    """Hierarchical local SGD: a period for each level (arXiv 2010.12998)."""
+@_named(periods="schedule.periods", gradients="schedule.gradients")
+def hierarchical(
+    periods: Mapping[str, int], gradients: str = "rank", **axes: Unpack[Axes]
+) -> Strategy:
+    """Hierarchical local SGD: a period for each level (arXiv 2010.12998).
+
+    Take it with fast links inside nodes and slow ones between.
+
+    Args:
+        periods: level -> steps between synchronizations at that level, narrowest level first.
+        gradients: level at which gradients are averaged within a round.
+    """
     return Strategy(schedules.hierarchical(periods, gradients), name="hierarchical")
 
 
-def slowmo(period: int = 12, slow_lr: float = 1.0, slow_momentum: float = 0.6) -> Strategy:
+@_named(period="schedule.period", slow_lr="outer.lr", slow_momentum="outer.momentum")
+def slowmo(
+    period: int = 12, slow_lr: float = 1.0, slow_momentum: float = 0.6, **axes: Unpack[Axes]
+) -> Strategy:
     """SlowMo: local steps, then momentum over rounds (Wang et al. 2019, arXiv 1910.00643).
 
+    Take it where local SGD lags behind DDP.
+
     The paper zeroes the inner momentum at a synchronization for SGD and keeps Adam's state;
-    for the former use ``replace(slowmo(), optimizer_state="reset")``.
+    for the former use ``slowmo(optimizer_state="reset")``.
+
+    Args:
+        period: steps a round.
+        slow_lr: outer learning rate, in units of the inner one (alpha in the paper).
+        slow_momentum: outer momentum (beta in the paper).
     """
     outer = outers.slow_momentum(
         positive("slow_lr", slow_lr), outers.momentum_of("slow_momentum", slow_momentum)
@@ -172,29 +302,49 @@ def slowmo(period: int = 12, slow_lr: float = 1.0, slow_momentum: float = 0.6) -
     return Strategy(schedules.periodic(period), outer, name="slowmo")
 
 
-def diloco(period: int = 100, outer_lr: float = 0.7, outer_momentum: float = 0.9) -> Strategy:
-    """DiLoCo: Nesterov momentum on pseudo-gradients (Douillard et al., arXiv 2311.08105)."""
+@_named(period="schedule.period", outer_lr="outer.lr", outer_momentum="outer.momentum")
+def diloco(
+    period: int = 100, outer_lr: float = 0.7, outer_momentum: float = 0.9, **axes: Unpack[Axes]
+) -> Strategy:
+    """DiLoCo: Nesterov momentum on pseudo-gradients (Douillard et al., arXiv 2311.08105).
+
+    Take it between regions or homes: momentum over rounds makes long periods pay.
+
+    Args:
+        period: steps a round.
+        outer_lr: outer learning rate.
+        outer_momentum: outer Nesterov momentum; lower it in short runs.
+    """
     outer = _nesterov(outer_lr, outer_momentum)
     return Strategy(schedules.periodic(period), outer, name="diloco")
 
 
-def streaming_diloco(
+@_named(
+    period="schedule.period", fragments="fragments.count", delay="fragments.delay",
+    mix="fragments.mix", order="fragments.order", outer_lr="outer.lr",
+    outer_momentum="outer.momentum", keep_delayed_steps="fragments.keep_delayed_steps",
+)  # fmt: skip
+def streaming_diloco(  # type: ignore[misc]  # fragments are an axis too
     period: int = 100,
-    fragments: int = 4,
+    fragments: int | parts.Fragments = 4,
     delay: int = 1,
     mix: float = 0.5,
     order: parts.Order = "strided",
     outer_lr: float = 0.4,
     outer_momentum: float = 0.9,
     keep_delayed_steps: bool = False,
+    **axes: Unpack[Axes],
 ) -> Strategy:
     """Streaming DiLoCo: fragments, overlap and 4 bits (Douillard et al., arXiv 2501.18512).
+
+    Take it where DiLoCo would do and there is no time to wait for the network.
 
     Replicas differ until ``finish``; evaluate within ``sync.agreed_parameters()``.
 
     Args:
         period: steps between two synchronizations of a fragment.
-        fragments: number of fragments, spread over the period.
+        fragments: number of fragments, spread over the period; or `fragments.streaming` itself,
+            in place of the four arguments that make it.
         delay: steps from sending a fragment to applying the result (tau); the paper goes up to 5.
         mix: share of its own value that a replica then keeps (alpha).
         order: how layers are dealt to fragments.
@@ -203,16 +353,19 @@ def streaming_diloco(
         keep_delayed_steps: whether steps taken during the delay are kept on top of the result; not
             in the paper.
     """
-    count = parts.is_count("fragments", fragments)
     return Strategy(
         schedules.periodic(period),
         _nesterov(outer_lr, outer_momentum),
         wires.quantised(codec.fp4()),
-        fragments=parts.streaming(count, order, delay, mix, keep_delayed_steps=keep_delayed_steps),
+        fragments=_streaming(fragments, order, delay, mix, keep_delayed_steps),
         name="streaming_diloco",
     )
 
 
+@_named(
+    period="schedule.period", top_k="wire.inner.codec.k", chunk="wire.inner.codec.chunk",
+    bits="wire.inner.codec.bits", feedback="wire.decay", outer_lr="outer.lr",
+)  # fmt: skip
 def sparse_loco(
     period: int = 30,
     top_k: int = 64,
@@ -220,8 +373,11 @@ def sparse_loco(
     bits: int = 2,
     feedback: float = 0.95,
     outer_lr: float = 1.0,
+    **axes: Unpack[Axes],
 ) -> Strategy:
-    """SparseLoCo: the largest moves only, the rest remembered (Sarfi et al., arXiv 2508.15706).
+    """SparseLoCo: only the largest moves are sent (Sarfi et al., arXiv 2508.15706).
+
+    Take it on uplinks of a few Mbit/s; what is not sent is added to later rounds.
 
     Args:
         period: steps a round.
@@ -242,14 +398,21 @@ def sparse_loco(
     )
 
 
+@_named(
+    period="schedule.then.period schedule.period", warmup="schedule.warmup", outer_lr="outer.lr",
+    outer_momentum="outer.momentum", max_norm="guard.max_norm",
+)  # fmt: skip
 def edit(
     period: int = 128,
     warmup: int = 0,
     outer_lr: float = 0.7,
     outer_momentum: float = 0.9,
     max_norm: float = 10.0,
+    **axes: Unpack[Axes],
 ) -> Strategy:
     """EDiT: DiLoCo that weighs replicas by how far they went (Cheng et al., arXiv 2412.07210).
+
+    Take it where single replicas may diverge: layers that leap are left out.
 
     The paper shards the model too and synchronizes it layer by layer during the forward pass;
     here all layers are synchronized together, and judged one by one.
@@ -271,26 +434,69 @@ def edit(
     )
 
 
-def qsr(alpha: float, base: int = 4, lr_warmup: int = 0, total: int | None = None) -> Strategy:
+@_named(
+    alpha="schedule.alpha", base="schedule.base", lr_warmup="schedule.lr_warmup",
+    total="schedule.total",
+)  # fmt: skip
+def qsr(
+    alpha: float,
+    base: int = 4,
+    lr_warmup: int = 0,
+    total: int | None = None,
+    **axes: Unpack[Axes],
+) -> Strategy:
     """Quadratic synchronization rule: rounds grow as the learning rate falls (arXiv 2310.14423).
 
+    Take it with a learning rate that decays, when replicas drift apart less.
+
     The paper's ViT-B: ``base`` 4 and ``alpha`` 0.0175 at a peak learning rate of 0.008.
+
+    Args:
+        alpha: growth coefficient: a round has ``(alpha / lr) ** 2`` steps.
+        base: the shortest period in steps.
+        lr_warmup: number of first steps in which the learning rate rises.
+        total: number of steps of the whole run, at which the last round ends; None: unknown.
     """
     return Strategy(schedules.quadratic(alpha, base, lr_warmup, total=total), name="qsr")
 
 
-NAMED: Mapping[str, Callable[..., Strategy]] = {
-    function.__name__: function
-    for function in (
-        ddp, local_sgd, post_local_sgd, hierarchical, slowmo, diloco, streaming_diloco,
-        sparse_loco, edit, qsr,
-    )
-}  # fmt: skip
+NAMED: Mapping[str, Callable[..., Strategy]] = _NAMED
 """The functions above by name."""
+
+AXIS = expressions.Axis(
+    "strategy", "strategy", "strategies", Strategy, {**NAMED, "Strategy": Strategy}, keywords=True
+)
+"""Expressions of strategies: the functions above, and `Strategy` itself."""
+
+
+def parse(text: str) -> Strategy:
+    """The strategy that an expression stands for; `str` of a strategy gives the expression.
+
+    Expressions are calls as in Python, of the functions above or of `Strategy`, with literals and
+    expressions of the axes' modules as arguments. A name alone is a call with the defaults.
+
+    Args:
+        text: such as ``diloco(period=32, wire=int4(), outer=nesterov(0.7, 0.5))``.
+
+    Raises:
+        TypeError: if it is no string.
+        ValueError: if it is no expression, or a value is refused; with the place of the mistake,
+            as `postlocal.expressions.ExpressionError`.
+
+    Example:
+        >>> parse("diloco(period=32, outer=nesterov(0.7, 0.5))") == diloco(32, outer_momentum=0.5)
+        True
+        >>> str(parse("diloco(period=100, outer=nesterov(0.7, 0.5), wire=bf16)"))
+        'diloco(outer_momentum=0.5, wire=bf16())'
+        >>> str(Strategy(schedules.growing(2), guard=guards.clip(1.0)))
+        'Strategy(schedule=growing(2), guard=clip(1.0))'
+    """
+    strategy: Strategy = expressions.parse(text, AXIS)
+    return strategy
 
 
 def named(name: str, **parameters: Any) -> Strategy:
-    """A strategy by name, for configuration files and command lines.
+    """A strategy by name and parameters; `parse` reads one from text.
 
     Args:
         name: one of `NAMED`.
@@ -348,10 +554,29 @@ def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
         ValueError: if the name is unknown.
 
     Example:
-        >>> list(parameters_of("diloco"))
-        ['period', 'outer_lr', 'outer_momentum']
+        >>> list(parameters_of("diloco"))[:4]
+        ['period', 'outer_lr', 'outer_momentum', 'outer']
     """
     return inspect.signature(NAMED[choice("strategy", name, NAMED)]).parameters
+
+
+def _streaming(
+    given: int | parts.Fragments,
+    order: parts.Order,
+    delay: int,
+    mix: float,
+    keep_delayed_steps: bool,
+) -> parts.Fragments:
+    """Fragments by their number, or as they are, where no argument says otherwise."""
+    if not hasattr(given, "split"):
+        count = parts.is_count("fragments", given)
+        return parts.streaming(count, order, delay, mix, keep_delayed_steps=keep_delayed_steps)
+    if (order, delay, mix, keep_delayed_steps) != ("strided", 1, 0.5, False):
+        raise ValueError(
+            "fragments must be a number where order, delay, mix or keep_delayed_steps are given, "
+            f"got {given}: write these within it"
+        )
+    return parts.are_fragments("fragments", given)  # type: ignore[no-any-return]
 
 
 def _nesterov(lr: Any, momentum: Any) -> outers.nesterov:

@@ -120,7 +120,7 @@ def save(
         {"steps": [str(sync.steps)], "keep": [str(keep)], "layout of the checkpoint": [layout]},
     )
     token = group.all_gather_object(uuid4().hex[:12])[0]
-    writing.Writing(place, group, token).write(packed, sync.strategy.fingerprint, keep)
+    writing.Writing(place, group, token).write(packed, str(sync.strategy), keep)
     return place.folder(group.rank)
 
 

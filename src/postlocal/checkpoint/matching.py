@@ -1,8 +1,6 @@
 """What must be equal between a checkpoint and the run that it is loaded into."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -10,13 +8,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from postlocal.checkpoint.packing import pack
+from postlocal.expressions import difference, expression
+from postlocal.strategies import parse
 from postlocal.sync.clock import Sync
 
-_MOST = 5  # differences in a message
 _LONGEST = 60  # characters of a value in a message
 _FOLLOWS_THE_STEP = ("params", "lr", "initial_lr")
-
-Outline = str | Mapping[str, Any]
 
 
 def describe(sync: Sync) -> dict[str, Any]:
@@ -31,7 +28,8 @@ def describe(sync: Sync) -> dict[str, Any]:
         },
         "own": {name: f"{tuple(t.shape)} of {t.dtype}" for name, t in replica.own.items()},
         "optimizers": [_describe_optimizer(each, names) for each in sync.inner.optimizers],
-        "strategy": outline(sync.strategy),
+        "strategy": str(sync.strategy),
+        "outer": expression(sync.strategy.outer, "outer"),
         "levels": {level: sync.groups[level].size for level in sync.groups.levels},
     }
 
@@ -119,41 +117,32 @@ def changed_values(
 def strategy_differences(
     saved: Mapping[str, Any], here: Mapping[str, Any], same_world: bool
 ) -> str | None:
-    """Fields of the strategy that differ, and levels, in words.
+    """How strategies differ, and levels, in words.
 
     Args:
         saved: description of the saved run.
         here: description of this one.
         same_world: whether as many ranks saved it; levels differ otherwise.
     """
-    found = list(_differences("", saved["strategy"], here["strategy"]))
+    there, present = saved["strategy"], here["strategy"]
+    found = []
+    if not _same(there, present):
+        words = difference(there, present)
+        found = [f"{there} saved, {present} here" + (f" ({words})" if words else "")]
     if same_world:
-        there, present = (_levels(about["levels"]) for about in (saved, here))
-        found += [f"topology: {_both(there, present)}"] * (there != present)
-    more = [f"and {len(found) - _MOST} more"] if len(found) > _MOST else []
-    return "; ".join(found[:_MOST] + more) or None
+        levels = [_levels(about["levels"]) for about in (saved, here)]
+        found += [f"topology: {_both(*levels)}"] * (levels[0] != levels[1])
+    return "; ".join(found) or None
 
 
-def outline(value: Any) -> Outline:
-    """A frozen value as nested plain ones, field by field; others as text without addresses."""
-    text = re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-    if not is_dataclass(value) or isinstance(value, type):
-        return text
-    inner = {field.name: outline(getattr(value, field.name)) for field in fields(value)}
-    return {"text": text, "class": type(value).__name__, "fields": inner}
-
-
-def _differences(path: str, saved: Outline, here: Outline) -> Iterator[str]:
-    if saved == here:
-        return
-    if isinstance(saved, str) or isinstance(here, str) or saved["class"] != here["class"]:
-        texts = [value if isinstance(value, str) else value["text"] for value in (saved, here)]
-        yield f"{path or 'strategy'}: {_both(*texts)}"
-        return
-    for name in {**here["fields"], **saved["fields"]}:
-        inner = f"{path}.{name}" if path else name
-        there, present = (value["fields"].get(name, "missing") for value in (saved, here))
-        yield from _differences(inner, there, present)
+def _same(there: str, here: str) -> bool:
+    """Whether two expressions are of equal strategies, however they are written."""
+    if there == here:
+        return True
+    try:
+        return parse(there) == parse(here)
+    except ValueError:  # there is a value without an expression
+        return False
 
 
 def _levels(sizes: Mapping[str, int]) -> str:

@@ -21,6 +21,7 @@ from postlocal.checkpoint.writing import follow_model
 from postlocal.comm.agreement import by_ranks, check, ranks_named
 from postlocal.comm.group import Group
 from postlocal.errors import CheckpointError
+from postlocal.expressions import expression
 from postlocal.schedule import WORLD
 from postlocal.sync.clock import Sync
 from postlocal.sync.consistency import take_first_
@@ -298,9 +299,8 @@ def _differences(sync: Sync, saved: Saved, change: bool) -> str | None:
 
 
 def _same_outer(sync: Sync, saved: Saved) -> bool:
-    there = saved.state["about"]["strategy"]["fields"]["outer"]
-    same: bool = there == matching.outline(sync.strategy.outer)
-    return same
+    there: str = saved.state["about"]["outer"]
+    return there == expression(sync.strategy.outer, "outer")
 
 
 def _changed_values(sync: Sync, saved: Saved) -> list[str]:

@@ -11,8 +11,10 @@ import typer
 from postlocal.cli.plan import plan
 from postlocal.cli.sample import sample
 from postlocal.cli.simulate import simulate
+from postlocal.cli.strategies import strategies
 from postlocal.cli.train import train
 from postlocal.errors import CheckpointError, DisagreementError, PostlocalError
+from postlocal.strategies import NAMED, parameters_of
 from postlocal.train import Interrupted
 
 app = typer.Typer(
@@ -25,6 +27,7 @@ app.command()(train)
 app.command()(sample)
 app.command()(plan)
 app.command()(simulate)
+app.command()(strategies)
 
 
 def _show_version(wanted: bool) -> None:
@@ -64,10 +67,20 @@ def main() -> None:
         code = 1
     except typer.TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
+        message += _instead(getattr(error, "option_name", ""))
         if message:  # where no command was given, the help has been shown
             _say(f"error: {message} (see {_command(error)} --help)", everywhere=False)
         code = 2
     sys.exit(code or 0)
+
+
+def _instead(option: str) -> str:
+    """How to give a strategy what is no option."""
+    name = option.removeprefix("--").replace("-", "_")
+    having = next((each for each in NAMED if name in parameters_of(each)), None)
+    if having is None:
+        return ""
+    return f": it is written in the strategy, as in --strategy '{having}({name}=...)'"
 
 
 def _command(error: typer.TyperException) -> str:

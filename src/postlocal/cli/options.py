@@ -1,9 +1,7 @@
 """Options that several commands take, and settings of the trainer made from them."""
 
-import functools
-import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +9,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from postlocal.expressions import Call, ExpressionError, read, read_all
 from postlocal.planning import drawing
-from postlocal.strategies import parameters_of
+from postlocal.strategies import AXIS, NAMED, parameters_of
 from postlocal.train.config import TrainConfig, make_config
 from postlocal.wire import NAMED as WIRES
 
@@ -21,7 +20,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_STEPS = 10_000_000
 MOST_FRAGMENTS = 10_000
 MOST_WORKERS = 1_000_000
-_PERIOD = 16  # between nodes of hierarchical, which has no default of its own
 _DRAWINGS = (".png", ".pdf", ".svg")
 
 
@@ -34,122 +32,60 @@ of_job = partial(option, "The job")
 of_strategy = partial(option, "The strategy")
 of_output = partial(option, "Output")
 
-PeakLr = Annotated[float, of_job("Peak learning rate (the period of qsr follows it).")]
+
+def _having(parameter: str) -> str:
+    """The strategies that have a parameter, for help."""
+    return ", ".join(name for name in NAMED if parameter in parameters_of(name))
+
+
+_EXAMPLE = "diloco, or 'diloco(period=32, wire=int4())'"
+_SEE = "`postlocal strategies` lists them"
+
+PeakLr = Annotated[float, of_job("Peak learning rate; the rounds of qsr follow it.")]
 Dtype = Annotated[str, of_job(f"Dtype of parameters: {', '.join(DTYPES)}.")]
+StrategyText = Annotated[str, of_strategy(f"The strategy, such as {_EXAMPLE}; {_SEE}.")]
+Strategies = Annotated[
+    str, of_strategy(f"{ALL}, or one or more with commas between, such as {_EXAMPLE}; {_SEE}.")
+]
+Period = Annotated[
+    int | None,
+    of_strategy(
+        f"Steps between synchronizations ({_having('period')}).",
+        show_default="the strategy's own",
+    ),
+]
+Warmup = Annotated[
+    int | None,
+    of_strategy(
+        f"Steps with averaged gradients before the first round ({_having('warmup')}).",
+        show_default="three tenths of the run; edit: 0",
+    ),
+]
+OuterLr = Annotated[
+    float | None,
+    of_strategy(f"Outer learning rate ({_having('outer_lr')}).", show_default="the strategy's own"),
+]
+OuterMomentum = Annotated[
+    float | None,
+    of_strategy(
+        f"Outer Nesterov momentum ({_having('outer_momentum')}).",
+        show_default="the strategy's own",
+    ),
+]
 WireName = Annotated[
     str | None,
     of_strategy(
-        f"Encoding of parameters on the network: {', '.join(WIRES)}.",
-        show_default="its own, or bf16",
+        f"How parameters are encoded on the network: {', '.join(WIRES)}, or a call of one.",
+        show_default="the strategy's own, or bf16",
     ),
 ]
 GradientWire = Annotated[
     str | None,
-    of_strategy("Encoding of gradients on the network, as above.", show_default="its own, or bf16"),
+    of_strategy(
+        "How gradients are encoded on the network, as above.",
+        show_default="the strategy's own, or bf16",
+    ),
 ]
-
-_OPTIONS: Mapping[str, Any] = {
-    "period": Annotated[
-        int | None,
-        of_strategy("Steps between synchronizations.", show_default="the strategy's own"),
-    ],
-    "warmup": Annotated[
-        int | None,
-        of_strategy(
-            "Steps with averaged gradients before the first round (post_local_sgd, edit).",
-            show_default="three tenths of the run; edit: 0",
-        ),
-    ],
-    "gradients": Annotated[
-        str | None,
-        of_strategy(
-            "Level that averages gradients in each step of a round: rank (none), node, world."
-        ),
-    ],
-    "outer_lr": Annotated[
-        float | None,
-        of_strategy("Outer learning rate (diloco, streaming_diloco, sparse_loco, edit)."),
-    ],
-    "outer_momentum": Annotated[
-        float | None, of_strategy("Outer momentum (diloco, streaming_diloco, edit).")
-    ],
-    "fragments": Annotated[
-        int | None,
-        of_strategy("Parts of the model that are sent one after the other (streaming_diloco)."),
-    ],
-    "delay": Annotated[
-        int | None,
-        of_strategy("Steps between sending a fragment and applying its mean (streaming_diloco)."),
-    ],
-    "mix": Annotated[
-        float | None,
-        of_strategy("Share of its own parameters that a worker keeps, 0 to 1 (streaming_diloco)."),
-    ],
-    "keep_delayed_steps": Annotated[
-        bool | None,
-        of_strategy("Keep the steps taken during a delay above 0 (streaming_diloco)."),
-    ],
-    "order": Annotated[
-        str | None,
-        of_strategy("How layers are dealt to fragments: strided, sequential (streaming_diloco)."),
-    ],
-    "top_k": Annotated[
-        int | None, of_strategy("Values that are sent of each chunk (sparse_loco).")
-    ],
-    "chunk": Annotated[int | None, of_strategy("Values in a chunk (sparse_loco).")],
-    "bits": Annotated[int | None, of_strategy("Bits for each value that is sent (sparse_loco).")],
-    "feedback": Annotated[
-        float | None,
-        of_strategy("Share of what was not sent that is added next time (sparse_loco)."),
-    ],
-    "max_norm": Annotated[
-        float | None, of_strategy("Greatest norm of a layer's mean change in a round (edit).")
-    ],
-    "slow_lr": Annotated[float | None, of_strategy("Outer learning rate (slowmo).")],
-    "slow_momentum": Annotated[float | None, of_strategy("Outer momentum (slowmo).")],
-    "alpha": Annotated[
-        float | None, of_strategy("Period = (alpha / learning rate) squared (qsr).")
-    ],
-    "base": Annotated[int | None, of_strategy("Shortest period (qsr).")],
-    "periods": Annotated[
-        str | None, of_strategy("Period of each level, such as node=4,world=16 (hierarchical).")
-    ],
-}
-"""Options of strategies, by the name of the parameter."""
-
-
-def takes_strategy(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of strategies; it gets those given as its argument ``given``."""
-
-    @functools.wraps(command)
-    def called(**values: Any) -> None:
-        options = {name: values.pop(name) for name in _OPTIONS}
-        given = {name: value for name, value in options.items() if value is not None}
-        if "periods" in given:
-            given["periods"] = _parse_periods(given["periods"])
-        command(**values, given=given)
-
-    kind = inspect.Parameter.KEYWORD_ONLY
-    added = [
-        inspect.Parameter(name, kind, default=None, annotation=option)
-        for name, option in _OPTIONS.items()
-    ]
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command).parameters.values():
-        parameters += added if parameter.name == "given" else [parameter.replace(kind=kind)]
-    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    called.__annotations__ = {each.name: each.annotation for each in parameters}
-    return called
-
-
-def _parse_periods(text: str) -> dict[str, int]:
-    try:
-        pairs = [part.split("=") for part in text.split(",")]
-        return {level.strip(): int(steps) for level, steps in pairs}
-    except ValueError:
-        raise ValueError(
-            f"periods must be level=steps pairs such as node=4,world=16, got {text!r}"
-        ) from None
 
 
 def parse_dtype(text: str) -> torch.dtype:
@@ -194,24 +130,48 @@ def check_plot(plot: Path | None) -> None:
         raise ValueError(f"plot must be drawable, got {str(plot)!r}: {error}") from error
 
 
-def configure(base: Mapping[str, Any], given: Mapping[str, Any], strict: bool) -> TrainConfig:
-    """Settings of the trainer for one strategy, with what it takes of the options given.
+def configure(text: str, base: Mapping[str, Any], given: Mapping[str, Any]) -> list[TrainConfig]:
+    """Settings of the trainer for some strategies.
 
     Args:
+        text: `ALL`, or expressions with commas between.
         base: settings of all.
-        given: parameters of strategies.
-        strict: whether a parameter that the strategy does not take is an error.
+        given: options of strategies; None: not given. One strategy alone has to take them all; of
+            several, each takes those that it has.
     """
-    check_size("fragments", given.get("fragments", 1), MOST_FRAGMENTS)
-    taken = parameters_of(base["strategy"])
-    wanted = dict(given)
-    if "periods" in taken and "periods" not in given:
-        inner = max(1, wanted.pop("period", _PERIOD) // 4)
-        wanted["periods"] = {"node": inner, "world": 4 * inner}
-    if "alpha" in taken:
-        # The ratio of the paper, whose first rounds are the shortest: QSR has no other default.
-        wanted.setdefault("alpha", 0.0175 / 0.008 * base["lr"])
-        if "period" in wanted:
-            wanted.setdefault("base", wanted.pop("period"))
-    parameters = {name: value for name, value in wanted.items() if strict or name in taken}
-    return make_config(**base, parameters=parameters)
+    options = {name: value for name, value in given.items() if value is not None}
+    if text == ALL:
+        configs = [make_config(**base, **_fitting(name, options)) for name in NAMED]
+    else:
+        calls = _read(text)
+        few = [_only(call, options) if len(calls) > 1 else options for call in calls]
+        configs = [
+            make_config(**base, strategy=str(call), **taken)
+            for call, taken in zip(calls, few, strict=True)
+        ]
+    for config in configs:
+        check_size("fragments", config.make_strategy().fragments.count, MOST_FRAGMENTS)
+    return configs
+
+
+def _read(text: str) -> list[Call]:
+    try:
+        return read_all(text, AXIS)
+    except ExpressionError as error:
+        raise error.of("strategy") from None
+
+
+def _only(call: Call, options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in call.parameters}
+
+
+def _fitting(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A named strategy with the options that it takes; the period under other names too."""
+    strategy = name
+    if "period" in options and name == "hierarchical":
+        inner = max(1, options["period"] // 4)
+        strategy = f'hierarchical(periods={{"node": {inner}, "world": {4 * inner}}})'
+    if "period" in options and name == "qsr":
+        strategy = f"qsr(base={options['period']})"
+    call = read(strategy, AXIS)
+    return {"strategy": strategy} | _only(call, options)

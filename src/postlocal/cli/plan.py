@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,17 +21,20 @@ from postlocal.cli.options import (
     MOST_STEPS,
     Dtype,
     GradientWire,
+    OuterLr,
+    OuterMomentum,
     PeakLr,
+    Period,
+    Strategies,
+    Warmup,
     WireName,
     check_plot,
     check_size,
     configure,
     of_job,
     of_output,
-    of_strategy,
     option,
     parse_dtype,
-    takes_strategy,
 )
 from postlocal.cli.units import (
     by_level,
@@ -41,29 +45,29 @@ from postlocal.cli.units import (
 from postlocal.meter import human_bytes
 from postlocal.planning import Cluster, Job, Link, Plan, best, draw, normal, quantiles
 from postlocal.planning import plan as plan_strategy
-from postlocal.schedule import periodic
-from postlocal.strategies import NAMED, Strategy
+from postlocal.strategies import Strategy
 from postlocal.topology import nodes
 from postlocal.train.config import TrainConfig, make_config
 from postlocal.train.measure import Measured, measure
-from postlocal.train.view import human_rate
+from postlocal.train.progress import human_rate
 from postlocal.train.world import launched
-from postlocal.wire import NAMED as WIRES
 
 _where = partial(option, "The cluster")
 _LOSS = "What a strategy costs in loss is not planned: docs/strategies.md has what was measured."
 
 
-@takes_strategy
 def plan(
-    workers: Annotated[int, _where("Number of workers; under torchrun its own count.")] = 8,
-    node_size: Annotated[int, _where("Workers in a node, who share its link to the world.")] = 1,
+    workers: Annotated[int, _where("Number of workers; torchrun sets its own.")] = 8,
+    node_size: Annotated[int, _where("Workers per node; they share its link to other nodes.")] = 1,
     bandwidth: Annotated[
-        str, _where("Rate of the links between nodes, or of each level: node=100Gbit,world=1Gbit.")
+        str, _where("Bandwidth between nodes, or of each level: node=100Gbit,world=1Gbit.")
     ] = "1Gbit",
     latency: Annotated[
         str | None,
-        _where("One-way latency, as above: 20ms, or node=10us,world=20ms.", show_default="0"),
+        _where(
+            "One-way latency between nodes, or of each level: 20ms, or node=10us,world=20ms.",
+            show_default="0",
+        ),
     ] = None,
     measured: Annotated[
         bool, _where("Under torchrun: measure links and steps instead.", "--measure")
@@ -71,32 +75,35 @@ def plan(
     parameters: Annotated[
         str | None, of_job("Number of parameters, such as 350M or 1e9.", show_default="1e9")
     ] = None,
-    step_seconds: Annotated[float, of_job("Seconds that a worker computes for a step.")] = 1.0,
+    step_seconds: Annotated[float, of_job("Compute time of a step, in seconds.")] = 1.0,
     step_deviation: Annotated[
-        float, of_job("Standard deviation of these seconds, over workers and steps.")
+        float, of_job("Standard deviation of the compute time over workers and steps, in seconds.")
     ] = 0.0,
     steps: Annotated[
         int | None, of_job("Optimizer steps.", show_default="10,000, or the token budget's")
     ] = None,
-    tokens_a_step: Annotated[str | None, of_job("Tokens of all workers in a step.")] = None,
+    tokens_a_step: Annotated[str | None, of_job("Tokens per step, over all workers.")] = None,
     token_budget: Annotated[str | None, of_job("Tokens to train on, such as 20B.")] = None,
     lr: PeakLr = 3e-3,
     dtype: Dtype = "fp32",
     optimizer_bytes: Annotated[float, of_job("Bytes of optimizer state for each parameter.")] = 8.0,
-    overlap: Annotated[float, of_job("Share of a step that can hide a reduction of gradients.")] = 2
-    / 3,
+    overlap: Annotated[
+        float, of_job("Share of a step that the reduction of gradients can overlap with.")
+    ] = 2 / 3,
     model: Annotated[str, of_job("Size of the trainer's model that --measure times.")] = "tiny",
-    strategy: Annotated[str, of_strategy(f"{ALL}, or one of {', '.join(NAMED)}.")] = ALL,
-    *,
-    given: Mapping[str, Any],
+    strategy: Strategies = ALL,
+    period: Period = None,
+    warmup: Warmup = None,
+    outer_lr: OuterLr = None,
+    outer_momentum: OuterMomentum = None,
     wire: WireName = None,
     gradient_wire: GradientWire = None,
     share: Annotated[
-        float, of_output("Share of time computing that the proposed strategy has to reach.")
+        float, of_output("Share of time spent computing that the proposed strategy must reach.")
     ] = 0.95,
     plot: Annotated[
         Path | None,
-        of_output("File (png, pdf, svg) for a plot of the share computing over bandwidth."),
+        of_output("File (png, pdf, svg) for a plot of the share of time computing over bandwidth."),
     ] = None,
     as_json: Annotated[bool, of_output("Print JSON instead of a table.", "--json")] = False,
 ) -> None:
@@ -115,14 +122,14 @@ def plan(
         "lr": lr,
         "model": model,
     }
-    base |= {"wire": wire, "gradient_wire": gradient_wire, "strategy": "ddp"}
     seen = _measure(make_config(**base)) if measured else None
     if seen is not None:
         base["workers"] = seen.workers
-    names = list(NAMED) if strategy == ALL else [strategy]
-    configs = [
-        configure(base | {"strategy": name}, given, strict=strategy != ALL) for name in names
-    ]
+    given = {
+        "period": period, "warmup": warmup, "outer_lr": outer_lr, "outer_momentum": outer_momentum,
+        "wire": wire, "gradient_wire": gradient_wire,
+    }  # fmt: skip
+    configs = configure(strategy, base, given)
     job = Job(
         _parameters(parameters, seen),
         normal(step_seconds, step_deviation) if seen is None else quantiles(seen.step_seconds),
@@ -147,7 +154,7 @@ class _Answer:
         configs: settings of the trainer, for each strategy.
         job: what is trained.
         cluster: where.
-        share: of time computing, that the mildest strategy has to reach.
+        share: of time computing that the proposed strategy has to reach.
     """
 
     configs: Sequence[TrainConfig]
@@ -156,7 +163,7 @@ class _Answer:
     share: float
 
     def give(self, as_json: bool, plot: Path | None) -> None:
-        chosen = {config.strategy: config.make_strategy() for config in self.configs}
+        chosen = {config.label: config.make_strategy() for config in self.configs}
         plans = [plan_strategy(each, self.job, self.cluster) for each in chosen.values()]
         found = best(self.job, self.cluster, self.share)
         if plot is not None:
@@ -167,7 +174,7 @@ class _Answer:
         console = Console()
         for line in self._assumed():
             console.print(line, highlight=False, soft_wrap=True, markup=False)
-        console.print(_table(plans))
+        console.print(_table(dict(zip(chosen, plans, strict=True))))
         console.print(self._sentence(found), highlight=False, soft_wrap=True)
         console.print(_LOSS, highlight=False, soft_wrap=True)
         if plot is not None:
@@ -192,13 +199,10 @@ class _Answer:
         )
         yield (
             f"gradients hidden behind {self.job.gradient_overlap:.0%} of a step; peak learning "
-            f"rate {self.configs[0].lr:g};"
+            f"rate {self.configs[0].lr:g}; and"
         )
-        wires = [config.describe_wires() for config in self.configs]
-        most = max(wires, key=wires.count)
-        yield f"{most}{', except where noted' if len(set(wires)) > 1 else ''}; and"
-        for config, its in zip(self.configs, wires, strict=True):
-            yield f"  {config.describe_strategy()}" + (f", {its}" if its != most else "")
+        for config in self.configs:
+            yield f"  {config.call}"
 
     def _values(self, plans: Sequence[Plan], found: tuple[Strategy, Plan] | None) -> dict[str, Any]:
         step = self.job.step_time
@@ -218,10 +222,7 @@ class _Answer:
             "optimizer_bytes": self.job.optimizer_bytes,
             "overlap": self.job.gradient_overlap,
             "lr": self.configs[0].lr,
-            "strategies": {
-                each.strategy: f"{each.describe_strategy()}, {each.describe_wires()}"
-                for each in self.configs
-            },
+            "strategies": {each.label: str(each.call) for each in self.configs},
             "plans": [each.to_dict() for each in plans],
             "share": self.share,
             "best": found and {"options": _flags(found[0])} | found[1].to_dict(),
@@ -232,7 +233,7 @@ class _Answer:
             return f"Nothing that was looked at computes {self.share:.0%} of the time."
         strategy, planned = found
         return (
-            f"The mildest that computes {self.share:.0%} of the time: {_flags(strategy)}\n"
+            f"The smallest change that computes {self.share:.0%} of the time: {_flags(strategy)}\n"
             f"({planned.share_computing:.1%}, {human_bytes(planned.payload_bytes_a_day)} a day)"
         )
 
@@ -242,24 +243,20 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _flags(strategy: Strategy) -> str:
-    """Options of `postlocal train` for a strategy that `best` gives."""
-    names = {make(): name for name, make in WIRES.items()}
-    if not isinstance(strategy.schedule, periodic):
-        return f"--strategy {strategy.name} --gradient-wire {names[strategy.gradient_wire]}"
-    flags = f"--strategy {strategy.name} --period {strategy.schedule.period}"
-    if strategy.streams:
-        flags += f" --fragments {strategy.fragments.count} --delay {strategy.fragments.delay}"
-    return f"{flags} --wire {names[strategy.wire]}"
+    """Options of `postlocal train`, which takes bf16 where no wire is given, for a strategy."""
+    name = "gradient_wire" if strategy.name == "ddp" else "wire"
+    exact = "" if getattr(strategy, name).lossy else f" --{name.replace('_', '-')} fp32"
+    return f"--strategy {shlex.quote(str(strategy))}{exact}"
 
 
-def _table(plans: Sequence[Plan]) -> Table:
+def _table(plans: Mapping[str, Plan]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("strategy", no_wrap=True)
     for heading in ("computes", "a step", "sent/step", "sent/day", "hours", "memory", "syncs"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for each in plans:
+    for label, each in plans.items():
         table.add_row(
-            each.name,
+            label,
             f"{each.share_computing:.1%}",
             f"{each.seconds_a_step:.3g} s",
             human_bytes(each.payload_bytes_a_step),

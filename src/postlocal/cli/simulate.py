@@ -19,17 +19,20 @@ from postlocal.cli.options import (
     MOST_WORKERS,
     Dtype,
     GradientWire,
+    OuterLr,
+    OuterMomentum,
     PeakLr,
+    Period,
+    Strategies,
+    Warmup,
     WireName,
     check_plot,
     check_size,
     configure,
     of_job,
     of_output,
-    of_strategy,
     option,
     parse_dtype,
-    takes_strategy,
 )
 from postlocal.cli.units import (
     parse_bandwidth,
@@ -50,12 +53,10 @@ from postlocal.planning import (
     normal,
     sweep,
 )
-from postlocal.strategies import NAMED
 
 _who = partial(option, "The fleet")
 
 
-@takes_strategy
 def simulate(
     workers: Annotated[
         str,
@@ -63,38 +64,38 @@ def simulate(
             "Numbers of workers, such as 8,64,512: each a multiple of the node size, or below it."
         ),
     ] = "1,10,100,1000,10000",
-    node_size: Annotated[int, _who("Workers in a node, who share its link and its fate.")] = 1,
+    node_size: Annotated[int, _who("Workers per node; they share its link and fail together.")] = 1,
     bandwidth: Annotated[
         str,
-        _who("Rate of nodes' links to the world, or rates with shares: 10Mbit:0.1,100Mbit:0.9."),
+        _who("Bandwidth of a node's link, or bandwidths with shares: 10Mbit:0.1,100Mbit:0.9."),
     ] = "1Gbit",
     latency: Annotated[str, _who("One-way latency between nodes.")] = "0",
-    node_bandwidth: Annotated[str, _who("Rate of links between workers of a node.")] = "400Gbit",
+    node_bandwidth: Annotated[str, _who("Bandwidth between workers of a node.")] = "400Gbit",
     speed_deviation: Annotated[
-        float, _who("Standard deviation of workers' own, lasting factors on the time of a step.")
+        float, _who("Standard deviation of relative speeds between workers, fixed for the run.")
     ] = 0.0,
     mtbf: Annotated[
         str | None, _who("Mean time between failures of a node: 30d.", show_default="no failures")
     ] = None,
-    away: Annotated[str, _who("Time until a lost node is back.")] = "30m",
+    away: Annotated[str, _who("Time until a failed node is back.")] = "30m",
     restart: Annotated[
         str, _who("Time to load a checkpoint after a failure that stops all.")
     ] = "2m",
-    saving: Annotated[str, _who("Time that all stop to save a checkpoint.")] = "10s",
+    saving: Annotated[str, _who("Time for which saving a checkpoint stops all workers.")] = "10s",
     parameters: Annotated[str, of_job("Number of parameters, such as 350M or 1e9.")] = "1e9",
-    step_seconds: Annotated[float, of_job("Seconds that a worker computes for a step.")] = 1.0,
+    step_seconds: Annotated[float, of_job("Compute time of a step, in seconds.")] = 1.0,
     step_deviation: Annotated[
-        float, of_job("Standard deviation of these seconds, from step to step.")
+        float, of_job("Standard deviation of the compute time from step to step, in seconds.")
     ] = 0.0,
     steps: Annotated[int, of_job("Optimizer steps.")] = 2000,
-    tokens_a_worker: Annotated[str, of_job("Tokens of one worker in a step.")] = "8192",
+    tokens_a_worker: Annotated[str, of_job("Tokens per step of one worker.")] = "8192",
     lr: PeakLr = 3e-3,
     dtype: Dtype = "fp32",
-    strategy: Annotated[
-        str, of_strategy(f"{ALL}, or some of {', '.join(NAMED)}: ddp,diloco.")
-    ] = ALL,
-    *,
-    given: Mapping[str, Any],
+    strategy: Strategies = ALL,
+    period: Period = None,
+    warmup: Warmup = None,
+    outer_lr: OuterLr = None,
+    outer_momentum: OuterMomentum = None,
     wire: WireName = None,
     gradient_wire: GradientWire = None,
     seed: Annotated[int, of_output("Seed of speeds, steps and failures.")] = 0,
@@ -114,12 +115,11 @@ def simulate(
     check_size("workers", max(counts), MOST_WORKERS)
     if min(counts) < 1:
         raise ValueError(f"workers must be at least 1, got {workers!r}")
-    base = {
-        "steps": steps, "lr": lr, "wire": wire, "gradient_wire": gradient_wire, "seed": seed,
+    given = {
+        "period": period, "warmup": warmup, "outer_lr": outer_lr, "outer_momentum": outer_momentum,
+        "wire": wire, "gradient_wire": gradient_wire,
     }  # fmt: skip
-    names = list(NAMED) if strategy == ALL else strategy.split(",")
-    strict = len(names) == 1
-    configs = [configure(base | {"strategy": name.strip()}, given, strict) for name in names]
+    configs = configure(strategy, {"steps": steps, "lr": lr, "seed": seed}, given)
     job = Job(
         parse_count(parameters, "parameters"),
         normal(step_seconds, step_deviation),
@@ -141,7 +141,7 @@ def simulate(
         node_size,
         Link(parse_bandwidth(node_bandwidth)),
     )
-    chosen = {config.strategy: config.make_strategy() for config in configs}
+    chosen = {config.label: config.make_strategy() for config in configs}
     results = track(
         sweep(chosen, job, fleet, counts, seed),
         "Simulating",

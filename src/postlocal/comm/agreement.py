@@ -113,12 +113,17 @@ def ranks_named(ranks: Iterable[int]) -> str:
     return f"rank{'s' if len(named) > 1 else ''} {', '.join(named)}"
 
 
-def check(group: Group, items: Mapping[str, Lines]) -> None:
+def check(
+    group: Group,
+    items: Mapping[str, Lines],
+    explain: Callable[[str, str], str] = lambda mine, other: "",
+) -> None:
     """Compare items on all ranks; they are sent whole only where they differ.
 
     Args:
         group: all ranks.
         items: name of the item -> its description, line by line.
+        explain: says in which parts two different lines differ; empty: it cannot tell.
 
     Raises:
         DisagreementError: on every rank, naming the first item that differs, and the ranks.
@@ -126,7 +131,8 @@ def check(group: Group, items: Mapping[str, Lines]) -> None:
     digests = group.all_gather_object(_digests(items))
     for item in digests[0]:
         if len({theirs.get(item) for theirs in digests}) > 1:
-            raise _difference(item, group.all_gather_object(list(items.get(item, []))))
+            everyones = group.all_gather_object(list(items.get(item, [])))
+            raise _difference(item, everyones, explain)
 
 
 def _digests(items: Mapping[str, Lines]) -> dict[str, str]:
@@ -136,19 +142,22 @@ def _digests(items: Mapping[str, Lines]) -> dict[str, str]:
     }
 
 
-def _difference(item: str, everyones: Sequence[Lines]) -> DisagreementError:
+def _difference(
+    item: str, everyones: Sequence[Lines], explain: Callable[[str, str], str]
+) -> DisagreementError:
     reference = everyones[0]
     ranks = [rank for rank, lines in enumerate(everyones) if lines != reference]
     theirs = everyones[ranks[0]]
     pairs = zip(reference, theirs, strict=False)
     apart = next(((mine, other) for mine, other in pairs if mine != other), None)
     if apart is None:
-        mine, other = f"{len(reference)} of them", str(len(theirs))
+        mine, other, words = f"{len(reference)} of them", str(len(theirs)), ""
     else:
-        mine, other = map(repr, apart)
+        (mine, other), words = map(repr, apart), explain(*apart)
     verb = "" if apart is None else "has "
     return DisagreementError(
-        f"ranks differ in {item}: rank 0 has {mine}, rank {ranks[0]} {verb}{other}",
+        f"ranks differ in {item}: rank 0 has {mine}, rank {ranks[0]} {verb}{other}"
+        + (f" ({words})" if words else ""),
         what=item,
         by_rank={0: mine, ranks[0]: other} if apart is None else {0: apart[0], ranks[0]: apart[1]},
         ranks=ranks,

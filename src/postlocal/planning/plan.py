@@ -142,7 +142,7 @@ def plan_rounds(rounds: Rounds, strategy: Strategy, job: Job, cluster: Cluster) 
     totals = replay(rounds, strategy, job, cluster)
     return Plan(
         name=strategy.name,
-        details=strategy.fingerprint,
+        details=str(strategy),
         steps=job.steps,
         seconds_a_step=totals.seconds / job.steps,
         share_computing=job.steps * job.step_time.mean / totals.seconds,

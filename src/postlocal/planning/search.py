@@ -35,19 +35,18 @@ class _Change:
     def strategy(self, count: int) -> Strategy:
         carried = wire.named(_WIRES[self.wire])
         if not self.period:
-            return replace(strategies.ddp(), gradient_wire=carried)
-        chosen = replace(strategies.diloco(_PERIODS[self.period]), wire=carried)
+            return strategies.ddp(gradient_wire=carried)
         delay = _DELAYS[self.delay]
+        period = _PERIODS[self.period]
         if delay is None:
-            return chosen
-        streamed = strategies.streaming_diloco(_PERIODS[self.period], count, delay)
-        return replace(streamed, wire=carried)
+            return strategies.diloco(period, wire=carried)
+        return strategies.streaming_diloco(period, count, delay, wire=carried)
 
 
 def best(
     job: Job, cluster: Cluster, share: float = 0.95, count: int = 4
 ) -> tuple[Strategy, Plan] | None:
-    """The mildest strategy that computes a wanted share of the time.
+    """The smallest change that lets ranks compute a wanted share of the time.
 
     Three things can be changed, each along a ladder: the period (every step, then 8 to 512 steps
     of DiLoCo), the wire (fp32, bf16, int8, int4), and how parameters are sent (all at once; in

@@ -24,6 +24,7 @@ from postlocal.comm import agreement, group
 from postlocal.comm.group import Group, Processes
 from postlocal.comm.groups import LevelGroups, by_node
 from postlocal.errors import DisagreementError
+from postlocal.expressions import difference
 from postlocal.meter import Meter
 from postlocal.schedule import WORLD, Round
 from postlocal.strategies import Strategy, is_strategy
@@ -121,7 +122,7 @@ def attach(
             topology = default(strategy.levels, machines, everyone.rank)
         is_topology("topology", topology)
         loop = _look_at(model, optimizer, strategy, topology, everyone)
-    agreement.check(everyone, loop.described() | {"initial": [initial]})
+    agreement.check(everyone, loop.described() | {"initial": [initial]}, difference)
     with ExitStack() as opened:  # what is closed where something fails
         groups = LevelGroups(everyone, topology)
         opened.callback(groups.close)
@@ -164,7 +165,7 @@ class _Loop:
         """What has to be the same on all ranks."""
         return {
             "version of postlocal": [version("postlocal")],
-            "strategy": [self.strategy.fingerprint],
+            "strategy": [str(self.strategy)],
             "first round": [repr(self.first)],
             "topology": [repr(self.partitions)],
             "wrapper of the model": [_describe(self.ddp)],

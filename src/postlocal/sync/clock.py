@@ -15,6 +15,7 @@ from postlocal.checks import number, shown
 from postlocal.comm.agreement import same_values_
 from postlocal.comm.groups import LevelGroups
 from postlocal.errors import ModelChangedError
+from postlocal.expressions import difference
 from postlocal.meter import Meter, human_bytes, human_seconds
 from postlocal.schedule import RANK, WORLD, Round
 from postlocal.strategies import Strategy
@@ -291,7 +292,7 @@ class Sync:
         self._executor.wait()
         self._check_own()
         return {
-            "strategy": self.strategy.fingerprint,
+            "strategy": str(self.strategy),
             "timeline": self._timeline.state_dict(),
             "work": self._work,
             "lr": self._lr,
@@ -359,9 +360,11 @@ class Sync:
             raise ValueError(
                 f"state must be what state_dict() of a Sync gave, got one without {missing[0]!r}"
             )
-        if state["strategy"] != self.strategy.fingerprint:
+        if state["strategy"] != str(self.strategy):
+            words = difference(state["strategy"], str(self.strategy))
             raise ValueError(
-                f"state is of strategy {state['strategy']}, this is {self.strategy.fingerprint}"
+                f"state is of strategy {state['strategy']}, this is {self.strategy}"
+                + (f" ({words})" if words else "")
             )
         saved = [_shapes(fragment["anchor"]) for fragment in state["fragments"]]
         fragments = self._executor.fragments

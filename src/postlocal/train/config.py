@@ -1,19 +1,37 @@
 """What a training run is made of, checked before anything starts."""
 
 import math
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from postlocal import strategies, topology, wire
+from postlocal.expressions import Call, ExpressionError, parse, read
 from postlocal.strategies import Strategy
 from postlocal.train.model import SIZES
+
+_FLAGS = ("period", "warmup", "outer_lr", "outer_momentum")
+_WIRES = ("wire", "gradient_wire")
+_QSR = 0.0175 / 0.008  # alpha over the peak learning rate, of arXiv 2310.14423's ViT-B
+_PERIODS = {"node": 4, "world": 16}
+_WRITTEN = ("parameters", "optimizer_state")  # settings that the expression has taken the place of
 
 
 class TrainConfig(BaseModel):
     """Settings of `postlocal train`; its flags, with the same names and defaults.
+
+    ``strategy`` is an expression, such as ``"diloco(period=32, wire=int4())"``; so is ``compare``,
+    and ``wire`` and ``gradient_wire`` are expressions of wires. ``period``, ``warmup``,
+    ``outer_lr``, ``outer_momentum`` and the wires take the place of what the strategy says.
 
     Raises:
         ValueError: naming the setting, the value and the rule.
@@ -26,10 +44,12 @@ class TrainConfig(BaseModel):
     data: tuple[str, ...] = ()
     model: str = "tiny"
     strategy: str = "post_local_sgd"
-    parameters: dict[str, Any] = {}
+    period: int | None = None
+    warmup: int | None = None
+    outer_lr: float | None = None
+    outer_momentum: float | None = None
     wire: str | None = None
     gradient_wire: str | None = None
-    optimizer_state: Literal["keep", "average", "reset"] = "keep"
     steps: Annotated[int, Field(ge=1, lt=2**63)] = 100
     batch_size: Annotated[int, Field(ge=1)] = 32
     accumulate: Annotated[int, Field(ge=1)] = 1
@@ -51,6 +71,32 @@ class TrainConfig(BaseModel):
     timeout: Annotated[float, Field(gt=0, le=1e7)] = 300.0
     link: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_written(cls, settings: Any) -> Any:
+        for name in _WRITTEN if isinstance(settings, Mapping) else ():
+            if name in settings:
+                raise ValueError(
+                    f"{name} must be written in the strategy, as in "
+                    "strategy=\"diloco(period=8, optimizer_state='reset')\", "
+                    f"got {name}={settings[name]!r}"
+                )
+        return settings
+
+    @field_validator("strategy", "compare")
+    @classmethod
+    def _check_strategy(cls, text: str | None) -> str | None:
+        if text is not None:
+            read(text, strategies.AXIS)
+        return text
+
+    @field_validator(*_WIRES)
+    @classmethod
+    def _check_wire(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse(text, "wire")
+        return text
+
     @property
     def rising_steps(self) -> int:
         """Steps in which the learning rate rises: a tenth of the run unless given."""
@@ -69,58 +115,58 @@ class TrainConfig(BaseModel):
         return self.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
     @property
-    def strategy_parameters(self) -> dict[str, Any]:
-        """Parameters of the strategy: its own defaults, those that suit the run, those given."""
-        taken = strategies.parameters_of(self.strategy)
-        chosen = self._suited() | self.parameters
-        return {name: chosen.get(name, details.default) for name, details in taken.items()}
+    def label(self) -> str:
+        """What tables call the strategy: its expression, without the brackets of a bare name."""
+        return self.strategy.removesuffix("()")
 
-    def _suited(self) -> dict[str, Any]:
-        taken = strategies.parameters_of(self.strategy)
-        suited = {
-            "warmup": 3 * self.steps // 10 if self.strategy == "post_local_sgd" else 0,
-            "lr_warmup": self.rising_steps,
-            "total": self.steps,
-        }
-        return {name: value for name, value in suited.items() if name in taken}
-
-    def make_strategy(self) -> Strategy:
-        """The strategy by name, with the parameters given and defaults that suit the run.
+    @property
+    def given_call(self) -> Call:
+        """The strategy with what was given: its expression, and the settings that override it.
 
         Raises:
-            ValueError: if the name or a parameter is unknown, or a value out of its range.
+            ValueError: if the strategy does not take a setting, with those that it takes.
         """
-        named = strategies.named(self.strategy, **self._suited() | self.parameters)
-        return replace(
-            named,
-            wire=_wire(self.wire, named.wire),
-            gradient_wire=_wire(self.gradient_wire, named.gradient_wire),
-            optimizer_state=self.optimizer_state,
-        )
+        flags = {name: getattr(self, name) for name in _FLAGS}
+        flags |= {name: text and parse(text, "wire") for name, text in self._wires()}
+        given = {name: value for name, value in flags.items() if value is not None}
+        return read(self.strategy, strategies.AXIS).with_arguments(given)
 
-    def describe_strategy(self) -> str:
-        """The strategy with its parameters.
+    @property
+    def call(self) -> Call:
+        """The same, with defaults that suit the run for what was not given.
+
+        Wires that lose nothing by themselves become bf16.
+        """
+        call = self.given_call
+        call = call.with_defaults(self._suited(call.name))
+        own = call.make()
+        exact = [name for name in _WIRES if not getattr(own, name).lossy]
+        return call.with_defaults(dict.fromkeys(exact, wire.bf16()))
+
+    def _wires(self) -> Iterator[tuple[str, str | None]]:
+        return ((name, getattr(self, name)) for name in _WIRES)
+
+    def _suited(self, name: str) -> dict[str, Any]:
+        suited = {
+            "lr_warmup": self.rising_steps,
+            "total": self.steps,
+            "alpha": _QSR * self.lr,
+            "periods": _PERIODS,
+        }
+        return suited | ({"warmup": 3 * self.steps // 10} if name == "post_local_sgd" else {})
+
+    def make_strategy(self) -> Strategy:
+        """The strategy, with defaults that suit the run for what was not given.
+
+        Raises:
+            ValueError: if the strategy does not take a setting, or a value is out of its range.
 
         Example:
-            >>> make_config(strategy="local_sgd", parameters={"period": 8}).describe_strategy()
-            'local_sgd(period=8)'
+            >>> str(make_config(strategy="local_sgd(period=8, wire=int4)").make_strategy())
+            'local_sgd(period=8, wire=int4(), gradient_wire=bf16())'
         """
-        given = ", ".join(f"{name}={value}" for name, value in self.strategy_parameters.items())
-        return f"{self.strategy}({given})"
-
-    def describe_wires(self) -> str:
-        """How values travel.
-
-        Example:
-            >>> make_config(strategy="local_sgd", wire="int4").describe_wires()
-            'parameters as int4, gradients as bf16'
-        """
-        names = {make(): name for name, make in wire.NAMED.items()}
-        strategy = self.make_strategy()
-        parameters, gradients = (
-            names.get(each, "its own wire") for each in (strategy.wire, strategy.gradient_wire)
-        )
-        return f"parameters as {parameters}, gradients as {gradients}"
+        strategy: Strategy = self.call.make()
+        return strategy
 
     def make_topology(self) -> topology.Topology:
         """Nodes of ``node_size`` ranks."""
@@ -129,51 +175,48 @@ class TrainConfig(BaseModel):
     def compared(self) -> "TrainConfig":
         """The run to compare with: the same training under another strategy.
 
-        It takes the parameters given that its strategy has, and wires and optimizer state as given;
-        ddp takes fp32 wires. Compared with itself, a strategy takes none of them.
+        It takes the plain arguments, wires and optimizer state that were given and that its
+        strategy has; ddp takes fp32 wires. Compared with itself, a strategy takes none of them.
 
         Raises:
             ValueError: if both runs would be the same.
         """
         assert self.compare is not None
-        axes: dict[str, Any] = {"strategy": self.compare, "compare": None}
-        if self.compare == self.strategy:
-            axes |= {"parameters": {}, "wire": None, "gradient_wire": None}
-            axes |= {"optimizer_state": "keep"}
-        else:
-            taken = strategies.parameters_of(self.compare)
-            given = {name: value for name, value in self.parameters.items() if name in taken}
-            axes |= {"parameters": given}
-        if self.compare == "ddp":
-            axes |= {"wire": "fp32", "gradient_wire": "fp32", "optimizer_state": "keep"}
-        other = self.model_copy(update=axes | {"out": self.out / "compare" / self.compare})
-        if other.make_strategy() == self.make_strategy():
+        other, own = read(self.compare, strategies.AXIS), self.given_call
+        if other.name == "ddp":
+            other = other.with_defaults(dict.fromkeys(_WIRES, wire.fp32()))
+        elif other.name != own.name:
+            other = other.with_defaults(
+                {key: value for key, value in own.arguments.items() if _is_shared(key)}
+            )
+        changes: dict[str, Any] = dict.fromkeys((*_FLAGS, *_WIRES, "compare"))
+        changes |= {"strategy": str(other), "out": self.out / "compare" / other.name}
+        config = self.model_copy(update=changes)
+        if config.make_strategy() == self.make_strategy():
             raise ValueError(
                 f"compare must differ from the run itself, got {self.compare!r}, which would be "
-                f"{other.describe_strategy()} as well: name another strategy, or give this one "
-                "other options than its defaults"
+                f"{config.call} as well: name another strategy, or give this one other arguments"
             )
-        return other
+        return config
 
     @property
     def not_compared(self) -> list[str]:
-        """Options given that the compared run does not take."""
+        """Arguments given that the compared run does not take."""
         if self.compare is None:
             return []
-        other = self.compared()
-        names = [name for name in self.parameters if name not in other.parameters]
-        axes = ("wire", "gradient_wire", "optimizer_state")
-        default = TrainConfig()
-        own = [n for n in axes if getattr(self, n) not in (getattr(default, n), getattr(other, n))]
-        return [name.replace("_", "-") for name in [*names, *own]]
+        taken = self.compared().given_call.arguments
+        own = self.given_call.arguments
+        return [name for name, value in own.items() if name not in taken or taken[name] != value]
 
     def runs(self) -> dict[str, "TrainConfig"]:
-        """What is trained, in order: a label for each run."""
+        """What is trained, in order, the run itself last: a label for each."""
+        name = self.given_call.name
         if self.compare is None:
-            return {self.strategy: self}
+            return {name: self}
         other = self.compared()
-        label = other.strategy if other.strategy != self.strategy else f"{self.strategy} (defaults)"
-        return {label: other, self.strategy: self}
+        if other.given_call.name != name:
+            return {other.given_call.name: other, name: self}
+        return {str(other.given_call): other, str(self.given_call): self}
 
     def resolved(self) -> "TrainConfig":
         """The same, with what follows from the number of steps spelled out.
@@ -181,10 +224,11 @@ class TrainConfig(BaseModel):
         A run that is made longer or shorter keeps its warm-ups. Where its last round ends is left
         out: that follows the steps.
         """
-        fixed = {name: value for name, value in self._suited().items() if name != "total"}
-        return self.model_copy(
-            update={"lr_warmup": self.rising_steps, "parameters": fixed | self.parameters}
-        )
+        call = self.given_call
+        fixed = {k: v for k, v in self._suited(call.name).items() if k != "total"}
+        changes: dict[str, Any] = dict.fromkeys((*_FLAGS, *_WIRES))
+        changes |= {"strategy": str(call.with_defaults(fixed))}
+        return self.model_copy(update=changes | {"lr_warmup": self.rising_steps})
 
     def describe(self) -> list[str]:
         """One line a setting that all ranks must have in common."""
@@ -192,11 +236,10 @@ class TrainConfig(BaseModel):
         return [f"{name}: {value!r}" for name, value in self if name not in local]
 
 
-def _wire(name: str | None, own: wire.Wire) -> wire.Wire:
-    """The wire by name, or the strategy's own if that is a narrow one, or bf16."""
-    if name is None:
-        return own if own.lossy else wire.bf16()
-    return wire.named(name)
+def _is_shared(argument: str) -> bool:
+    """Whether a compared run takes an argument over: plain ones, wires and optimizer state."""
+    own = {"schedule", "name"} | set(strategies.Axes.__annotations__)
+    return argument not in own - {*_WIRES, "optimizer_state"}
 
 
 def make_config(**settings: Any) -> TrainConfig:
@@ -210,6 +253,11 @@ def make_config(**settings: Any) -> TrainConfig:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])).replace("_", "-")
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, ExpressionError):
+            raise cause.of(name) from None
+        if cause is not None:
+            raise ValueError(str(cause)) from None
         rule = first["msg"].removeprefix("Input should be ")
         raise ValueError(f"{name} must be {rule}, got {first['input']!r}") from None
     _check(config)
@@ -228,6 +276,11 @@ def _check(config: TrainConfig) -> None:
             f"lr-warmup must be at most the {config.steps} steps of the run, got "
             f"{config.rising_steps}"
         )
-    config.make_strategy()
-    if config.compare is not None:
-        config.compared().make_strategy()
+    name = "strategy"
+    try:
+        config.make_strategy()
+        if config.compare is not None:
+            name = "compare"
+            config.compared()
+    except ExpressionError as error:
+        raise error.of(name) from None

@@ -21,15 +21,15 @@ from postlocal.comm import agreement, group
 from postlocal.comm.group import Group
 from postlocal.sync.attach import attach
 from postlocal.sync.supported_wrappers import unwrap
-from postlocal.train import view
+from postlocal.train import progress
 from postlocal.train.config import TrainConfig
+from postlocal.train.config_file import CONFIG, SavedRun, Text, merge_settings
 from postlocal.train.data import open_data
 from postlocal.train.link import Link, linked
 from postlocal.train.metrics import PLOT, SUMMARY, Metrics, Summary
 from postlocal.train.model import SIZES, Transformer
-from postlocal.train.opening import CHECKPOINTS, WEIGHTS, Opening, open_run, prepare_folder
 from postlocal.train.plots import plot
-from postlocal.train.saved import CONFIG, SavedRun, Text, merge_settings
+from postlocal.train.preparation import CHECKPOINTS, WEIGHTS, Prepared, prepare_folder, prepare_run
 from postlocal.train.stop import Stop
 from postlocal.train.world import announced, joined, restarted, store
 
@@ -68,37 +68,37 @@ def train(config: TrainConfig, announce: bool = True) -> Summary:
         everyone = group.resolve(None, None)
         agreement.check(everyone, {"arguments": config.describe()})
         with Stop(everyone.rank, everyone.size, store()) as stop:
-            opening = _open(config, everyone)
-            runs = opening.config.runs()
+            prepared = _open(config, everyone)
+            runs = prepared.config.runs()
             with agreement.together(everyone):
                 if everyone.rank == 0:
-                    _prepare(opening, everyone.size)
+                    _prepare(prepared, everyone.size)
             if announce and everyone.rank == 0 and not announced():
-                _announce(opening, everyone.size)
+                _announce(prepared, everyone.size)
             summaries = {
-                label: _Run(label, run, everyone, device, stop, opening.text).run()
+                label: _Run(label, run, everyone, device, stop, prepared.text).run()
                 for label, run in runs.items()
             }
         if everyone.rank == 0:
-            _present(opening.config, summaries)
-    return summaries[opening.config.strategy]
+            _present(prepared.config, summaries)
+    return summaries[list(runs)[-1]]
 
 
-def _open(config: TrainConfig, everyone: Group) -> Opening:
+def _open(config: TrainConfig, everyone: Group) -> Prepared:
     """What rank 0 settled, on all ranks; each looks at the text where its own data is."""
     found = None
     with agreement.together(everyone):
         if everyone.rank == 0:
-            found = open_run(_resumed_by_launcher(config), everyone.size)
-    opening = everyone.all_gather_object(found)[0]
-    assert opening is not None
+            found = prepare_run(_resumed_by_launcher(config), everyone.size)
+    prepared = everyone.all_gather_object(found)[0]
+    assert prepared is not None
     if everyone.rank:
         own = {"out": config.out} | ({"data": config.data} if config.data else {})
-        opening = replace(opening, config=opening.config.model_copy(update=own))
+        prepared = replace(prepared, config=prepared.config.model_copy(update=own))
     with agreement.together(everyone):
-        text = Text.of(opening.config.data) if everyone.rank else opening.text
+        text = Text.of(prepared.config.data) if everyone.rank else prepared.text
     agreement.check(everyone, {"data": [text.identity]})
-    return opening
+    return prepared
 
 
 def _resumed_by_launcher(config: TrainConfig) -> TrainConfig:
@@ -107,26 +107,26 @@ def _resumed_by_launcher(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"resume": True}) if begun else config
 
 
-def _prepare(opening: Opening, workers: int) -> None:
-    runs = list(opening.config.runs().values())
+def _prepare(prepared: Prepared, workers: int) -> None:
+    runs = list(prepared.config.runs().values())
     for run in reversed(runs):  # the outer folder first: it holds the other one
         prepare_folder(run.out, run.resume, run.overwrite)
     for run in runs:
         if run.resume and (kept := SavedRun.read(run.out)) is not None:
             merge_settings(run, kept, workers)  # a run to compare with has kept settings of its own
         else:
-            SavedRun.of(run, opening.text, workers).write(run.out)
+            SavedRun.of(run, prepared.text, workers).write(run.out)
 
 
-def _announce(opening: Opening, workers: int) -> None:
-    for line in opening.lines(workers):
+def _announce(prepared: Prepared, workers: int) -> None:
+    for line in prepared.lines(workers):
         _print_line(Console(), line)
 
 
 def _present(config: TrainConfig, summaries: dict[str, Summary]) -> None:
     console = Console()
     named = {label: replace(each, strategy=label) for label, each in summaries.items()}
-    console.print(view.results(named))
+    console.print(progress.results(named))
     sentences = [f"Plot: {_draw(config)}", f"Summary: {config.out / SUMMARY}"]
     if config.compare is not None:
         other, own = named.values()
@@ -145,8 +145,8 @@ def _compare(config: TrainConfig, run: Summary, other: Summary) -> list[str]:
     seconds = Metrics(config.out).seconds_to(loss)
     others = Metrics(config.compared().out).seconds_to(loss)
     if seconds is None or others is None:  # a loss is not finite
-        return [view.verdict(run, other)]
-    return [view.verdict(run, other), view.race(run, other, loss, seconds, others)]
+        return [progress.verdict(run, other)]
+    return [progress.verdict(run, other), progress.race(run, other, loss, seconds, others)]
 
 
 def _draw(config: TrainConfig) -> str:
@@ -200,9 +200,9 @@ class _Run:
     def run(self) -> Summary:
         """Train to the end, from the newest checkpoint if the run is one to resume."""
         console = Console()
-        with view.View(
+        with progress.Progress(
             console, self.label, self.config.steps, self.everyone.rank == 0
-        ) as self.view:
+        ) as self.progress:
             self._restore()
             while self.sync.steps < self.config.steps:
                 self._step()
@@ -224,11 +224,13 @@ class _Run:
             restored = checkpoint.restore(self.config.out / CHECKPOINTS, self.sync)
         if restored is None:
             if self.config.resume:
-                self.view.note(f"{self.label}: no checkpoint to resume from: starting at step 0")
+                self.progress.note(
+                    f"{self.label}: no checkpoint to resume from: starting at step 0"
+                )
         else:
             self._take_over(restored)
         self.logged_syncs = self.sync.meter.syncs
-        self.view.start(self.sync.steps)
+        self.progress.start(self.sync.steps)
         if self.everyone.rank == 0:
             SavedRun.of(self.config, self.text, self.everyone.size).write(self.config.out)
             self.metrics.start(self.sync.steps)
@@ -242,9 +244,11 @@ class _Run:
         self.train_seconds = restored.extra["train_seconds"]
         self.losses = restored.extra["losses"]
         self.next_eval = restored.extra["next_eval"]
-        self.view.note(f"{self.label}: resumed after step {restored.step} from {restored.path}")
+        self.progress.note(f"{self.label}: resumed after step {restored.step} from {restored.path}")
         if restored.step == self.config.steps:
-            self.view.note(f"{self.label}: all {restored.step} steps are done: nothing to train")
+            self.progress.note(
+                f"{self.label}: all {restored.step} steps are done: nothing to train"
+            )
 
     def _step(self) -> None:
         start = time.perf_counter()
@@ -277,7 +281,7 @@ class _Run:
 
     def _log(self) -> None:
         step, meter = self.sync.steps, self.sync.meter
-        self.view.advance(step)
+        self.progress.advance(step)
         self._log_syncs()
         if step % self.config.log_every and step != self.config.steps:
             return
@@ -295,7 +299,7 @@ class _Run:
         self.losses = []
         if self.everyone.rank == 0:
             self.metrics.add("step", step, **entry)
-        self.view.step(step, entry)
+        self.progress.step(step, entry)
 
     def _log_syncs(self) -> None:
         records = self.sync.meter.records
@@ -316,7 +320,7 @@ class _Run:
     def _evaluate(self) -> float:
         with self.sync.agreed_parameters():
             loss = self._held_out_loss()
-        self.view.evaluated(loss)
+        self.progress.evaluated(loss)
         if self.everyone.rank == 0:
             self.metrics.add(
                 "eval",
@@ -382,8 +386,8 @@ class _Run:
         meter = self.sync.meter
         digests = self.everyone.all_gather_object(list(self._digests()))
         return Summary(
-            strategy=self.config.strategy,
-            strategy_details=self.sync.strategy.fingerprint,
+            strategy=self.sync.strategy.name,
+            strategy_details=str(self.sync.strategy),
             workers=self.everyone.size,
             model=self.config.model,
             parameters=self._parameters(),

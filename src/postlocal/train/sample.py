@@ -8,7 +8,7 @@ from torch import Tensor
 
 from postlocal.errors import CheckpointError
 from postlocal.train.model import SIZES, Transformer
-from postlocal.train.opening import WEIGHTS
+from postlocal.train.preparation import WEIGHTS
 
 
 def load(folder: Path) -> tuple[Transformer, int]:

@@ -1,4 +1,4 @@
-"""What a run checks, settles and says before it starts: in the command, then on rank 0."""
+"""What comes before a run: settings are settled, mistakes found, and the first lines written."""
 
 import os
 import shutil
@@ -15,13 +15,13 @@ from postlocal.planning.rounds import events_of
 from postlocal.schedule import WORLD, rollout
 from postlocal.sync.attach import check_levels
 from postlocal.sync.timeline import Start, Synchronize, Timeline
-from postlocal.train import saved
+from postlocal.train import config_file
 from postlocal.train.config import TrainConfig
+from postlocal.train.config_file import CONFIG, SavedRun, Text
 from postlocal.train.data import open_data
 from postlocal.train.metrics import METRICS, PLOT, SUMMARY
 from postlocal.train.model import SIZES, Transformer
-from postlocal.train.saved import CONFIG, SavedRun, Text
-from postlocal.train.view import human_rate
+from postlocal.train.progress import human_rate
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "model.safetensors"
@@ -29,7 +29,7 @@ _ROUNDS = 10_000  # that are looked at before the start
 
 
 @dataclass(frozen=True)
-class Opening:
+class Prepared:
     """A run that can start.
 
     Attributes:
@@ -60,9 +60,9 @@ class Opening:
         if text.binary:
             skipped = f"{_files(text.binary)} skipped for NUL bytes, the first is"
             yield from _item("", f"{skipped} {text.first_binary}")
-        yield from _item("strategy", _described(config))
+        yield from _item("strategy", str(config.call))
         if config.compare is not None:
-            yield from _item("compared", f"with {_described(config.compared())}, trained first")
+            yield from _item("compared", f"with {config.compared().call}, trained first")
         if config.not_compared:
             yield from _item("", f"it does not take: {', '.join(config.not_compared)}")
         if config.link is not None:
@@ -83,10 +83,6 @@ def _files(count: int) -> str:
     return "1 file" if count == 1 else f"{count:,} files"
 
 
-def _described(config: TrainConfig) -> str:
-    return f"{config.describe_strategy()}, {config.describe_wires()}"
-
-
 def _item(name: str, text: str) -> list[str]:
     """Lines of a name and a text beside it."""
     beside = " " * 10
@@ -100,7 +96,7 @@ def _item(name: str, text: str) -> list[str]:
     )
 
 
-def open_run(config: TrainConfig, workers: int | None = None) -> Opening:
+def prepare_run(config: TrainConfig, workers: int | None = None) -> Prepared:
     """Settle what is run; for one process, which sees the output folder.
 
     Args:
@@ -114,17 +110,17 @@ def open_run(config: TrainConfig, workers: int | None = None) -> Opening:
     kept = _kept(config)
     before = config
     if kept is not None:
-        before, config = kept.settings, saved.merge_settings(config, kept, workers)
+        before, config = kept.settings, config_file.merge_settings(config, kept, workers)
     text = Text.of(config.data)
     if kept is not None and text.digest != kept.text.digest:
         raise ValueError(
             f"data must be the text that {config.out} was started with, {kept.text.identity}, got "
             f"{text.identity} in {', '.join(config.data) or 'the standard library'}"
         )
-    changes = saved.changes(before, config)
+    changes = config_file.changes(before, config)
     if config.resume and kept is None:
         changes = [f"{config.out} has no {CONFIG}: all settings are taken as given here"]
-    return Opening(config, text, tuple(changes))
+    return Prepared(config, text, tuple(changes))
 
 
 def _kept(config: TrainConfig) -> SavedRun | None:
@@ -181,7 +177,7 @@ def _warning(config: TrainConfig) -> str | None:
             f"synchronizes all workers only at the end: {config.steps:,} steps are too few for a "
             "round"
         )
-    if config.strategy == "ddp":
+    if strategy.name == "ddp":
         return None
     return f"reduces gradients of all workers at each of the {config.steps:,} steps, as ddp does"
 

@@ -1,4 +1,4 @@
-"""The settings and the text of a run, kept in its folder as ``config.json``.
+"""The file ``config.json`` in a run's folder: the run's settings, and what text it is trained on.
 
 A run that is resumed takes them from there. Settings that are given again must be the same, but for
 those that may change while a run goes on.
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from postlocal.strategies import parameters_of
+from postlocal.expressions import difference, read
+from postlocal.strategies import AXIS
 from postlocal.train.config import TrainConfig
 from postlocal.train.data import Corpus, find_files
 from postlocal.train.metrics import write_whole
@@ -22,10 +23,12 @@ CHANGEABLE = frozenset(
         "eval_every", "eval_sequences", "timeout", "link",
     }
 )  # fmt: skip
-"""Settings that may be given anew to a run that is resumed."""
+"""Settings that may change when a run is resumed."""
 
 _OF_A_START = {"out", "resume", "overwrite"}
-_AXES = {"strategy", "wire", "gradient_wire", "optimizer_state", "lr_warmup"}
+_STRATEGY = {
+    "strategy", "period", "warmup", "outer_lr", "outer_momentum", "wire", "gradient_wire",
+}  # fmt: skip
 
 
 class Text(BaseModel):
@@ -125,8 +128,9 @@ def merge_settings(config: TrainConfig, saved: SavedRun, workers: int | None = N
         ValueError: naming each setting that was given another value than was kept.
     """
     kept = saved.settings
-    given = {name: getattr(config, name) for name in config.model_fields_set - {"parameters"}}
-    given["parameters"] = kept.parameters | config.parameters
+    given = {name: getattr(config, name) for name in config.model_fields_set}
+    if "strategy" in given:
+        given["strategy"] = _completed(config.strategy, kept.strategy)
     if "data" in given:
         given["data"] = _absolute(config.data)
     if workers is not None:
@@ -152,36 +156,35 @@ def changes(before: TrainConfig, after: TrainConfig) -> list[str]:
     return [f"{_option(n)}: {_shown(before, n)} -> {_shown(after, n)}" for n in names]
 
 
+def _completed(given: str, kept: str) -> str:
+    """A strategy that is given again: what it does not say is as it was kept."""
+    call, before = read(given, AXIS), read(kept, AXIS)
+    return str(call.with_defaults(before.arguments)) if call.name == before.name else given
+
+
 def _contradictions(kept: TrainConfig, merged: TrainConfig) -> list[str]:
     names = _differing(kept, merged) - CHANGEABLE - _OF_A_START - {"data"}
-    if "total" in parameters_of(kept.strategy):  # the last round ends with the run
-        names |= {"steps"} & _differing(kept, merged)
-    if not names - _AXES - {"parameters"} and _same_strategy(kept, merged):
-        return []
+    if kept.rising_steps == merged.rising_steps:
+        names -= {"lr_warmup"}
     wrong = [
         f"{_option(name)}: {_shown(kept, name)} kept, {_shown(merged, name)} given"
-        for name in sorted(names - {"parameters"})
+        for name in sorted(names - _STRATEGY)
     ]
-    if "parameters" in names:
-        wrong += _parameters(kept, merged)
-    return wrong
+    if "total" in kept.call.parameters and kept.steps != merged.steps:
+        # The last round ends with the run.
+        return [*wrong, f"steps: {kept.steps} kept, {merged.steps} given"]
+    return wrong + _strategy_contradictions(kept, merged)
 
 
-def _same_strategy(kept: TrainConfig, merged: TrainConfig) -> bool:
+def _strategy_contradictions(kept: TrainConfig, merged: TrainConfig) -> list[str]:
     try:
-        same = kept.make_strategy() == merged.make_strategy()
-    except ValueError:  # parameters kept are not of the strategy given
-        return False
-    return same and kept.rising_steps == merged.rising_steps
-
-
-def _parameters(kept: TrainConfig, merged: TrainConfig) -> list[str]:
-    before = kept.strategy_parameters
-    return [
-        f"{_option(name)}: {before.get(name, 'none')} kept, {value} given"
-        for name, value in merged.parameters.items()
-        if before.get(name) != value
-    ]
+        if kept.make_strategy() == merged.make_strategy():
+            return []
+        given = str(merged.call)
+    except ValueError:  # what was given does not go with what was kept
+        given = merged.strategy
+    words = difference(str(kept.call), given)
+    return [f"strategy: {kept.call} kept, {given} given" + (f" ({words})" if words else "")]
 
 
 def _differing(one: TrainConfig, other: TrainConfig) -> set[str]:
