@@ -13,6 +13,7 @@ import postlocal
 SOURCE = Path(postlocal.__file__).parent
 
 ROWS = (
+    {"torch_versions", "version"},
     {"errors", "checks", "tensors"},
     {"topology", "schedule", "outer", "fragments", "guard", "meter", "codec"},
     {"comm"},
@@ -66,7 +67,7 @@ def test_the_package_only_re_exports() -> None:
         for target in node.targets
         if isinstance(target, ast.Name)
     }
-    assert assigned == {"__all__", "__version__"}
+    assert assigned == {"__all__"}
     assert not [node for node in nodes if isinstance(node, ast.ClassDef)]
     functions = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
     assert functions == {"__getattr__", "__dir__"}  # names that are imported at their first use
@@ -76,7 +77,7 @@ def test_the_package_only_re_exports() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("postlocal")
         for alias in node.names
     }
-    assert sorted(imported | {"__version__"}) == sorted(postlocal.__all__)
+    assert sorted(imported) == sorted(postlocal.__all__)
 
 
 def test_every_public_name_is_there_whether_or_not_it_is_imported_at_first_use() -> None:
@@ -141,3 +142,38 @@ def test_planning_imports_no_library_for_plots() -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
 def test_annotations_are_real_where_torch_compares_them(file: Path) -> None:
     assert "from __future__ import annotations" not in file.read_text().splitlines()
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names_used(file: Path) -> set[str]:
+    """Private attributes that a file reads of others, and private modules of torch."""
+    used = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+            used.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            used |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+    return set(filter(is_private, used))
+
+
+def private_names_defined(file: Path) -> set[str]:
+    """Private functions, classes, variables and attributes of ``self`` that a file defines."""
+    defined = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls"):
+            defined.add(node.attr)
+    return set(filter(is_private, defined))
+
+
+def test_only_one_module_reads_private_names_of_torch() -> None:
+    others = [file for file in FILES if room_of(file, SOURCE) != "torch_versions"]
+    ours = set().union(*map(private_names_defined, others))
+    for file in others:
+        assert private_names_used(file) - ours <= {"_exit"}, file  # that one is of os

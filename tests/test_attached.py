@@ -91,7 +91,7 @@ def go_on(rank: int, strategy: Strategy, options: dict[str, Any]) -> dict[str, A
 ATTRIBUTES = (
     "require_backward_grad_sync",
     "require_forward_param_sync",
-    "forward_sync_buffers",
+    "broadcast_buffers",
     "training",
 )
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +47,10 @@ def averaged_at(rank: int, make: Any, steps: int) -> list[int]:
     return found
 
 
+Levels = list[tuple[int, int]]
+"""Periods and the numbers of ranks that average."""
+
+
 def periodic(period: int, warmup: int) -> ModelAverager:
     return PeriodicModelAverager(period, warmup)
 
@@ -54,13 +59,13 @@ def torchs_periodic(period: int, warmup: int) -> Any:
     return torch_averagers.PeriodicModelAverager(period, warmup)
 
 
-def hierarchical(warmup: int) -> ModelAverager:
-    return HierarchicalModelAverager(OrderedDict([(2, 2), (6, 4)]), warmup)
+def hierarchical(levels: Levels, warmup: int) -> ModelAverager:
+    return HierarchicalModelAverager(OrderedDict(levels), warmup)
 
 
-def torchs_hierarchical(warmup: int) -> Any:
+def torchs_hierarchical(levels: Levels, warmup: int) -> Any:
     make: Any = torch_hierarchical.HierarchicalModelAverager
-    return make(OrderedDict([(2, 2), (6, 4)]), warmup)
+    return make(OrderedDict(levels), warmup)
 
 
 def both_periodic(rank: int, period: int, warmup: int) -> tuple[list[int], list[int]]:
@@ -78,12 +83,12 @@ def test_parameters_are_averaged_after_the_same_steps_as_torchs(
         assert ours == theirs == [s for s in range(warmup, 20) if (s - warmup) % period == 0]
 
 
-def both_hierarchical(rank: int, warmup: int) -> tuple[list[Tensor], list[Tensor]]:
+def both_hierarchical(rank: int, levels: Levels, warmup: int) -> tuple[list[Tensor], list[Tensor]]:
     histories = []
-    for averager in (hierarchical(warmup), torchs_hierarchical(warmup)):
+    for averager in (hierarchical(levels, warmup), torchs_hierarchical(levels, warmup)):
         parameter = nn.Parameter(torch.zeros(3))
         history = []
-        for step in range(14):
+        for step in range(18):
             parameter.data.add_(float(rank * (step + 1)))
             parameter.grad = torch.ones(3)
             averager.average_parameters([parameter])
@@ -93,9 +98,26 @@ def both_hierarchical(rank: int, warmup: int) -> tuple[list[Tensor], list[Tensor
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
-def test_levels_are_averaged_after_the_same_steps_as_torchs(ranks: Ranks, warmup: int) -> None:
-    for ours, theirs in ranks(4, both_hierarchical, warmup):
+@pytest.mark.parametrize(
+    "levels",
+    [[(2, 2), (6, 4)], [(2, 2), (4, 4), (8, 4)], [(2, 2), (4, 2), (8, 4)], [(1, 4), (4, 4)]],
+    ids=str,
+)
+def test_levels_are_averaged_after_the_same_steps_as_torchs(
+    ranks: Ranks, levels: Levels, warmup: int
+) -> None:
+    for ours, theirs in ranks(4, both_hierarchical, levels, warmup):
         assert equal(ours, theirs)
+
+
+def levels_of_one_size(rank: int) -> tuple[bool, bool]:
+    averager = HierarchicalModelAverager({2: 2, 4: 2, 8: 4, 16: 4})
+    groups = averager.period_process_group_dict
+    return groups[2] is groups[4], groups[8] is groups[16]
+
+
+def test_levels_of_one_size_share_a_group(ranks: Ranks) -> None:
+    assert ranks(4, levels_of_one_size) == [(True, True)] * 4
 
 
 def post_local(
@@ -264,7 +286,7 @@ def test_finish_does_nothing_right_after_an_averaging(ranks: Ranks) -> None:
         (lambda: HierarchicalModelAverager({0: 1}), "periods .* must be at least 1"),
         (lambda: HierarchicalModelAverager({4: 1, 2: 1}), "periods .* 4 and then 2"),
         (lambda: HierarchicalModelAverager({2: 1, 3: 2}), "periods .* 2 and then 3"),
-        (lambda: HierarchicalModelAverager({2: 2, 4: 2}), "sizes .* 2 and then 2"),
+        (lambda: HierarchicalModelAverager({2: 2, 4: 1}), "sizes .* 2 and then 1"),
         (lambda: HierarchicalModelAverager({2: 2}), r"that of process_group \(1\), got 2"),
     ],
 )
@@ -357,9 +379,39 @@ def test_state_dict_has_the_step_and_loading_takes_it(wrapped: PostLocalSGDOptim
 def test_a_state_without_step_is_warned_of(wrapped: PostLocalSGDOptimizer) -> None:
     wrapped.averager.step = 7
     plain = torch.optim.SGD(mlp().parameters(), lr=0.5, momentum=0.9)
-    with pytest.warns(UserWarning, match="has no step of an averager"):
+    with pytest.warns(UserWarning, match="averager's step becomes 0"):
         wrapped.load_state_dict(plain.state_dict())
     assert wrapped.averager.step == 0
+
+
+def test_a_state_whose_step_was_taken_out_is_warned_of_as_torch_does(
+    wrapped: PostLocalSGDOptimizer,
+) -> None:
+    fill(wrapped)
+    wrapped.step()
+    state = wrapped.state_dict()
+    del state["step"]
+    with warnings.catch_warnings():  # a filter as it was written for torch's class
+        warnings.filterwarnings("ignore", "Loaded state dict does not contain a step", UserWarning)
+        wrapped.load_state_dict(state)
+    assert wrapped.averager.step == 0
+
+
+def test_the_warning_begins_as_torchs_does(wrapped: PostLocalSGDOptimizer) -> None:
+    plain = torch.optim.SGD(mlp().parameters(), lr=0.5, momentum=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing it warns
+        from torch.distributed.optim import PostLocalSGDOptimizer as Theirs
+    theirs = Theirs(plain, PeriodicModelAverager(4))  # type: ignore[arg-type]
+    said = []
+    for optimizer in (wrapped, theirs):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.load_state_dict(plain.state_dict())
+        said += [(one.category, str(one.message)) for one in caught]
+    (ours, our_text), (torchs, torchs_text) = said
+    assert ours is torchs
+    assert our_text.startswith(torchs_text.split(".")[0])
 
 
 def test_a_checkpoint_of_torchs_wrapper_is_taken(wrapped: PostLocalSGDOptimizer) -> None:

@@ -230,8 +230,8 @@ def test_orthogonalising_columns_of_zeros_gives_no_nan() -> None:
         assert bool(torch.isfinite(matrices).all())
 
 
-def owed(rank: int, state: Any, hook: Any) -> list[float]:
-    """How far the means of gradient + old error and of output + new error are apart, a step."""
+def distance_from_residuals(rank: int, state: Any, hook: Any) -> list[float]:
+    """How far gradient + old residual and output + new residual are apart in the mean, a step."""
     model = DistributedDataParallel(wide(), find_unused_parameters=True)
     model.register_comm_hook(state, hook)
     alone = wide()
@@ -240,7 +240,7 @@ def owed(rank: int, state: Any, hook: Any) -> list[float]:
     for x, y in batches(rank, 5):
         before = {key: value.clone() for key, value in state.errors.items()}
         mine, sent = gradients(alone, x, y), gradients(model, x, y)
-        keys = [state._memory._index[p] for p in parameters]
+        keys = [state._residuals._index[p] for p in parameters]
         balance = torch.cat(
             [m.flatten() + before.get(k, 0.0) - state.errors[k]
              for k, m in zip(keys, mine, strict=True)]
@@ -253,9 +253,9 @@ def owed(rank: int, state: Any, hook: Any) -> list[float]:
 
 @pytest.mark.parametrize("hook", ["powerSGD_hook", "batched_powerSGD_hook"])
 @pytest.mark.parametrize("rank", [1, 4])
-def test_what_powersgd_does_not_send_is_owed(ranks: Ranks, hook: str, rank: int) -> None:
+def test_what_powersgd_does_not_send_is_the_residual(ranks: Ranks, hook: str, rank: int) -> None:
     state = PowerSGDState(None, start_powerSGD_iter=0, matrix_approximation_rank=rank)
-    for worst in ranks(2, owed, state, getattr(powerSGD, hook)):
+    for worst in ranks(2, distance_from_residuals, state, getattr(powerSGD, hook)):
         assert max(worst) <= 1e-6
 
 
@@ -456,9 +456,9 @@ def test_quantised_gradients_keep_their_dtype(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_what_quantisation_does_not_send_is_owed(ranks: Ranks, world: int) -> None:
+def test_what_quantisation_does_not_send_is_the_residual(ranks: Ranks, world: int) -> None:
     hook = quantization.quantization_blockwise_hook
-    for worst in ranks(world, owed, QuantizationState(None, block=32), hook):
+    for worst in ranks(world, distance_from_residuals, QuantizationState(None, block=32), hook):
         assert max(worst) <= 1e-6
 
 
@@ -664,8 +664,8 @@ def composed(rank: int, name: str) -> tuple[list[Tensor], list[Tensor]]:
     return history[2], history[3]
 
 
-def test_a_wire_with_memory_is_refused_as_a_reducer() -> None:
-    with pytest.raises(ValueError, match="a hook, or a wire that remembers nothing"):
+def test_a_wire_with_residuals_is_refused_as_a_reducer() -> None:
+    with pytest.raises(ValueError, match="a hook, or a wire without residuals"):
         PostLocalSGDState(None, None, 0, reducer=wire.powersgd())  # type: ignore[arg-type]
 
 

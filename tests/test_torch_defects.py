@@ -35,10 +35,10 @@ from tests.models import batches, distance, equal, mlp, momentum, sgd, train_ste
 
 Ranks = Callable[..., list[Any]]
 
-both = pytest.mark.parametrize(
-    "package",
-    ["postlocal", pytest.param("torch", marks=pytest.mark.xfail(reason="a defect of torch 2.13"))],
+_DEFECT = pytest.mark.xfail(
+    reason="a defect of torch 2.13", strict=torch.__version__.startswith("2.13.")
 )
+both = pytest.mark.parametrize("package", ["postlocal", pytest.param("torch", marks=_DEFECT)])
 
 
 def classes(package: str) -> Any:
@@ -459,7 +459,7 @@ def refused(rank: int, package: str, levels: list[tuple[int, int]]) -> bool:
 
 
 @both
-@pytest.mark.parametrize("levels", [[(4, 2), (2, 4)], [(2, 2), (3, 4)], [(2, 4), (4, 4)]], ids=str)
+@pytest.mark.parametrize("levels", [[(4, 2), (2, 4)], [(2, 2), (3, 4)]], ids=str)
 def test_13_levels_that_would_be_dropped_are_refused(
     ranks: Ranks, package: str, levels: list[tuple[int, int]]
 ) -> None:

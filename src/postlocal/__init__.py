@@ -4,7 +4,6 @@
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from postlocal import (
@@ -31,6 +30,7 @@ from postlocal.errors import (
 from postlocal.strategies import Strategy
 from postlocal.sync.attach import attach
 from postlocal.sync.clock import Sync
+from postlocal.version import __version__
 
 if TYPE_CHECKING:
     from postlocal import checkpoint, planning
@@ -47,8 +47,6 @@ else:
     def __dir__() -> list[str]:
         return sorted(__all__)
 
-
-__version__ = version("postlocal")
 
 __all__ = [
     "CheckpointError",

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor
 
+from postlocal.torch_versions import norms_of
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -113,7 +115,7 @@ def squared_norm(tensors: Iterable[Tensor]) -> float:
             small[wide].append(flat[whole:])
     for dtype, parts in small.items():
         if parts:  # one call for all that is less than a block
-            norms.append(torch.stack(torch._foreach_norm(parts, dtype=dtype)).double())
+            norms.append(torch.stack(list(norms_of(parts, dtype))).double())
     return float(torch.cat(norms).square().sum()) if norms else 0.0
 
 

@@ -3,7 +3,6 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from postlocal.comm.agreement import ranks_named
 from postlocal.comm.group import Alone, Group
 from postlocal.errors import CheckpointError
 from postlocal.sync.clock import Sync
+from postlocal.version import __version__
 
 
 def local_state(sync: Sync, extra: Mapping[Any, Any] | None) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Writing:
             "layout": self.place.layout,
             "strategy": strategy,
             "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "versions": {"postlocal": version("postlocal"), "torch": torch.__version__},
+            "versions": {"postlocal": __version__, "torch": torch.__version__},
             "files": {file.name: digest(file.read_bytes()) for file in files},
         }
         folders.write_json(self.partial / folders.INDEX, index)

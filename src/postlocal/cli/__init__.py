@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import sys
-from importlib.metadata import version
 
 import typer
 
@@ -16,6 +15,7 @@ from postlocal.cli.train import train
 from postlocal.errors import CheckpointError, DisagreementError, PostlocalError
 from postlocal.strategies import NAMED, parameters_of
 from postlocal.train import Interrupted
+from postlocal.version import __version__
 
 app = typer.Typer(
     help="Data-parallel PyTorch training that communicates seldom.",
@@ -32,7 +32,7 @@ app.command()(strategies)
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(version("postlocal"))
+        typer.echo(__version__)
         raise typer.Exit
 
 

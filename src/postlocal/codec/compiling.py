@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+
+from postlocal.torch_versions import compile_ahead, load_compiled
 
 if TYPE_CHECKING:
     from postlocal.codec.blockwise import Blockwise
@@ -210,10 +211,10 @@ def _build(request: str, folder: Path, failure: Path) -> None:
 
 def _load(package: Path) -> Callable[..., list[Tensor]]:
     # What is loaded can be called too, but takes longer to sort its arguments than to run.
-    loader = torch._inductor.aoti_load_package(str(package)).loader
+    boxed_run = load_compiled(str(package))
 
     def run(*tensors: Tensor) -> list[Tensor]:
-        done: list[Tensor] = loader.boxed_run(list(tensors))
+        done: list[Tensor] = boxed_run(list(tensors))
         return done
 
     return run
@@ -278,10 +279,14 @@ def compile_to(folder: Path, codec: "Blockwise", dtype: torch.dtype, device: str
 def _package(module: nn.Module, arguments: tuple[Any, ...], path: Path) -> None:
     """Compile for any number of rows of all arguments."""
     rows = torch.export.Dim("rows", min=2)
-    shapes = tree_map(lambda tensor: {0: rows} if tensor.dim() else None, arguments)
+    shapes = _with_rows(arguments, rows)
     program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
     # As many threads as torch uses when it runs, not as it used here.
-    options = {"cpp.dynamic_threads": True}
-    torch._inductor.aoti_compile_and_package(
-        program, package_path=str(path), inductor_configs=options
-    )
+    compile_ahead(program, str(path), {"cpp.dynamic_threads": True})
+
+
+def _with_rows(argument: Any, rows: Any) -> Any:
+    """The dynamic shape of each tensor in nested tuples: any number of rows, but for scalars."""
+    if isinstance(argument, tuple):
+        return tuple(_with_rows(one, rows) for one in argument)
+    return {0: rows} if argument.dim() else None

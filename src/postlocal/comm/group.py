@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.futures import Future
 
+from postlocal import torch_versions
 from postlocal.checks import made
 from postlocal.comm.exiting import note_failure, watch
 from postlocal.comm.missing_ranks import Progress, Release
@@ -180,7 +181,7 @@ class Processes:
         self.process_group = process_group
         self.rank = dist.get_rank(process_group)
         self.size = dist.get_world_size(process_group)
-        self._timeout = timeout or _timeout_of(process_group)
+        self._timeout = timeout or torch_versions.timeout_of(process_group)
         self._progress = progress or Progress(process_group)
         self._prefix: str | None = None
         self._made = 0
@@ -203,7 +204,7 @@ class Processes:
 
     def all_gather(self, output: Tensor, tensor: Tensor) -> Work:
         return self._start(
-            lambda: dist.all_gather_single(output, tensor, group=self.process_group, async_op=True)
+            lambda: torch_versions.all_gather_single(output, tensor, self.process_group)
         )
 
     def all_to_all(self, sent: TensorsByRank, received: TensorsByRank) -> Work:
@@ -249,7 +250,7 @@ class Processes:
         ranks = [dist.get_global_rank(self.process_group, member) for member in members]
         name = self._new_name(members)
         with self._naming_the_missing():
-            return _new_group(sorted(ranks), name, self._timeout)
+            return torch_versions.new_group(sorted(ranks), name, self._timeout)
 
     def _new_name(self, members: Sequence[int]) -> str:
         """A name that no group has or had, the same on all members; collective."""
@@ -283,7 +284,7 @@ class Processes:
         release = Release(self._prefix, dist.get_process_group_ranks(self.process_group))
         self._prefix = None  # what is made from here on is given up by itself
         if release.give_up(0.0 if self._progress.failed else _PATIENCE_SECONDS):
-            _destroy(groups)
+            torch_versions.destroy(groups)
         else:
             Processes._given_up.append((release, groups))
 
@@ -293,7 +294,7 @@ class Processes:
         complete = [(given, given[0].complete()) for given in Processes._given_up]
         for (_, groups), done in complete:
             if done:
-                _destroy(groups)
+                torch_versions.destroy(groups)
         Processes._given_up[:] = [given for given, done in complete if not done]
 
     def _start(self, collective: Callable[[], dist.Work | None]) -> Work:
@@ -309,44 +310,6 @@ class Processes:
             note_failure()
             members = dist.get_process_group_ranks(self.process_group)
             raise self._progress.explain(error, members) from error
-
-
-def _new_group(ranks: Sequence[int], name: str, timeout: timedelta | None) -> dist.ProcessGroup:
-    """A process group of torch with a name of our own, on the calling ranks alone.
-
-    torch would name it by its ranks and by how many groups there are. Such a name comes again after
-    groups were destroyed, and the store still holds addresses of those that had it; and ranks that
-    have destroyed more than others wait at a name that nobody else has.
-    """
-    world = distributed_c10d._world
-    default = distributed_c10d._get_default_group()
-    backend, store = world.pg_map[default]
-    timeout = timeout or distributed_c10d._get_default_timeout(distributed_c10d.Backend(backend))
-    created, _ = distributed_c10d._new_process_group_helper(
-        len(ranks),
-        ranks.index(dist.get_rank()),
-        list(ranks),
-        backend,
-        store,
-        distributed_c10d.GroupName(name),
-        timeout=timeout,
-        device_id=default.bound_device_id,
-    )
-    world.pg_group_ranks[created] = {rank: index for index, rank in enumerate(ranks)}
-    process_group: dist.ProcessGroup = created
-    return process_group
-
-
-def _destroy(groups: Sequence[dist.ProcessGroup]) -> None:
-    for process_group in groups:
-        if process_group in distributed_c10d._world.pg_map:  # the user may have destroyed all
-            dist.destroy_process_group(process_group)
-
-
-def _timeout_of(process_group: dist.ProcessGroup) -> timedelta | None:
-    """How long collectives of a group wait; None where its backend does not tell."""
-    backend = process_group._get_backend(process_group._device_types[0])
-    return getattr(getattr(backend, "options", None), "_timeout", None)
 
 
 class _Pending:
@@ -373,8 +336,7 @@ def torch_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
             "process_group is None and there is no default process group: call "
             "torch.distributed.init_process_group() first"
         )
-    default: dist.ProcessGroup = distributed_c10d._get_default_group()
-    return default
+    return torch_versions.default_group()
 
 
 def _check_member(process_group: object) -> None:

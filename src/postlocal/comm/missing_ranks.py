@@ -9,11 +9,10 @@ from threading import Thread
 from typing import ClassVar, TypeVar
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
-from torch.distributed import distributed_c10d
 
 from postlocal.comm.exiting import watch
 from postlocal.errors import PeerError
+from postlocal.torch_versions import PrefixStore, default_store
 
 Value = TypeVar("Value")
 _LATER_SECONDS = 2.0  # how much later than this rank others may see that a collective failed
@@ -42,7 +41,7 @@ class Progress:
         name = process_group.group_name
         Progress._opened[name] += 1
         prefix = f"postlocal/{name}/{Progress._opened[name]}/"
-        self._store = PrefixStore(prefix, distributed_c10d._get_default_store())
+        self._store = PrefixStore(prefix, default_store())
         self._step = 0
         self._place = _place(0)
         self._meetings: Counter[str] = Counter()
@@ -189,7 +188,7 @@ class Release:
 
     def __init__(self, name: str, members: Sequence[int]) -> None:
         prefix = f"postlocal/released/{name}/"
-        self._store = PrefixStore(prefix, distributed_c10d._get_default_store())
+        self._store = PrefixStore(prefix, default_store())
         self._keys = [str(member) for member in members]
 
     def give_up(self, seconds: float) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from postlocal.ddp_comm_hooks import debugging_hooks as debugging
@@ -20,6 +19,7 @@ from postlocal.ddp_comm_hooks import post_localSGD_hook as post_localSGD
 from postlocal.ddp_comm_hooks import powerSGD_hook as powerSGD
 from postlocal.ddp_comm_hooks import quantization_hooks as quantization
 from postlocal.ddp_comm_hooks.default_hooks import Hook
+from postlocal.torch_versions import GradBucket
 
 __all__ = [
     "DDPCommHookType",

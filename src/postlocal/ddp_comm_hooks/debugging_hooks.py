@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
 from postlocal.ddp_comm_hooks.default_hooks import Hook, allreduce_hook, kept
+from postlocal.torch_versions import GradBucket
 
 __all__ = ["BucketReport", "MeasureState", "Report", "measure_hook", "noop_hook"]
 

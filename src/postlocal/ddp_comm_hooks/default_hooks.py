@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
 from postlocal.comm.background import promise
 from postlocal.comm.group import torch_group
 from postlocal.sync.supported_tensors import dense
+from postlocal.torch_versions import GradBucket
 
 __all__ = [
     "Hook",

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
-from torch.autograd import Variable
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from postlocal import torch_versions
 from postlocal.ddp_comm_hooks.default_hooks import Hook, allreduce_hook
+from postlocal.torch_versions import GradBucket
 
 __all__ = ["apply_optimizer_in_backward"]
 
@@ -114,7 +114,7 @@ class _InBackward:
         assert model is not None
         if bucket.index() == 0:
             self._under_way.clear()
-            Variable._execution_engine.queue_callback(lambda: self._finish(model))
+            torch_versions.after_backward(lambda: self._finish(model))
         future = allreduce_hook(model.process_group, bucket).then(self._step(bucket))
         self._under_way.append(future)
         return future
@@ -123,7 +123,7 @@ class _InBackward:
         def step(done: Future[Tensor]) -> Tensor:
             reduced = done.value()
             for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-                optimizers = getattr(parameter, "_in_backward_optimizers", ())
+                optimizers = torch_versions.optimizers_in_backward(parameter)
                 # The reducer, once told that optimizers run here, gives no gradient back itself.
                 if not self._gradient_is_bucket_view:
                     parameter.grad = gradient if optimizers else gradient.clone()
@@ -137,7 +137,7 @@ class _InBackward:
         for future in self._under_way:
             future.wait()
         for parameter in model.module.parameters():
-            if hasattr(parameter, "_in_backward_optimizers"):
+            if torch_versions.has_optimizer_in_backward(parameter):
                 parameter.grad = None
 
 
@@ -162,9 +162,11 @@ def apply_optimizer_in_backward(
 
     Raises:
         ValueError: if the model has a communication hook already, or a parameter an optimizer.
+        RuntimeError: if this version of torch cannot run optimizers in the backward pass.
     """
+    torch_versions.check_optimizers_in_backward(model)
     chosen = [p for p in (model.parameters() if params is None else params) if p.requires_grad]
-    if any(hasattr(parameter, "_in_backward_optimizers") for parameter in model.parameters()):
+    if any(torch_versions.has_optimizer_in_backward(p) for p in model.parameters()):
         raise ValueError(
             "model has parameters with an optimizer in backward already: call this once, and not "
             "torch's _apply_optimizer_in_backward before wrapping the model"
@@ -175,10 +177,8 @@ def apply_optimizer_in_backward(
     except RuntimeError as error:
         raise ValueError("model already has a communication hook: build it without one") from error
     # Later DDP would find the optimizers there, and register a hook of torch's for them.
-    if not model._lazy_init_ran:
-        model._lazy_init()  # type: ignore[no-untyped-call]
+    torch_versions.initialize(model)
     for parameter in chosen:
-        # The attribute is where torch, too, looks for such optimizers.
-        parameter._in_backward_optimizers = [optimizer_class([parameter], **optimizer_kwargs)]  # type: ignore[attr-defined]
-    # The reducer then leaves alone gradients that the optimizers have used up.
-    model.reducer._set_optimizer_in_backward()  # type: ignore[attr-defined]
+        optimizer = optimizer_class([parameter], **optimizer_kwargs)
+        torch_versions.set_optimizer_in_backward(parameter, optimizer)
+    torch_versions.leave_used_gradients(model)

@@ -1,4 +1,4 @@
-"""Post-local SGD: gradients meet globally at first, then within a node (arXiv 1808.07217).
+"""Post-local SGD: gradients are averaged globally at first, then within a node (arXiv 1808.07217).
 
 Example:
     >>> import torch
@@ -24,14 +24,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from postlocal.comm.group import Processes, torch_group
 from postlocal.comm.groups import by_node
-from postlocal.ddp_comm_hooks._routes import route
+from postlocal.ddp_comm_hooks._background import background
 from postlocal.ddp_comm_hooks.default_hooks import Hook, allreduce_hook, kept
+from postlocal.torch_versions import GradBucket, buffers_option
 from postlocal.wire import ChunkWire
 
 __all__ = ["Clock", "PostLocalSGDState", "post_localSGD_hook"]
@@ -60,7 +60,7 @@ class PostLocalSGDState:
         start_localSGD_iter: iterations of warm-up.
         post_local_gradient_allreduce: reduce gradients in ``subgroup`` after the warm-up; else they
             stay on their rank.
-        reducer: what reduces a bucket over a group: a wire that remembers nothing, such as
+        reducer: what reduces a bucket over a group: a wire without residuals, such as
             `postlocal.wire.bf16`, or another hook. A
             hook is given ``reducer_state``, of which ``process_group`` is set to the group in use;
             or that group itself, if there is no ``reducer_state``. None: an all-reduce.
@@ -103,8 +103,8 @@ class PostLocalSGDState:
             )
         if not (reducer is None or callable(reducer) or isinstance(reducer, ChunkWire)):
             raise ValueError(
-                f"reducer must be a hook, or a wire that remembers nothing, got {reducer!r}: give "
-                "one with memory to a strategy as its gradient_wire"
+                f"reducer must be a hook, or a wire without residuals, got {reducer!r}: give "
+                "one with residuals to a strategy as its gradient_wire"
             )
         self.process_group = process_group
         self.subgroup = subgroup
@@ -193,7 +193,7 @@ class PostLocalSGDState:
         if self.reducer is None:
             return allreduce_hook(group, bucket)
         if isinstance(self.reducer, ChunkWire):
-            return route(group).mean(bucket, self.reducer)
+            return background(group).mean(bucket, self.reducer)
         if self.reducer_state is None:
             return self.reducer(group, bucket)
         self.reducer_state.process_group = group
@@ -235,7 +235,8 @@ class _Quiet:
 
     def __init__(self, state: PostLocalSGDState, model: DistributedDataParallel) -> None:
         self._state = state
-        self._syncs_buffers = model.broadcast_buffers
+        self._option = buffers_option(model)
+        self._syncs_buffers = getattr(model, self._option)
         self._silent = False
         if self._syncs_buffers and any(True for _ in model.buffers()):
             _check_buffers(state.clock)
@@ -243,7 +244,7 @@ class _Quiet:
 
     def _before_forward(self, model: Any, _: Any) -> None:
         local = self._state.local
-        model.broadcast_buffers = self._syncs_buffers and not local
+        setattr(model, self._option, self._syncs_buffers and not local)
         # A static graph has to be seen by the reducer from the first pass on.
         if local and self._state.alone and not model.static_graph:
             self._silent = True

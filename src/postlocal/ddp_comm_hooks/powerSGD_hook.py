@@ -25,15 +25,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
 from postlocal.comm.background import promise
 from postlocal.comm.group import Processes, torch_group
-from postlocal.ddp_comm_hooks._memory import Memory
+from postlocal.ddp_comm_hooks._residuals import Residuals
 from postlocal.ddp_comm_hooks.default_hooks import allreduce_hook
 from postlocal.sync.supported_tensors import dense
-from postlocal.wire import low_rank as powersgd
+from postlocal.torch_versions import GradBucket
+from postlocal.wire import low_rank
 
 __all__ = ["PowerSGDState", "batched_powerSGD_hook", "powerSGD_hook"]
 
@@ -44,7 +44,7 @@ _UNSAVED = ("process_group", "_group", "_pending")
 
 
 class PowerSGDState:
-    """Settings and memory of PowerSGD, for all buckets of one model.
+    """Settings and residuals of PowerSGD, for all buckets of one model.
 
     Args:
         process_group: who takes part; None: torch's default group.
@@ -71,7 +71,7 @@ class PowerSGDState:
     Raises:
         ValueError: if a number is out of its range.
 
-    Unlike torch's class it can start in any step, since nothing is remembered by bucket.
+    Unlike torch's class it can start in any step, since nothing is kept by bucket.
 
     Example:
         >>> PowerSGDState(None, matrix_approximation_rank=4).compression_stats()
@@ -117,15 +117,15 @@ class PowerSGDState:
         self.total_numel_before_compression = 0
         self.total_numel_after_compression = 0
         self.next_stats_report = 0
-        self._memory = Memory()
+        self._residuals = Residuals()
         self._qs: dict[Hashable, Tensor] = {}
         self._group: Processes | None = None
         self._pending: list[_Bucket] = []
 
     @property
     def errors(self) -> Mapping[int, Tensor]:
-        """What this rank still owes of each parameter's gradient, in the order first seen."""
-        return self._memory.parts
+        """The residual of each parameter's gradient on this rank, in the order first seen."""
+        return self._residuals.by_parameter
 
     def maybe_increase_iter(self, bucket: GradBucket) -> None:
         """Count a backward pass when its last bucket is here."""
@@ -147,7 +147,7 @@ class PowerSGDState:
         _, keys, position, has_gauss, gauss = cast(_RandomState, self.rng.get_state(legacy=True))
         return {
             "iter": self.iter,
-            "errors": self._memory.state_dict(),
+            "errors": self._residuals.state_dict(),
             "qs": {key: q.clone() for key, q in self._qs.items()},
             "rng": [keys.tolist(), position, has_gauss, gauss],
             "stats": [
@@ -160,7 +160,7 @@ class PowerSGDState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken. Register the hook before the first backward pass."""
         self.iter = state["iter"]
-        self._memory.load_state_dict(state["errors"])
+        self._residuals.load_state_dict(state["errors"])
         self._qs = {key: q.clone() for key, q in state["qs"].items()}
         keys, position, has_gauss, gauss = state["rng"]
         self.rng.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, gauss))
@@ -202,8 +202,8 @@ class _Matrix:
     values: Tensor  # gradients with errors
     output: Tensor  # takes the approximation
 
-    def settle(self, feedback: bool) -> None:
-        """Keep what the approximation lost."""
+    def keep_residual(self, feedback: bool) -> None:
+        """Keep what the approximation lost, where it is fed back."""
         if feedback:
             self.values.sub_(self.output)
 
@@ -214,7 +214,7 @@ class _Square(_Matrix):
 
     bucket: _Bucket
 
-    def settle(self, feedback: bool) -> None:
+    def keep_residual(self, feedback: bool) -> None:
         buffer = self.bucket.buffer
         buffer.copy_(self.output.view(-1)[: buffer.numel()])
         if feedback:
@@ -249,7 +249,7 @@ def powerSGD_hook(state: PowerSGDState, bucket: GradBucket) -> torch.futures.Fut
     of one dimension, and matrices that would not gain, are averaged as they are.
 
     Args:
-        state: settings and memory.
+        state: settings and residuals.
         bucket: the gradients.
 
     Returns:
@@ -270,7 +270,7 @@ def batched_powerSGD_hook(
     elsewhere errors are kept and ``Q`` starts anew.
 
     Args:
-        state: settings and memory; any rank works.
+        state: settings and residuals; any rank works.
         bucket: the gradients.
 
     Returns:
@@ -286,7 +286,7 @@ def _hook(
 ) -> Future[Tensor]:
     dense(bucket)  # from the first pass on, not only when compression starts
     if state.iter < state.start_powerSGD_iter:
-        state._memory.keys(bucket)  # so that parameters count from the first pass on
+        state._residuals.keys(bucket)  # so that parameters count from the first pass on
         state.maybe_increase_iter(bucket)
         return allreduce_hook(state.process_group, bucket)
     if bucket.index() == 0:
@@ -306,8 +306,8 @@ def _take(state: PowerSGDState, bucket: GradBucket) -> _Bucket:
     buffer = bucket.buffer()
     values = buffer
     if state.use_error_feedback:
-        values = state._memory.flat(bucket, buffer.dtype).add_(buffer)
-    keys = state._memory.keys(bucket)
+        values = state._residuals.flat(bucket, buffer.dtype).add_(buffer)
+    keys = state._residuals.keys(bucket)
     return _Bucket(buffer, bucket.gradients(), keys, values, promise(buffer))
 
 
@@ -333,7 +333,7 @@ def _exchange(state: PowerSGDState, buckets: list[_Bucket], plan: _Plan) -> None
         plan(state, bucket, work)
     group = state._processes()
     group.announce(state.iter + 1)
-    qs = powersgd.mean_(
+    qs = low_rank.mean_(
         [batch.values for batch in work.batches],
         [batch.start for batch in work.batches],
         [batch.output for batch in work.batches],
@@ -342,7 +342,7 @@ def _exchange(state: PowerSGDState, buckets: list[_Bucket], plan: _Plan) -> None
         state.orthogonalization_epsilon,
     )
     for batch, q in zip(work.batches, qs, strict=True):
-        _land(state, batch, q)
+        _finish(state, batch, q)
     for bucket in buckets:
         bucket.promise.set_result(bucket.buffer)
 
@@ -353,7 +353,7 @@ def _by_matrix(state: PowerSGDState, bucket: _Bucket, work: _Work) -> None:
     parts = zip(torch.split(bucket.values, sizes), torch.split(bucket.buffer, sizes), strict=True)
     together: dict[tuple[int, int], list[_Matrix]] = defaultdict(list)
     for key, gradient, (values, output) in zip(bucket.keys, bucket.gradients, parts, strict=True):
-        n, m = powersgd.matrix_shape(gradient)
+        n, m = low_rank.matrix_shape(gradient)
         if _is_compressed(state, n, m):
             together[n, m].append(_Matrix(key, values.view(n, m), output.view(n, m)))
         else:
@@ -365,8 +365,8 @@ def _by_matrix(state: PowerSGDState, bucket: _Bucket, work: _Work) -> None:
 
 def _is_compressed(state: PowerSGDState, n: int, m: int) -> bool:
     rank = state.matrix_approximation_rank
-    after = powersgd.factors_numel(n, m, rank)
-    compressed = powersgd.is_compressed(n, m, rank, state.min_compression_rate)
+    after = low_rank.factors_numel(n, m, rank)
+    compressed = low_rank.is_compressed(n, m, rank, state.min_compression_rate)
     state.total_numel_before_compression += n * m
     state.total_numel_after_compression += after if compressed else n * m
     return compressed
@@ -415,14 +415,14 @@ def _starts(state: PowerSGDState, batches: list[list[_Matrix]]) -> list[Tensor]:
         if generator is None:  # a seed a bucket, as torch draws them
             seed = int(state.rng.randint(1_000_000_000))
             generator = torch.Generator().manual_seed(seed)
-        starts.append(powersgd.random_start((len(members), *shape), generator, like))
+        starts.append(low_rank.random_start((len(members), *shape), generator, like))
     return starts
 
 
-def _land(state: PowerSGDState, batch: _Batch, q: Tensor) -> None:
+def _finish(state: PowerSGDState, batch: _Batch, q: Tensor) -> None:
     for index, matrix in enumerate(batch.members):
         if len(batch.members) > 1:
             matrix.output.copy_(batch.output[index])
-        matrix.settle(state.use_error_feedback)
+        matrix.keep_residual(state.use_error_feedback)
         if state.warm_start:
             state._qs[matrix.key] = q[index]

@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import GradBucket
 
 from postlocal.codec import affine, int8
 from postlocal.comm.group import torch_group
-from postlocal.ddp_comm_hooks._memory import Memory
-from postlocal.ddp_comm_hooks._routes import route
+from postlocal.ddp_comm_hooks._background import background
+from postlocal.ddp_comm_hooks._residuals import Residuals
+from postlocal.torch_versions import GradBucket
 from postlocal.wire import quantised, travels_as
 
 __all__ = [
@@ -55,7 +55,7 @@ def quantization_pertensor_hook(
     Returns:
         A promise of the bucket's buffer, which holds the mean in its own dtype.
     """
-    return route(torch_group(process_group)).mean(bucket, quantised(affine()))
+    return background(torch_group(process_group)).mean(bucket, quantised(affine()))
 
 
 def quantization_perchannel_hook(
@@ -74,7 +74,7 @@ def quantization_perchannel_hook(
     Raises:
         ValueError: if ``bucket_size`` is below 1.
     """
-    return route(torch_group(process_group)).mean(bucket, quantised(affine(bucket_size)))
+    return background(torch_group(process_group)).mean(bucket, quantised(affine(bucket_size)))
 
 
 class QuantizationState:
@@ -103,20 +103,20 @@ class QuantizationState:
         self.process_group = process_group
         self.wire = quantised(int8(block))
         self.error_feedback = error_feedback
-        self._memory = Memory()
+        self._residuals = Residuals()
 
     @property
     def errors(self) -> Mapping[int, torch.Tensor]:
-        """What this rank still owes of each parameter's gradient, in the order first seen."""
-        return self._memory.parts
+        """The residual of each parameter's gradient on this rank, in the order first seen."""
+        return self._residuals.by_parameter
 
     def state_dict(self) -> dict[str, Any]:
         """The errors, each rank's own. For an exact resume each rank loads its own again."""
-        return {"errors": self._memory.state_dict()}
+        return {"errors": self._residuals.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state_dict` gave."""
-        self._memory.load_state_dict(state["errors"])
+        self._residuals.load_state_dict(state["errors"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "process_group"}
@@ -139,5 +139,5 @@ def quantization_blockwise_hook(
     """
     errors = None
     if state.error_feedback:
-        errors = state._memory.flat(bucket, travels_as(bucket.buffer().dtype))
-    return route(torch_group(state.process_group)).mean(bucket, state.wire, errors)
+        errors = state._residuals.flat(bucket, travels_as(bucket.buffer().dtype))
+    return background(torch_group(state.process_group)).mean(bucket, state.wire, errors)

@@ -1,4 +1,4 @@
-"""One averaging after the other over one process group."""
+"""Repeated averaging of parameters and buffers over one process group."""
 
 import logging
 from collections.abc import Sequence
@@ -45,11 +45,11 @@ class Averaging:
         self._count += 1
         self._group.announce(self._count)
         with torch.no_grad():
-            tensors = _memory(parameters), _memory(buffers)
-            device = next((t.device for part in tensors for t in part), torch.device("cpu"))
+            tensors = _local(parameters), _local(buffers)
+            device = next((t.device for kind in tensors for t in kind), torch.device("cpu"))
             lines = [_describe(tensor) for tensor in (*parameters, *buffers)]
             self._agree(lines, self._count if step is None else step, device)
-            self._meet(*tensors, device)
+            self._average(*tensors, device)
 
     def _agree(self, lines: Sequence[str], step: int, device: torch.device) -> None:
         status = gather_status(
@@ -58,11 +58,13 @@ class Averaging:
         if not status.unanimous("layout"):
             agreement.check(self._group, {"parameters to average": lines})
 
-    def _meet(self, parameters: list[Tensor], buffers: list[Tensor], device: torch.device) -> None:
+    def _average(
+        self, parameters: list[Tensor], buffers: list[Tensor], device: torch.device
+    ) -> None:
         finite = _FiniteMean(self._group)
-        mean_(parameters, self._group, exact(finite.repair), staging=self._staging)
+        mean_(parameters, self._group, exact(finite.average), staging=self._staging)
         floats = [t for t in buffers if t.is_floating_point()]
-        tolerant = exact(_FiniteMean(self._group).repair)
+        tolerant = exact(_FiniteMean(self._group).average)
         mean_(floats, self._group, tolerant, staging=self._staging)
         maximum_([t for t in buffers if not t.is_floating_point()], self._group)
         finite.report(device)
@@ -77,7 +79,7 @@ class _FiniteMean:
         self._lost = False
 
     def report(self, device: torch.device) -> None:
-        """Tell all ranks, which owned different parts, what was left out.
+        """Tell all ranks, which reduced different shards, what was left out.
 
         Raises:
             NonFiniteError: on all ranks, if a value was finite on none.
@@ -98,8 +100,8 @@ class _FiniteMean:
                 agreement.ranks_named(ranks),
             )
 
-    def repair(self, mean: Tensor, others: Sequence[Tensor]) -> None:
-        """Take the mean of what is finite."""
+    def average(self, mean: Tensor, others: Sequence[Tensor]) -> None:
+        """Replace this rank's values by the mean of all ranks' finite values."""
         everyones = list(others)
         everyones.insert(self._group.rank, mean)
         values = torch.stack(everyones)
@@ -110,10 +112,10 @@ class _FiniteMean:
         mean.copy_(total / finite.sum(dim=0))  # NaN where nobody has a finite value
 
 
-def _memory(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors as they lie on this rank, tied ones once, complex ones as pairs."""
-    local = [t.to_local() if is_dtensor(t) else t for t in tensors]
-    distinct = once((str(index), tensor.detach()) for index, tensor in enumerate(local))
+def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's local tensors: tied ones once, complex ones as pairs."""
+    held = [t.to_local() if is_dtensor(t) else t for t in tensors]
+    distinct = once((str(index), tensor.detach()) for index, tensor in enumerate(held))
     return [torch.view_as_real(t) if t.is_complex() else t for t in distinct.values()]
 
 

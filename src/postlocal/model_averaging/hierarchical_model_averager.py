@@ -32,8 +32,10 @@ class HierarchicalModelAverager(ModelAverager):
     Groups are contiguous blocks of the ranks of ``process_group``. All are made here, together.
 
     Args:
-        period_group_size_dict: period -> number of ranks that average. Periods and sizes increase,
-            each a multiple of the one before; the last size is that of ``process_group``.
+        period_group_size_dict: period -> number of ranks that average. Periods increase and sizes
+            do not decrease, each a multiple of the one before; the last size is that of
+            ``process_group``. Levels of one size average among the same ranks, as one level would
+            with the shortest of their periods.
         warmup_steps: steps without averaging.
         process_group: all ranks that average; None: torch's default group.
         buffers: see `ModelAverager`.
@@ -91,10 +93,13 @@ class HierarchicalModelAverager(ModelAverager):
     def _make_groups(self) -> None:
         everyone = torch_group(self.process_group)
         base = Processes(everyone)
+        made: dict[int, dist.ProcessGroup] = {}
         for period, size in self._sizes.items():
             blocks = [tuple(range(start, start + size)) for start in range(0, base.size, size)]
-            self._groups[period] = everyone if size == base.size else base.torch_subgroup(blocks)
-            self._prepare(self._groups[period])
+            group = everyone if size == base.size else made.get(size)
+            made[size] = group = group or base.torch_subgroup(blocks)
+            self._groups[period] = group
+            self._prepare(group)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_groups"}
@@ -116,11 +121,12 @@ def _check_levels(sizes: Mapping[int, int], world: int) -> None:
             "period_group_size_dict must not be empty: give the number of ranks for each period, "
             f"such as {{16: {world}}}"
         )
-    for what, values in (("periods", list(sizes)), ("sizes", list(sizes.values()))):
+    # A period is at least twice the one before; two levels may have the same size.
+    for what, values, least in (("periods", list(sizes), 2), ("sizes", list(sizes.values()), 1)):
         if values[0] < 1:
             raise ValueError(f"{what} in period_group_size_dict must be at least 1: {dict(sizes)}")
         for smaller, larger in pairwise(values):
-            if larger <= smaller or larger % smaller:
+            if larger < least * smaller or larger % smaller:
                 raise ValueError(
                     f"{what} in period_group_size_dict must be sorted, each a multiple of the one "
                     f"before, got {smaller} and then {larger}: else a level would be left out"

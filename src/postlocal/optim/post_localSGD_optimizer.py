@@ -1,7 +1,7 @@
 """An optimizer that steps another one and then averages parameters when it is time."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from postlocal.model_averaging.averagers import ModelAverager
+from postlocal.torch_versions import hooks_of
 
 __all__ = ["PostLocalSGDOptimizer"]
 
@@ -125,10 +126,10 @@ class PostLocalSGDOptimizer(Optimizer):
         The step is in every parameter group too (``"averager_step"``), since
         `torch.distributed.checkpoint` keeps nothing but those and the state.
         """
-        for before in self._optimizer_state_dict_pre_hooks.values():
+        for before in hooks_of(self, "state_dict_pre"):
             before(self)
         state = dict(self.optim.state_dict(), step=self.averager.step)
-        for after in self._optimizer_state_dict_post_hooks.values():
+        for after in hooks_of(self, "state_dict_post"):
             changed = after(self, state)
             state = state if changed is None else changed
         return state
@@ -136,25 +137,28 @@ class PostLocalSGDOptimizer(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the wrapped optimizer's state, and the averager's step.
 
-        With no step in ``state_dict`` it warns, and the averager starts from 0 again.
+        With no ``"step"`` in ``state_dict`` it warns, and the averager's step becomes 0, as with
+        torch's class. A state that `torch.distributed.checkpoint` loads, with parameters by name,
+        has the step in its parameter groups.
         """
         state = dict(state_dict)
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
+        for before in hooks_of(self, "load_state_dict_pre"):
             changed = before(self, state)
             state = state if changed is None else dict(changed)
         step = state.pop("step", None)
-        if step is None and state["param_groups"]:
-            step = state["param_groups"][0].get(_STEP)
+        if step is None:
+            step = _step_by_name(state["param_groups"])
         self.optim.load_state_dict(state)
         if step is None:
             warnings.warn(
-                "the state that was loaded has no step of an averager: it starts from 0, and its "
-                "warm-up runs again",
+                # The beginning is what filters for torch's warning look for.
+                "Loaded state dict does not contain a step counter for an averager: the averager's "
+                "step becomes 0, and its warm-up runs again",
                 stacklevel=2,
             )
         self.averager.step = 0 if step is None else int(step)
         self._note_step()
-        for after in self._optimizer_load_state_dict_post_hooks.values():
+        for after in hooks_of(self, "load_state_dict_post"):
             after(self)
 
     def _note_step(self) -> None:
@@ -181,6 +185,15 @@ class PostLocalSGDOptimizer(Optimizer):
         if scale is not None:
             _unscale(self.param_groups, scale)
         return self.optim.step()
+
+
+def _step_by_name(groups: Sequence[Mapping[str, Any]]) -> int | None:
+    """The averager's step in a state of `torch.distributed.checkpoint`, which has no other place.
+
+    Only such a state names its parameters. Of any other, a user has taken the step out.
+    """
+    named = any(isinstance(key, str) for group in groups for key in group["params"])
+    return groups[0].get(_STEP) if named else None
 
 
 def _unscale(groups: list[dict[str, Any]], scale: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from postlocal.outer import Outer, rate
+from postlocal.torch_versions import copy_all_
 
 
 class Anchor:
@@ -93,7 +94,7 @@ class Anchor:
                     torch.sub(parameters[index], moves, out=moves)
                     targets[index] = moves.add_(targets[index])
         if mix == 0:
-            torch._foreach_copy_(parameters, targets)
+            copy_all_(parameters, targets)
             return
         for name, target, parameter in zip(self.tensors, targets, parameters, strict=True):
             if name in wholly:
@@ -105,7 +106,7 @@ class Anchor:
 
     def snapshot(self) -> None:
         """Take the parameters' present values."""
-        torch._foreach_copy_(list(self.tensors.values()), self._parameters())
+        copy_all_(list(self.tensors.values()), self._parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """The anchor's tensors, not copied, and the outer optimizer's state."""

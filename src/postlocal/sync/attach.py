@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from threading import Lock
 from typing import Literal
 from weakref import WeakSet
@@ -37,6 +36,8 @@ from postlocal.sync.inner_optimizer import InnerOptimizers, as_optimizers
 from postlocal.sync.parameters import Replica
 from postlocal.sync.supported_wrappers import check_model, find_ddp
 from postlocal.topology import Partition, Topology, default, is_topology, unknown_level
+from postlocal.torch_versions import buffers_option
+from postlocal.version import __version__
 from postlocal.wire import Staging, fp32, travels_as
 
 logger = logging.getLogger("postlocal")
@@ -164,7 +165,7 @@ class _Loop:
     def described(self) -> dict[str, agreement.Lines]:
         """What has to be the same on all ranks."""
         return {
-            "version of postlocal": [version("postlocal")],
+            "version of postlocal": [__version__],
             "strategy": [str(self.strategy)],
             "first round": [repr(self.first)],
             "topology": [repr(self.partitions)],
@@ -357,7 +358,7 @@ def _describe(ddp: DistributedDataParallel | None) -> str:
     """The wrapper, and those of its options that make collectives."""
     if ddp is None:
         return "none"
-    options = ("find_unused_parameters", "static_graph", "forward_sync_buffers")
+    options = ("find_unused_parameters", "static_graph", buffers_option(ddp))
     values = ", ".join(f"{name}={getattr(ddp, name)}" for name in options)
     return f"DistributedDataParallel({values})"
 

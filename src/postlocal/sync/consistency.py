@@ -16,6 +16,7 @@ from postlocal.errors import DisagreementError, ModelChangedError
 from postlocal.sync.parameters import Replica
 from postlocal.sync.status import GroupStatus, RankStatus, gather_status, layout_number
 from postlocal.tensors import flat_view
+from postlocal.torch_versions import version_of
 
 logger = logging.getLogger("postlocal")
 
@@ -271,7 +272,7 @@ class Agreed:
 
     def versions(self) -> int:
         """A number that changes where a parameter is written to."""
-        return sum(parameter._version for parameter in self._replica.parameters.values())
+        return sum(version_of(parameter) for parameter in self._replica.parameters.values())
 
 
 @contextmanager

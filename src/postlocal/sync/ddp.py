@@ -9,17 +9,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from postlocal import torch_versions
 from postlocal.comm.background import BackgroundThread, promise
 from postlocal.comm.exiting import drop_done
 from postlocal.comm.group import Group, Processes
 from postlocal.comm.groups import LevelGroups
 from postlocal.meter import Meter
 from postlocal.schedule import WORLD
+from postlocal.torch_versions import GradBucket
 from postlocal.wire import Staging, Wire, fp32, ring_bytes
 
 
@@ -110,8 +111,8 @@ class DDPHook:
         self._background = None if wire == fp32() else BackgroundThread()
         self._by_bucket = wire.by_bucket
         self._waiting: list[_Bucket] = []
-        model.register_comm_hook(self, _hook)
-        model._comm_hooks.pop()  # what is in this list is copied with the model
+        self._closed = False
+        torch_versions.register_hook(model, self, _hook)
         self._handles = [
             model.register_forward_pre_hook(_Silent(self._before_forward), prepend=True),
             model.register_forward_hook(_Silent(self._after_forward), always_call=True),
@@ -128,7 +129,7 @@ class DDPHook:
         if self._search is not None:
             group = self._search[level]
             if isinstance(group, Processes):
-                self._model.reducer._update_process_group(group.process_group)
+                torch_versions.search_within(self._model, group.process_group)
 
     def check(self) -> None:
         """Notice a caller inside ``no_sync()`` or ``join()``.
@@ -137,7 +138,7 @@ class DDPHook:
             RuntimeError: with the fix.
         """
         self._put_back()  # a forward pass that was interrupted may have left something
-        if joins(self._model):
+        if torch_versions.joins(self._model):
             raise RuntimeError(f"sync.step() was called inside model.join(): {_WITHOUT_JOIN}")
         if not self._model.require_backward_grad_sync:
             raise RuntimeError(
@@ -153,7 +154,7 @@ class DDPHook:
         if self._background is not None:
             self._background.close()
         drop_done()
-        _make_reducer_anew(self._model)
+        self._closed = not torch_versions.remove_hook(self._model)
         del self._model  # a Sync that was closed keeps no wrapper alive
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,8 +171,17 @@ class DDPHook:
         for reducer in self._reducers.values():
             reducer.drop_residuals()
 
-    def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
-        """Start the mean of one bucket over the group of the round."""
+    def reduce(self, bucket: GradBucket) -> Future[Tensor]:
+        """Start the mean of one bucket over the group of the round.
+
+        Raises:
+            RuntimeError: after `close`, on a version of torch that cannot take a hook away.
+        """
+        if self._closed:
+            raise RuntimeError(
+                "the DistributedDataParallel still has the communication hook of a strategy that "
+                "was closed, since this torch cannot take it away: build it anew"
+            )
         buffer = bucket.buffer()
         if self._group.size == 1:
             future = Future[Tensor]()
@@ -182,14 +192,14 @@ class DDPHook:
         # Nothing is left to compute when the last bucket is handed over: from there on it waits.
         return future.then(self._waited(time.perf_counter())) if bucket.is_last() else future
 
-    def _all_reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+    def _all_reduce(self, bucket: GradBucket) -> Future[Tensor]:
         buffer, group = bucket.buffer(), self._group
         assert isinstance(group, Processes)
         self._meter.count("gradients", ring_bytes(buffer.numel(), group.size, buffer.dtype))
         buffer.mul_(1 / group.size)  # by the reciprocal and before the sum, to round as DDP does
         return group.sum_(buffer)
 
-    def _reduce_over_wire(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+    def _reduce_over_wire(self, bucket: GradBucket) -> Future[Tensor]:
         if self._by_bucket:
             return self._submit(bucket.buffer(), {"bucket": bucket.buffer()})
         if bucket.index() == 0:
@@ -230,7 +240,7 @@ class DDPHook:
             self._keep("require_backward_grad_sync", False)
             self._keep("require_forward_param_sync", model.require_forward_param_sync)
         if not self._at_world:
-            self._keep("forward_sync_buffers", False)
+            self._keep(torch_versions.buffers_option(model), False)
 
     def _after_forward(self) -> None:
         self._put_back()
@@ -278,8 +288,8 @@ class _Bucket:
     promise: Future[Tensor]
 
 
-def _hook(hook: DDPHook, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
-    return hook.reduce(bucket)
+def _hook(gradients: DDPHook, bucket: GradBucket) -> Future[Tensor]:
+    return gradients.reduce(bucket)
 
 
 def _value(done: Future[Tensor]) -> Tensor:
@@ -295,11 +305,6 @@ _WITHOUT_JOIN = (
 )
 
 
-def joins(model: DistributedDataParallel) -> bool:
-    """Whether a model is inside ``join()``, or was: torch does not reset it."""
-    return bool(model._join_config.enable)
-
-
 def check_ddp(model: DistributedDataParallel) -> None:
     """Refuse what DistributedDataParallel does with gradients beside its buckets.
 
@@ -311,7 +316,7 @@ def check_ddp(model: DistributedDataParallel) -> None:
 
 
 def _problems(model: DistributedDataParallel) -> Iterator[str]:
-    if any(isinstance(hook, _Silent) for hook in model._forward_pre_hooks.values()):
+    if any(isinstance(hook, _Silent) for hook in torch_versions.forward_pre_hooks(model)):
         yield (
             "model is attached already: call close() on the Sync of the earlier attach before "
             "attaching again"
@@ -321,45 +326,30 @@ def _problems(model: DistributedDataParallel) -> Iterator[str]:
             "the DistributedDataParallel has mixed_precision, which is a communication hook of its "
             "own: leave it out, and use torch.autocast, or a gradient_wire of wire.bf16()"
         )
-    if model._delay_all_reduce_params:
+    if torch_versions.delays_parameters(model):
         yield (
             "the DistributedDataParallel has delay_all_reduce_named_params, whose gradients are "
             "reduced over the whole world in every backward pass: leave it out"
         )
-    if any(hasattr(parameter, "_in_backward_optimizers") for parameter in model.parameters()):
+    if any(torch_versions.has_optimizer_in_backward(p) for p in model.parameters()):
         yield (
             "the model has optimizers in its backward pass, for which DistributedDataParallel has "
             "a communication hook of its own: call the optimizer's step() in the loop"
         )
-    if model._use_python_reducer:
+    if torch_versions.reduces_in_python(model):
         yield (
             "the DistributedDataParallel was built with torch._dynamo.config.optimize_ddp = "
             "'python_reducer', which reduces by itself: leave that setting away"
         )
-    if joins(model):
+    if torch_versions.joins(model):
         yield f"the DistributedDataParallel is or was inside join(): {_WITHOUT_JOIN}"
     yield from _own_hook(model)
 
 
 def _own_hook(model: DistributedDataParallel) -> Iterator[str]:
-    name = model._get_ddp_logging_data().get("comm_hook")  # type: ignore[no-untyped-call]
+    name = torch_versions.own_hook(model)
     if name:
         yield (
             f"model already has a communication hook, {name}, and a strategy needs its own: build "
             "the DistributedDataParallel without one and give the strategy a gradient_wire"
         )
-
-
-def _make_reducer_anew(model: DistributedDataParallel) -> None:
-    """Give a model a reducer without communication hook, since torch cannot take one away."""
-    model.reducer._remove_autograd_hooks()
-    if not any(parameter.requires_grad for parameter in model.module.parameters()):
-        return
-    parameters, sparse = model._build_params_for_reducer()  # type: ignore[no-untyped-call]
-    names = model._build_debug_param_to_name_mapping(parameters)  # type: ignore[no-untyped-call]
-    model._ddp_init_helper(parameters, sparse, names, model.static_graph)  # type: ignore[no-untyped-call]
-    model._has_rebuilt_buckets = False
-    if model.static_graph:
-        model._static_graph_delay_allreduce_enqueued = False
-        model.reducer._set_static_graph()
-        model.logger._set_static_graph()  # type: ignore[union-attr]

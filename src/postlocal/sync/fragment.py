@@ -13,6 +13,7 @@ from postlocal.schedule import WORLD
 from postlocal.strategies import Strategy
 from postlocal.sync.anchor import Anchor
 from postlocal.tensors import all_finite, squared_norm
+from postlocal.torch_versions import copy_all_
 from postlocal.wire import Reducer, Staging
 
 
@@ -165,7 +166,7 @@ def contribute(
     contribution.staging, contribution.allocated = staging, allocated
     if keep_moves:
         contribution.moves_from = staged(fragment.anchor, staging, allocated)
-        torch._foreach_copy_(contribution.moves_from, list(fragment.parameters.values()))
+        copy_all_(contribution.moves_from, list(fragment.parameters.values()))
     return contribution
 
 

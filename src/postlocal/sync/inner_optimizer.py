@@ -16,6 +16,7 @@ from postlocal.sync.parameters import Replica
 from postlocal.sync.status import layout_number
 from postlocal.sync.supported_wrappers import check_optimizer, innermost
 from postlocal.tensors import weigh_
+from postlocal.torch_versions import version_of
 from postlocal.wire import Divisor, fp32, maximum_, mean_
 
 _FIX = "call sync.finish() and sync.close() before such a change, and attach again after it"
@@ -298,7 +299,7 @@ class InnerOptimizers:
 
 
 def _versions(parameters: Mapping[str, Tensor]) -> int:
-    return sum(parameter._version for parameter in parameters.values())
+    return sum(version_of(parameter) for parameter in parameters.values())
 
 
 def _tensors_of(name: str, state: Mapping[str, Any]) -> Iterator[tuple[str, str, Tensor]]:
@@ -333,7 +334,7 @@ class _Watch:
         Args:
             state: tensors of its state, which a step that calls no hook may write to.
         """
-        before, self._seen = self._seen, (self._calls, [tensor._version for tensor in state])
+        before, self._seen = self._seen, (self._calls, [version_of(tensor) for tensor in state])
         return self._calls is None or before != self._seen
 
     def close(self) -> None:

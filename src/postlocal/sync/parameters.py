@@ -1,7 +1,7 @@
 """The tensors of one replica, in the order and under the names that all ranks share."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from postlocal.sync import supported_tensors
 from postlocal.sync.supported_wrappers import ignored, unwrap
 from postlocal.tensors import flat_view
+from postlocal.torch_versions import tensors_of, version_of
 
 
 class Replica:
@@ -205,14 +206,14 @@ def _places(module: nn.Module) -> list[tuple[int, int, bool]]:
     return [
         (id(tensor), tensor.data_ptr(), tensor.requires_grad)
         for layer in module.modules()
-        for tensor in chain(layer._parameters.values(), layer._buffers.values())
+        for tensor in tensors_of(layer)
         if tensor is not None
     ]
 
 
 def _versions(tensors: Mapping[str, Tensor]) -> set[tuple[str, int]]:
     """What changes where a tensor is written to, except through ``.data``."""
-    return {(n, tensor._version) for n, tensor in tensors.items() if not tensor.is_inference()}
+    return {(n, version_of(tensor)) for n, tensor in tensors.items() if not tensor.is_inference()}
 
 
 class _Samples:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
 from torch.nn.parameter import is_lazy
 
 from postlocal.tensors import is_dtensor
+from postlocal.torch_versions import GradBucket
 
 
 def check(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from postlocal import torch_versions
 from postlocal.checks import shown
 from postlocal.tensors import is_dtensor
 
@@ -115,7 +116,7 @@ def ignored(model: nn.Module) -> frozenset[str]:
     ddp = find_ddp(model)
     names = set() if ddp is None else set(ddp.parameters_to_ignore)
     for layer in _layers(model):
-        names |= set(getattr(layer, "_ddp_params_and_buffers_to_ignore", ()))
+        names |= torch_versions.ignored_names(layer)
     return frozenset(name.replace(_COMPILED, "") for name in names)
 
 
@@ -197,7 +198,7 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
     inner = (
         model.module
         if isinstance(model, DistributedDataParallel)
-        else getattr(model, "_orig_mod", None)  # what torch.compile wrapped
+        else torch_versions.compiled_from(model)
     )
     if isinstance(inner, nn.Module):
         yield from _layers(inner)
@@ -298,8 +299,10 @@ def _reduces(kind: type) -> bool:
 
 
 def _holds(module: nn.Module, ids: set[int]) -> bool:
-    # One that is being made or was taken apart has no parameters to ask for.
-    return hasattr(module, "_modules") and any(id(held) in ids for held in module.parameters())
+    try:
+        return any(id(held) in ids for held in module.parameters())
+    except AttributeError:  # one that is being made, or was taken apart
+        return False
 
 
 def _of(owner: nn.Module) -> str:

@@ -20,6 +20,7 @@ from postlocal.sync.fragment import Contribution, Fragment, named, staged
 from postlocal.sync.parameters import Replica, floats, others
 from postlocal.sync.status import GroupStatus, PendingStatus, RankStatus, gather_status, shares
 from postlocal.tensors import squared_norm, weigh_
+from postlocal.torch_versions import copy_all_
 from postlocal.wire import Divisor, Staging, fp32, maximum_, mean_
 
 logger = logging.getLogger("postlocal")
@@ -219,7 +220,7 @@ class Synchronization:
         if self.contribution.moves_from is not None:
             assert self.fragment.anchor is not None
             anchor = list(self.fragment.anchor.tensors.values())
-            torch._foreach_copy_(self.contribution.moves_from, anchor)
+            copy_all_(self.contribution.moves_from, anchor)
 
     def release(self) -> None:
         """Free the memory of the contribution; the result is no longer needed."""
@@ -375,7 +376,7 @@ def resumed(
     moves_from = None
     if state["moves_from"] is not None:
         moves_from = staged(fragment.anchor, staging, allocated)
-        torch._foreach_copy_(moves_from, list(state["moves_from"]))
+        copy_all_(moves_from, list(state["moves_from"]))
     if buffers is not None:
         buffers.load_state_dict(state["buffers"])
     status = GroupStatus(state["rows"], fragment.group.rank)

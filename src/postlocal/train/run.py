@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +31,7 @@ from postlocal.train.plots import plot
 from postlocal.train.preparation import CHECKPOINTS, WEIGHTS, Prepared, prepare_folder, prepare_run
 from postlocal.train.stop import Stop
 from postlocal.train.world import announced, joined, restarted, store
+from postlocal.version import __version__
 
 if TYPE_CHECKING:
     from postlocal.checkpoint import Restored
@@ -402,7 +402,11 @@ class _Run:
             syncs=meter.syncs,
             final_val_loss=loss,
             replicas_equal=all(theirs == digests[0] for theirs in digests),
-            versions={name: version(name) for name in ("postlocal", "torch", "numpy")},
+            versions={
+                "postlocal": __version__,
+                "torch": str(torch.__version__),
+                "numpy": np.__version__,
+            },
             link=self.config.link,
         )
 

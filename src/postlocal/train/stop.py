@@ -11,9 +11,8 @@ import signal
 from threading import Event, Lock, Thread
 from types import FrameType, TracebackType
 
-from torch._C._distributed_c10d import Store
-
 from postlocal.errors import PeerError
+from postlocal.torch_versions import Store
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -12,8 +12,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed import distributed_c10d
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -21,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from postlocal.comm.agreement import ranks_named
 from postlocal.errors import PeerError
+from postlocal.torch_versions import PrefixStore, Store, default_store, own_connection
 
 _RUN = "postlocal-"  # what ids of runs that `launch` starts begin with
 
@@ -141,8 +140,7 @@ def store() -> Store | None:
     """A connection of its own to the store that ranks met at; None for a rank alone."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    connection: Store = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-    return connection
+    return own_connection(default_store())
 
 
 def _device() -> torch.device:

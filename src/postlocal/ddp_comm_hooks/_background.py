@@ -1,6 +1,6 @@
-"""Where exchanges of several legs run: a process group of their own and a thread, one each a group.
+"""Exchanges of several legs beside a backward pass: a background group and thread a process group.
 
-Hooks whose only state is a process group have no place to keep theirs.
+They are kept here, since hooks whose only state is a process group have no place for them.
 """
 
 from dataclasses import dataclass
@@ -8,27 +8,27 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
 from postlocal.comm.background import BackgroundThread
 from postlocal.comm.group import Group, Processes
 from postlocal.sync.supported_tensors import dense
+from postlocal.torch_versions import GradBucket
 from postlocal.wire import ChunkWire, mean_
 
 
 @dataclass
-class Route:
-    """Carries buckets over a wire, one after the other.
+class Background:
+    """Reduces buckets over a wire, one after the other.
 
     Attributes:
         group: the process group that only these exchanges use.
-        background: the thread that runs them.
+        thread: runs them.
         passes: backward passes begun.
     """
 
     group: Group
-    background: BackgroundThread
+    thread: BackgroundThread
     passes: int = 0
 
     def mean(
@@ -45,17 +45,17 @@ class Route:
             self.group.announce(step)
             mean_([buffer], self.group, wire, residuals=residuals)
 
-        return self.background.submit(buffer, exchange)
+        return self.thread.submit(buffer, exchange)
 
 
-_ROUTES: WeakKeyDictionary[dist.ProcessGroup, Route] = WeakKeyDictionary()
+_BACKGROUNDS: WeakKeyDictionary[dist.ProcessGroup, Background] = WeakKeyDictionary()
 
 
-def route(process_group: dist.ProcessGroup) -> Route:
-    """The route of a process group; collective the first time."""
-    known = _ROUTES.get(process_group)
+def background(process_group: dist.ProcessGroup) -> Background:
+    """The background group and thread of a process group; collective the first time."""
+    known = _BACKGROUNDS.get(process_group)
     if known is None:
         base = Processes(process_group)
-        known = Route(base.subgroup([tuple(range(base.size))]), BackgroundThread())
-        _ROUTES[process_group] = known
+        known = Background(base.subgroup([tuple(range(base.size))]), BackgroundThread())
+        _BACKGROUNDS[process_group] = known
     return known
