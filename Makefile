@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check docs clean
+.PHONY: help install demo test test-torch-defects check docs clean
 
 help: ## Print the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
 
 install: $(INSTALLED) ## Make the environment in .venv
 
@@ -30,7 +30,11 @@ demo: install ## Train a language model over an emulated slow link, post-local S
 
 test: install ## Run the tests
 	@echo "== Tests"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-torch-defects: install ## Show that torch's own classes still have the defects that ours do without
+	@echo "== Defects of torch"
+	$(BIN)/python -m pytest -m torch_defect tests/test_torch_defects.py
 
 check: install ## Check style and types
 	@echo "== Style and types"

@@ -7,12 +7,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import HealthCheck, settings
 from torch._C._distributed_c10d import HashStore
 
 from tests.launcher import run_ranks
 
 # The bits are the same, and nothing waits for a compiler; `test_kernels` compiles.
 os.environ["POSTLOCAL_KERNELS"] = "eager"
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import postlocal
 from postlocal import DisagreementError, PostlocalError, Strategy, schedule, strategies, virtual
 from postlocal.comm.agreement import check, same_values_, together
 from postlocal.comm.group import Group
+from tests.launcher import Table, in_one_launch
 from tests.models import batches, equal, mlp, sgd, train_step, values
 
 Ranks = Callable[..., list[Any]]
@@ -210,11 +211,14 @@ def attach_odd(rank: int, case: str) -> tuple[str, str]:
     return type(caught.value).__name__, str(caught.value)
 
 
+odd = in_one_launch(3, {case: (attach_odd, case) for case in ODD})
+
+
 @pytest.mark.parametrize("case", ODD)
-def test_one_odd_rank_is_an_error_on_every_rank(ranks: Ranks, case: str) -> None:
+def test_one_odd_rank_is_an_error_on_every_rank(odd: Table, case: str) -> None:
     _, others, own = ODD[case]
     everywhere = own == others
-    for rank, (kind, message) in enumerate(ranks(3, attach_odd, case)):
+    for rank, (kind, message) in enumerate(odd[case]):
         mine = everywhere or (rank == 1 and own)
         assert kind in (("ValueError", "TypeError") if mine else ("DisagreementError",))
         assert re.search(own if mine else others, message), message

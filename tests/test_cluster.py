@@ -27,8 +27,8 @@ pytestmark = [
 HEADERS = 66  # Ethernet, IP and TCP
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
@@ -111,13 +111,34 @@ def seconds_to_send(sender: Host, receiver: Host, count: int) -> float:
     return seconds
 
 
-def test_each_direction_has_its_rate_and_its_counter() -> None:
+def assert_seconds(measure: Callable[[], float], least: float, below: float) -> None:
+    """None of up to 50 measurements is too short, and one is not too long.
+
+    A busy machine makes some of them long, but not all.
+    """
+    for _ in range(50):
+        seconds = measure()
+        assert seconds >= least
+        if seconds < below:
+            return
+    raise AssertionError(f"it never took less than {below} s")
+
+
+def test_each_direction_has_its_rate() -> None:
+    count = 1_000_000
+    there, back = (8 * count / rate for rate in (20e6, 40e6))
+    with cluster(hosts=2, up=["20mbit", None], down="40mbit") as (first, second):
+        assert_seconds(lambda: seconds_to_send(first, second, count), 0.9 * there, 2 * there)
+        assert_seconds(lambda: seconds_to_send(second, first, count), 0.9 * back, 2 * back)
+
+
+def test_what_a_link_carried_is_counted_each_way() -> None:
     count = 1_000_000
     with cluster(hosts=2, up=["20mbit", None], down="40mbit") as (first, second):
         before = first.traffic()
-        assert 0.9 < seconds_to_send(first, second, count) * 20e6 / (8 * count) < 2
+        seconds_to_send(first, second, count)
         there = first.traffic() - before
-        assert 0.9 < seconds_to_send(second, first, count) * 40e6 / (8 * count) < 2
+        seconds_to_send(second, first, count)
         back = first.traffic() - before
     assert count < there.up < 1.1 * count
     assert there.down < 0.1 * count
@@ -128,10 +149,8 @@ def test_latency_is_from_host_to_host_and_leaves_the_rate() -> None:
     with cluster(hosts=2, up="100mbit", down="100mbit", latency=0.02) as (first, second):
         up, down = connection(first, second)
         with up, down:
-            trips = [seconds_for_a_round_trip(up, down) for _ in range(5)]
-        seconds = seconds_to_send(first, second, 5_000_000)
-    assert 0.04 <= min(trips) < 0.05
-    assert 0.4 < seconds < 0.8
+            assert_seconds(lambda: seconds_for_a_round_trip(up, down), 0.04, 0.05)
+        assert_seconds(lambda: seconds_to_send(first, second, 5_000_000), 0.4, 0.8)
 
 
 def seconds_for_a_round_trip(one: socket.socket, other: socket.socket) -> float:
@@ -220,8 +239,8 @@ def test_when_a_link_is_cut_every_rank_ends_in_time_and_names_those_behind_it(
         wait_for(lambda: metrics.exists() and '"sync"' in metrics.read_text())
         hosts[1].cut()
         # At a host that cannot reach the first, torchrun itself waits until TCP gives up.
-        wait_for(lambda: hosts[1].processes() == [agents[1].pid], seconds=30)
-        wait_for(lambda: not hosts[0].processes(), seconds=10)
+        wait_for(lambda: hosts[1].processes() == [agents[1].pid])
+        wait_for(lambda: not hosts[0].processes())
     said = (tmp_path / "output").read_text()
     assert agents[0].returncode == 1, said
     for rank in (0, 1):

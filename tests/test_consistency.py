@@ -20,6 +20,7 @@ from postlocal.comm.group import Group
 from postlocal.strategies import Strategy
 from postlocal.sync.consistency import Held, check_equal_, fingerprint
 from postlocal.sync.parameters import Replica
+from tests.launcher import Table, in_one_launch
 from tests.models import adamw, batches, convnet, equal, listen, mlp, sgd, train_step, values
 
 Ranks = Callable[..., list[Any]]
@@ -162,20 +163,27 @@ def look_at_centred(rank: int, name: str) -> tuple[Tensor, Tensor, bool]:
     return agreed, local, equal([local], [model.mean])
 
 
-@pytest.mark.parametrize("name", ["anchor", "fragments", "delay"])
+LOOKED_AT = ["anchor", "fragments", "delay"]
+looked_at = in_one_launch(2, {name: (look_at_centred, name) for name in LOOKED_AT})
+
+
+@pytest.mark.parametrize("name", LOOKED_AT)
 def test_the_agreed_model_has_agreed_buffers_where_they_are_assigned_anew(
-    ranks: Ranks, name: str
+    looked_at: Table, name: str
 ) -> None:
-    results = ranks(2, look_at_centred, name)
+    results = looked_at[name]
     for agreed, local, back in results:
         assert equal([agreed], [results[0][0]])
         assert not equal([agreed], [local])
         assert back
 
 
+centred = in_one_launch(2, {name: (train_centred, name) for name in STRATEGIES})
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_buffer_that_is_assigned_anew_is_averaged(ranks: Ranks, name: str) -> None:
-    results = ranks(2, train_centred, name)
+def test_a_buffer_that_is_assigned_anew_is_averaged(centred: Table, name: str) -> None:
+    results = centred[name]
     mean = torch.stack([before for before, _, _ in results]).mean(0)
     for _, after, agreed in results:
         assert agreed
@@ -220,15 +228,22 @@ MOVES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+moved = in_one_launch(
+    2,
+    {(name, how): (train_moved, name, how) for name in STRATEGIES for how in MOVES}
+    | {(name, "stayed"): (train_moved, name, "not at all") for name in STRATEGIES},
+)
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_model_that_was_moved_and_back_is_synchronized_where_it_is(
-    ranks: Ranks, name: str
+    moved: Table, name: str
 ) -> None:
-    stayed = ranks(2, train_moved, name, "not at all")
+    stayed = moved[name, "stayed"]
     for how in MOVES:
-        for moved, other in zip(ranks(2, train_moved, name, how), stayed, strict=True):
-            assert equal(moved, other), how
-            assert equal(moved, stayed[0])
+        for mine, other in zip(moved[name, how], stayed, strict=True):
+            assert equal(mine, other), how
+            assert equal(mine, stayed[0])
 
 
 def unfreeze(model: Any, optimizer: Any) -> None:
@@ -299,13 +314,19 @@ def change(rank: int, name: str, where: tuple[int, ...]) -> dict[str, str]:
     return messages
 
 
+WHOLE = ["no anchor", "anchor", "delay"]
+changed = in_one_launch(
+    2, {(name, where): (change, name, where) for name in WHOLE for where in ((0, 1), (1,))}
+)
+
+
 @pytest.mark.parametrize("where", [(0, 1), (1,)], ids=["all", "one"])
-@pytest.mark.parametrize("name", ["no anchor", "anchor", "delay"])
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_model_that_cannot_be_synchronized_any_more_is_refused_on_all_ranks(
-    ranks: Ranks, name: str, where: tuple[int, ...]
+    changed: Table, name: str, where: tuple[int, ...]
 ) -> None:
     who = "" if len(where) == 2 else " (rank 1)"
-    for messages in ranks(2, change, name, where):
+    for messages in changed[name, where]:
         for make, expected in CHANGES.items():
             assert messages[make.__name__].endswith(who)
             assert re.search(expected, messages[make.__name__]), messages[make.__name__]
@@ -323,11 +344,16 @@ def change_beside_uneven_work(rank: int, name: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["no anchor", "anchor", "delay"])
+changed_beside_uneven_work = in_one_launch(
+    3, {name: (change_beside_uneven_work, name) for name in WHOLE}
+)
+
+
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_changed_model_is_refused_on_all_ranks_where_they_did_unequal_work(
-    ranks: Ranks, name: str
+    changed_beside_uneven_work: Table, name: str
 ) -> None:
-    for message in ranks(3, change_beside_uneven_work, name):
+    for message in changed_beside_uneven_work[name]:
         assert message.startswith("parameter '0.weight' is not the object")
         assert message.endswith(" (rank 1)")
 
@@ -414,12 +440,17 @@ def train_target(
     return before, values(model.target), sync.replica.moving, sent
 
 
+followed = in_one_launch(
+    2, {(name, how): (train_target, name, how) for name in WHOLE for how in ("data", "in place")}
+)
+
+
 @pytest.mark.parametrize("how", ["data", "in place"])
-@pytest.mark.parametrize("name", ["no anchor", "anchor", "delay"])
+@pytest.mark.parametrize("name", WHOLE)
 def test_frozen_parameters_that_the_loop_writes_to_are_averaged_and_others_not_sent(
-    ranks: Ranks, name: str, how: str
+    followed: Table, name: str, how: str
 ) -> None:
-    results = ranks(2, train_target, name, how)
+    results = followed[name, how]
     names = {f"target.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
     for before, after, moving, sent in results:
         assert moving == names
@@ -468,13 +499,19 @@ def forget_to_count(rank: int, name: str, counted: int) -> tuple[bool, str]:
     return agreed, ""
 
 
+forgotten = in_one_launch(
+    2,
+    {(name, n): (forget_to_count, name, n) for name in ("no anchor", "anchor") for n in (0, 4)},
+)
+
+
 @pytest.mark.parametrize("counted", [0, 4])
 @pytest.mark.parametrize("name", ["no anchor", "anchor"])
 def test_steps_that_were_not_counted_are_noticed_at_the_end(
-    ranks: Ranks, name: str, counted: int
+    forgotten: Table, name: str, counted: int
 ) -> None:
     claim = "they were synchronized after step 4" if counted else "no call of sync.step() told"
-    for agreed, message in ranks(2, forget_to_count, name, counted):
+    for agreed, message in forgotten[name, counted]:
         assert not agreed
         assert message.startswith(f"ranks hold different values although {claim}")
         assert "'0.weight' (rank 1: " in message
@@ -668,7 +705,7 @@ def end_early(rank: int) -> str:
 def test_a_rank_that_ends_where_replicas_agree_is_told_apart_from_those_that_go_on(
     ranks: Ranks,
 ) -> None:
-    for message in ranks(2, end_early):
+    for message in ranks(2, end_early, leaving=(0, 1)):
         assert "rank 1 of the group has taken 4 steps, rank 0 8" in message
 
 
@@ -699,16 +736,22 @@ def train_codebook(rank: int, strategy: Strategy, steps: int) -> list[Tensor]:
     return values(model)
 
 
-@pytest.mark.parametrize("steps", [2, 7])
-@pytest.mark.parametrize(
-    "strategy",
-    [strategies.local_sgd(2), strategies.post_local_sgd(3, 2, "rank"), strategies.edit(2, 3)],
-    ids=["local", "warm-up", "warm-up and anchor"],
+CODED: dict[str, Strategy] = {
+    "local": strategies.local_sgd(2),
+    "warm-up": strategies.post_local_sgd(3, 2, "rank"),
+    "warm-up and anchor": strategies.edit(2, 3),
+}
+codebooks = in_one_launch(
+    2, {(name, n): (train_codebook, one, n) for name, one in CODED.items() for n in (2, 7)}
 )
+
+
+@pytest.mark.parametrize("steps", [2, 7])
+@pytest.mark.parametrize("name", CODED)
 def test_frozen_parameters_that_ranks_write_to_in_places_are_equal_at_the_end(
-    ranks: Ranks, strategy: Strategy, steps: int
+    codebooks: Table, name: str, steps: int
 ) -> None:
-    one, other = ranks(2, train_codebook, strategy, steps)
+    one, other = codebooks[name, steps]
     assert equal(one, other)
     assert one[0][5].abs().sum() > 0
 
@@ -861,12 +904,18 @@ def step_another(rank: int, name: str, how: str) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("how", ["the same", "another", "both"])
-@pytest.mark.parametrize("name", ["no anchor", "anchor", "delay"])
+USED = ["the same", "another", "both"]
+stepped = in_one_launch(
+    2, {(name, how): (step_another, name, how) for name in WHOLE for how in USED}
+)
+
+
+@pytest.mark.parametrize("how", USED)
+@pytest.mark.parametrize("name", WHOLE)
 def test_an_optimizer_that_never_steps_while_parameters_change_is_told_of_once(
-    ranks: Ranks, name: str, how: str
+    stepped: Table, name: str, how: str
 ) -> None:
-    said, elsewhere = ranks(2, step_another, name, how)
+    said, elsewhere = stepped[name, how]
     assert not elsewhere
     assert len(said) == (how == "another")
     assert all("the optimizer that attach was given took no step" in words for words in said)
@@ -893,11 +942,14 @@ def step_nothing(rank: int, name: str) -> list[str]:
     return [words for words in said if "optimizer" in words]
 
 
+without_steps = in_one_launch(2, {name: (step_nothing, name) for name in STRATEGIES})
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_rounds_without_any_step_are_not_taken_for_those_of_another_optimizer(
-    ranks: Ranks, name: str
+    without_steps: Table, name: str
 ) -> None:
-    assert ranks(2, step_nothing, name) == [[], []]
+    assert without_steps[name] == [[], []]
 
 
 class ScheduleFree(torch.optim.SGD):

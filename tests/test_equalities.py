@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import postlocal
 from postlocal import guard, outer, schedule, strategies, topology, wire
 from postlocal.strategies import Strategy
+from tests.launcher import Cases, Table, run_table
 from tests.models import (
     OPTIMIZERS,
     batches,
@@ -26,23 +28,30 @@ from tests.models import (
     values,
 )
 
-Ranks = Callable[..., list[Any]]
+Trained = Callable[[int], Table]
+
+
+@pytest.fixture(scope="module")
+def trained() -> Trained:
+    """``trained(world)[case]``: what each rank came to; all cases of a world are one launch."""
+    return cache(lambda world: run_table(world, WORLDS[world]))
 
 
 @pytest.mark.parametrize("make", ["momentum", "adamw"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_ddp_is_bit_identical_to_plain_ddp(ranks: Ranks, make: str, world: int) -> None:
-    plain = ranks(world, train_plain, 24, make)
-    ours = ranks(world, train, strategies.ddp(), 24, make)
+def test_ddp_is_bit_identical_to_plain_ddp(trained: Trained, make: str, world: int) -> None:
+    plain = trained(world)["plain", make]
+    ours = trained(world)["ddp", make]
     for rank in range(world):
         assert equal(plain[rank], ours[rank][-1])
 
 
 @pytest.mark.parametrize("make", ["momentum", "adamw"])
-def test_the_warmup_of_post_local_is_bit_identical_to_plain_ddp(ranks: Ranks, make: str) -> None:
-    strategy = strategies.post_local_sgd(warmup=24, period=4, gradients="rank")
-    plain = ranks(2, train_plain, 24, make)
-    ours = ranks(2, train, strategy, 28, make)
+def test_the_warmup_of_post_local_is_bit_identical_to_plain_ddp(
+    trained: Trained, make: str
+) -> None:
+    plain = trained(2)["plain", make]
+    ours = trained(2)["warm-up", make]
     for rank in range(2):
         assert equal(plain[rank], ours[rank][23])
     assert not equal(ours[0][24], ours[1][24])
@@ -50,9 +59,9 @@ def test_the_warmup_of_post_local_is_bit_identical_to_plain_ddp(ranks: Ranks, ma
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_local_sgd_of_period_one_equals_ddp(ranks: Ranks, world: int) -> None:
-    plain = ranks(world, train_plain, 12, "sgd")
-    ours = ranks(world, train, strategies.local_sgd(period=1), 12, "sgd")
+def test_local_sgd_of_period_one_equals_ddp(trained: Trained, world: int) -> None:
+    plain = trained(world)["plain", "sgd"]
+    ours = trained(world)["period of one"]
     assert distance(plain[0], ours[0][-1]) < 1e-6
 
 
@@ -79,18 +88,16 @@ def diloco_reference(world: int, steps: int, period: int, lr: float, mu: float) 
 
 
 @pytest.mark.parametrize("wrap", [True, False], ids=["ddp", "plain module"])
-def test_diloco_equals_the_papers_algorithm_in_one_process(ranks: Ranks, wrap: bool) -> None:
-    strategy = strategies.diloco(period=5, outer_lr=0.6, outer_momentum=0.8)
-    ours = ranks(3, train, strategy, 20, "adamw", wrap)
+def test_diloco_equals_the_papers_algorithm_in_one_process(trained: Trained, wrap: bool) -> None:
+    ours = trained(3)["diloco", wrap]
     reference = diloco_reference(3, 20, 5, 0.6, 0.8)
     for rank in range(3):
         assert distance(ours[rank][-1], reference) < 1e-6
 
 
-def test_slowmo_without_momentum_equals_averaging(ranks: Ranks) -> None:
-    averaged = ranks(2, train, strategies.local_sgd(period=4), 16, "momentum")
-    without = strategies.slowmo(period=4, slow_lr=1.0, slow_momentum=0.0)
-    slow = ranks(2, train, without, 16, "momentum")
+def test_slowmo_without_momentum_equals_averaging(trained: Trained) -> None:
+    averaged = trained(2)["averaging in place"]
+    slow = trained(2)["slowmo without momentum"]
     assert distance(averaged[0][-1], slow[0][-1]) < 1e-6
 
 
@@ -114,28 +121,24 @@ def slowmo_reference(world: int, steps: int, period: int, beta: float) -> list[T
     return anchor
 
 
-def test_slowmo_equals_the_papers_algorithm_in_one_process(ranks: Ranks) -> None:
-    ours = ranks(2, train, strategies.slowmo(period=4, slow_momentum=0.5), 16, "sgd")
+def test_slowmo_equals_the_papers_algorithm_in_one_process(trained: Trained) -> None:
+    ours = trained(2)["slowmo"]
     assert distance(ours[0][-1], slowmo_reference(2, 16, 4, 0.5)) < 1e-6
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        {"outer": outer.nesterov(lr=1.0, momentum=0.0)},
-        {"guard": guard.clip(max_norm=1e6)},
-        {"wire": wire.bf16()},
-        {"wire": wire.fp16()},
-    ],
-    ids=["sgd of lr 1", "clip that does not bind", "bf16", "fp16"],
-)
-def test_anchored_averaging_equals_averaging_in_place(
-    ranks: Ranks, variant: dict[str, Any]
-) -> None:
-    plain = strategies.local_sgd(period=4)
-    fast = ranks(2, train, plain, 16, "momentum")
-    slow = ranks(2, train, replace(plain, **variant), 16, "momentum")
-    assert distance(fast[0][-1], slow[0][-1]) < (2e-3 if "wire" in variant else 1e-6)
+ANCHORED: dict[str, dict[str, Any]] = {
+    "sgd of lr 1": {"outer": outer.nesterov(lr=1.0, momentum=0.0)},
+    "clip that does not bind": {"guard": guard.clip(max_norm=1e6)},
+    "bf16": {"wire": wire.bf16()},
+    "fp16": {"wire": wire.fp16()},
+}
+
+
+@pytest.mark.parametrize("name", ANCHORED)
+def test_anchored_averaging_equals_averaging_in_place(trained: Trained, name: str) -> None:
+    fast = trained(2)["averaging in place"]
+    slow = trained(2)["anchored", name]
+    assert distance(fast[0][-1], slow[0][-1]) < (2e-3 if "wire" in ANCHORED[name] else 1e-6)
     assert equal(slow[0][-1], slow[1][-1])
 
 
@@ -155,24 +158,23 @@ SYNCED = {
 @pytest.mark.parametrize("name", SYNCED)
 @pytest.mark.parametrize("world", [2, 3])
 def test_replicas_are_bit_identical_after_a_world_sync_and_only_then(
-    ranks: Ranks, name: str, world: int
+    trained: Trained, name: str, world: int
 ) -> None:
-    history = ranks(world, train, SYNCED[name], 8, "adamw")
+    history = trained(world)["synced", name]
     for rank in range(1, world):
         assert equal(history[0][7], history[rank][7])
         assert not equal(history[0][6], history[rank][6])
 
 
 @pytest.mark.parametrize("name", SYNCED)
-def test_finish_leaves_replicas_equal_in_the_middle_of_a_round(ranks: Ranks, name: str) -> None:
-    history = ranks(2, train, SYNCED[name], 6, "adamw", finish=True)
+def test_finish_leaves_replicas_equal_in_the_middle_of_a_round(trained: Trained, name: str) -> None:
+    history = trained(2)["finished", name]
     assert not equal(history[0][5], history[1][5])
     assert equal(history[0][6], history[1][6])
 
 
-def test_hierarchical_ranks_are_equal_where_they_synchronized(ranks: Ranks) -> None:
-    strategy = strategies.hierarchical({"node": 2, "world": 4})
-    history = ranks(4, train, strategy, 8, "sgd", topology=topology.nodes(size=2))
+def test_hierarchical_ranks_are_equal_where_they_synchronized(trained: Trained) -> None:
+    history = trained(4)["hierarchical"]
     at = {step: [history[rank][step - 1] for rank in range(4)] for step in (1, 2, 4, 6, 8)}
     for step in (2, 6):
         assert equal(at[step][0], at[step][1])
@@ -183,9 +185,8 @@ def test_hierarchical_ranks_are_equal_where_they_synchronized(ranks: Ranks) -> N
     assert not equal(at[1][0], at[1][1])
 
 
-def test_gradients_at_node_level_keep_the_ranks_of_a_node_equal(ranks: Ranks) -> None:
-    strategy = Strategy(schedule.periodic(4, gradients="node"))
-    history = ranks(4, train, strategy, 4, "adamw", topology=topology.nodes(size=2))
+def test_gradients_at_node_level_keep_the_ranks_of_a_node_equal(trained: Trained) -> None:
+    history = trained(4)["gradients of a node"]
     for step in range(3):
         assert equal(history[0][step], history[1][step])
         assert equal(history[2][step], history[3][step])
@@ -193,10 +194,9 @@ def test_gradients_at_node_level_keep_the_ranks_of_a_node_equal(ranks: Ranks) ->
     assert equal(history[0][3], history[3][3])
 
 
-def test_a_lossy_gradient_wire_stays_close_to_ddp_and_replicas_equal(ranks: Ranks) -> None:
-    strategy = replace(strategies.ddp(), gradient_wire=wire.bf16())
-    plain = ranks(3, train_plain, 12, "sgd")
-    ours = ranks(3, train, strategy, 12, "sgd")
+def test_a_lossy_gradient_wire_stays_close_to_ddp_and_replicas_equal(trained: Trained) -> None:
+    plain = trained(3)["plain", "sgd"]
+    ours = trained(3)["gradients in bf16"]
     assert equal(ours[0][-1], ours[2][-1])
     assert 0 < distance(plain[0], ours[0][-1]) < 1e-2
 
@@ -226,10 +226,66 @@ def equal_everywhere(tensors: list[Tensor]) -> bool:
     return bool(verdict)
 
 
-@pytest.mark.parametrize("option", ["static_graph", "gradient_as_bucket_view", "plain"])
-def test_local_rounds_can_come_before_synchronous_ones(ranks: Ranks, option: str) -> None:
-    options = {} if option == "plain" else {option: True}
-    plain = ranks(2, train_with, {})
-    for (result, agreed), (expected, _) in zip(ranks(2, train_with, options), plain, strict=True):
+OPTIONS: dict[str, dict[str, bool]] = {
+    "static_graph": {"static_graph": True},
+    "gradient_as_bucket_view": {"gradient_as_bucket_view": True},
+    "plain": {},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_local_rounds_can_come_before_synchronous_ones(trained: Trained, option: str) -> None:
+    plain = trained(2)["local rounds first"]
+    ours = trained(2)["local rounds first", option]
+    for (result, agreed), (expected, _) in zip(ours, plain, strict=True):
         assert agreed == [False, False, True, False, False, True, True, True, True]
         assert equal(result, expected)
+
+
+AVERAGING = strategies.local_sgd(period=4)
+WARM_UP = strategies.post_local_sgd(warmup=24, period=4, gradients="rank")
+SLOWMO = strategies.slowmo(period=4, slow_momentum=0.5)
+WITHOUT = strategies.slowmo(period=4, slow_lr=1.0, slow_momentum=0.0)
+DILOCO = strategies.diloco(period=5, outer_lr=0.6, outer_momentum=0.8)
+LOSSY = replace(strategies.ddp(), gradient_wire=wire.bf16())
+MAKES = ("momentum", "adamw")
+EVERY: Cases = {
+    ("plain", "sgd"): (train_plain, 12, "sgd"),
+    "period of one": (train, strategies.local_sgd(period=1), 12, "sgd"),
+}
+OF_2_AND_3: Cases = {
+    **{("plain", make): (train_plain, 24, make) for make in MAKES},
+    **{("ddp", make): (train, strategies.ddp(), 24, make) for make in MAKES},
+    **{("synced", name): (train, one, 8, "adamw") for name, one in SYNCED.items()},
+}
+OF_2: Cases = {
+    **{("warm-up", make): (train, WARM_UP, 28, make) for make in MAKES},
+    "averaging in place": (train, AVERAGING, 16, "momentum"),
+    "slowmo without momentum": (train, WITHOUT, 16, "momentum"),
+    "slowmo": (train, SLOWMO, 16, "sgd"),
+    **{
+        ("anchored", name): (train, replace(AVERAGING, **variant), 16, "momentum")
+        for name, variant in ANCHORED.items()
+    },
+    **{
+        ("finished", name): (partial(train, finish=True), one, 6, "adamw")
+        for name, one in SYNCED.items()
+    },
+    "local rounds first": (train_with, {}),
+    **{("local rounds first", name): (train_with, some) for name, some in OPTIONS.items()},
+}
+OF_3: Cases = {
+    **{("diloco", wrap): (train, DILOCO, 20, "adamw", wrap) for wrap in (True, False)},
+    "gradients in bf16": (train, LOSSY, 12, "sgd"),
+}
+OF_A_NODE = Strategy(schedule.periodic(4, gradients="node"))
+IN_NODES = partial(train, topology=topology.nodes(size=2))
+OF_4: Cases = {
+    "hierarchical": (IN_NODES, strategies.hierarchical({"node": 2, "world": 4}), 8, "sgd"),
+    "gradients of a node": (IN_NODES, OF_A_NODE, 4, "adamw"),
+}
+WORLDS: dict[int, Cases] = {
+    2: {**EVERY, **OF_2_AND_3, **OF_2},
+    3: {**EVERY, **OF_2_AND_3, **OF_3},
+    4: {**EVERY, **OF_4},
+}

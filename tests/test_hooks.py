@@ -5,6 +5,7 @@ import logging
 import pickle
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from postlocal.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_
 from postlocal.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from postlocal.ddp_comm_hooks.quantization_hooks import QuantizationState
 from postlocal.wire import low_rank as powersgd
+from tests.launcher import Table, in_one_launch, run_table
 from tests.models import batches, distance, equal, mlp, sgd, train_step, values
 
 Ranks = Callable[..., list[Any]]
@@ -178,9 +180,12 @@ def compare_powersgd(rank: int, options: dict[str, Any]) -> tuple[list[float], b
     return differences, states[0].compression_stats() == states[1].compression_stats()
 
 
+beside_torchs = in_one_launch(2, {k: (compare_powersgd, some) for k, some in POWERSGD.items()})
+
+
 @pytest.mark.parametrize("name", POWERSGD)
-def test_powersgd_gives_what_torchs_hook_gives(ranks: Ranks, name: str) -> None:
-    for differences, same_statistics in ranks(2, compare_powersgd, POWERSGD[name]):
+def test_powersgd_gives_what_torchs_hook_gives(beside_torchs: Table, name: str) -> None:
+    for differences, same_statistics in beside_torchs[name]:
         assert max(differences) <= 1e-6
         assert same_statistics
 
@@ -428,12 +433,21 @@ def compare_quantised(rank: int, name: str) -> tuple[list[float], list[Tensor], 
     return worst, mine, float(greatest)
 
 
-@pytest.mark.parametrize("name", ["pertensor", "perchannel", "blockwise"])
+QUANTISED = ["pertensor", "perchannel", "blockwise"]
+
+
+@pytest.fixture(scope="module")
+def quantised() -> Callable[[int], Table]:
+    cases = {name: (compare_quantised, name) for name in QUANTISED}
+    return cache(lambda world: run_table(world, cases))
+
+
+@pytest.mark.parametrize("name", QUANTISED)
 @pytest.mark.parametrize("world", [2, 3])
 def test_quantised_gradients_are_within_a_step_and_equal_on_all_ranks(
-    ranks: Ranks, name: str, world: int
+    quantised: Callable[[int], Table], name: str, world: int
 ) -> None:
-    results = ranks(world, compare_quantised, name)
+    results = quantised(world)[name]
     for worst, mine, greatest in results:
         assert 0 < max(worst) <= 2 * greatest / 127
         assert equal(mine, results[0][1])
@@ -624,9 +638,13 @@ def registered(rank: int, name: str) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", [kind.name for kind in DDPCommHookType])
-def test_every_hook_can_be_registered_by_name(ranks: Ranks, name: str) -> None:
-    first, second = ranks(2, registered, name)
+NAMED = [kind.name for kind in DDPCommHookType]
+registered_by_name = in_one_launch(2, {name: (registered, name) for name in NAMED})
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_hook_can_be_registered_by_name(registered_by_name: Table, name: str) -> None:
+    first, second = registered_by_name[name]
     assert equal(first, second) == (name != "NOOP")
 
 
@@ -669,10 +687,12 @@ def test_a_wire_with_residuals_is_refused_as_a_reducer() -> None:
         PostLocalSGDState(None, None, 0, reducer=wire.powersgd())  # type: ignore[arg-type]
 
 
+in_nodes = in_one_launch(4, {name: (composed, name) for name in COMPOSED}, local_world_size=2)
+
+
 @pytest.mark.parametrize("name", COMPOSED)
-def test_any_reducer_composes_with_post_local_sgd(ranks: Ranks, name: str) -> None:
-    results = ranks(4, composed, name, local_world_size=2)
-    warm, local = zip(*results, strict=True)
+def test_any_reducer_composes_with_post_local_sgd(in_nodes: Table, name: str) -> None:
+    warm, local = zip(*in_nodes[name], strict=True)
     assert all(equal(warm[0], other) for other in warm)
     assert equal(local[0], local[1])
     assert equal(local[2], local[3])

@@ -333,12 +333,14 @@ def test_a_signal_to_any_rank_stops_all_at_one_step(ranks: Ranks, victim: int) -
 
 
 def test_a_signal_to_a_rank_alone_stops_it_at_the_next_step() -> None:
+    before = signal.getsignal(signal.SIGINT)
     with Stop(0, 1, None, interval=0.01) as stop:
         assert not stop.due(1)
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1)
-        assert not stop.due(2) or stop.due(3)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert stop._decided.wait(20)  # the thread decides after step 1: the next one is the last
+        assert stop.due(2)
+        assert stop.signal == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def config_of(folder: Path, **changes: Any) -> Any:

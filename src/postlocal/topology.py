@@ -147,10 +147,14 @@ class from_mesh(_Groups):
             ``"rank"`` or ``"world"``.
 
     Example:
+        >>> import torch.distributed as dist
         >>> from torch.distributed.device_mesh import init_device_mesh
-        >>> def levels_of_two_machines():  # to be called by each of 4 ranks
-        ...     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("machines", "node"))
-        ...     return from_mesh(mesh).partition(4)  # node: ((0, 1), (2, 3))
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> sizes = (1, 1)  # on 4 ranks of two machines (2, 2), for {"node": ((0, 1), (2, 3)), ...}
+        >>> mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("machines", "node"))
+        >>> from_mesh(mesh).partition(1)
+        {'node': ((0,),), 'world': ((0,),)}
+        >>> dist.destroy_process_group()
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:

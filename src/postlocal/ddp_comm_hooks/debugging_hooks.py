@@ -2,13 +2,19 @@
 
 Example:
     >>> import torch
+    >>> import torch.distributed as dist
+    >>> from torch.nn.parallel import DistributedDataParallel
     >>> from postlocal.ddp_comm_hooks.debugging_hooks import MeasureState, measure_hook
-    >>> def headroom(model, loss_of, batches):  # to be called by each rank
-    ...     state = MeasureState(process_group=None)
-    ...     model.register_comm_hook(state, measure_hook)
-    ...     for batch in batches:
-    ...         loss_of(model, batch).backward()
-    ...     return state.report()
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> model = DistributedDataParallel(torch.nn.Linear(2, 1))
+    >>> state = MeasureState(process_group=None)
+    >>> model.register_comm_hook(state, measure_hook)
+    >>> for batch in torch.ones(6, 3, 2):
+    ...     model(batch).sum().backward()
+    >>> report = state.report()
+    >>> report.steps, [bucket.numel for bucket in report.buckets]
+    (4, [3])
+    >>> dist.destroy_process_group()
 """
 
 import math

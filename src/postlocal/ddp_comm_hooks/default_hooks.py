@@ -5,11 +5,16 @@ gradients, it starts a reduction and promises the reduced bucket.
 
 Example:
     >>> import torch
+    >>> import torch.distributed as dist
+    >>> from torch.nn.parallel import DistributedDataParallel
     >>> from postlocal.ddp_comm_hooks.default_hooks import allreduce_hook
-    >>> def wrap(module):  # to be called by each rank
-    ...     model = torch.nn.parallel.DistributedDataParallel(module)
-    ...     model.register_comm_hook(None, allreduce_hook)
-    ...     return model
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> model = DistributedDataParallel(torch.nn.Linear(2, 1))
+    >>> model.register_comm_hook(None, allreduce_hook)
+    >>> model(torch.ones(3, 2)).sum().backward()
+    >>> model.module.weight.grad
+    tensor([[3., 3.]])
+    >>> dist.destroy_process_group()
 """
 
 from collections.abc import Callable

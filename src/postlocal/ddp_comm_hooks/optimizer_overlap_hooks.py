@@ -2,11 +2,18 @@
 
 Example:
     >>> import torch
+    >>> import torch.distributed as dist
+    >>> from torch.nn.parallel import DistributedDataParallel
     >>> from postlocal.ddp_comm_hooks.optimizer_overlap_hooks import apply_optimizer_in_backward
-    >>> def wrap(module):  # to be called by each rank; there is no optimizer.step() in the loop
-    ...     model = torch.nn.parallel.DistributedDataParallel(module)
-    ...     apply_optimizer_in_backward(model, torch.optim.SGD, {"lr": 0.1})
-    ...     return model
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> module = torch.nn.Linear(2, 1)
+    >>> _ = torch.nn.init.ones_(module.weight)
+    >>> model = DistributedDataParallel(module)
+    >>> apply_optimizer_in_backward(model, torch.optim.SGD, {"lr": 0.1})
+    >>> model(torch.ones(3, 2)).sum().backward()  # there is no optimizer.step() in the loop
+    >>> module.weight.detach()
+    tensor([[0.7000, 0.7000]])
+    >>> dist.destroy_process_group()
 """
 
 import weakref

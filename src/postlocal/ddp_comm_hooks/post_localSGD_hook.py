@@ -2,17 +2,23 @@
 
 Example:
     >>> import torch
+    >>> import torch.distributed as dist
+    >>> from torch.nn.parallel import DistributedDataParallel
     >>> from postlocal.ddp_comm_hooks.post_localSGD_hook import (
     ...     PostLocalSGDState,
     ...     post_localSGD_hook,
     ... )
     >>> from postlocal.model_averaging.averagers import PeriodicModelAverager
-    >>> def wrap(module):  # to be called by each rank
-    ...     model = torch.nn.parallel.DistributedDataParallel(module)
-    ...     averager = PeriodicModelAverager(period=16, warmup_steps=100)
-    ...     state = PostLocalSGDState(None, None, start_localSGD_iter=100, clock=averager)
-    ...     model.register_comm_hook(state, post_localSGD_hook)
-    ...     return model, averager  # call averager.average_parameters after each optimizer.step()
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> model = DistributedDataParallel(torch.nn.Linear(2, 1))
+    >>> averager = PeriodicModelAverager(period=16, warmup_steps=100)
+    >>> state = PostLocalSGDState(None, None, start_localSGD_iter=100, clock=averager)
+    >>> model.register_comm_hook(state, post_localSGD_hook)
+    >>> model(torch.ones(3, 2)).sum().backward()
+    >>> averager.average_parameters(model.parameters())  # after each optimizer.step()
+    >>> model.module.weight.grad, averager.step
+    (tensor([[3., 3.]]), 1)
+    >>> dist.destroy_process_group()
 """
 
 import copy

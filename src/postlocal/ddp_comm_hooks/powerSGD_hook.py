@@ -6,12 +6,17 @@ factors of all matrices with all that is not compressed, a second one the other 
 
 Example:
     >>> import torch
+    >>> import torch.distributed as dist
+    >>> from torch.nn.parallel import DistributedDataParallel
     >>> from postlocal.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
-    >>> def wrap(module):  # to be called by each rank
-    ...     model = torch.nn.parallel.DistributedDataParallel(module)
-    ...     state = PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=1000)
-    ...     model.register_comm_hook(state, powerSGD_hook)
-    ...     return model
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> model = DistributedDataParallel(torch.nn.Linear(2, 1))
+    >>> state = PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=1000)
+    >>> model.register_comm_hook(state, powerSGD_hook)
+    >>> model(torch.ones(3, 2)).sum().backward()
+    >>> model.module.weight.grad, state.iter
+    (tensor([[3., 3.]]), 1)
+    >>> dist.destroy_process_group()
 """
 
 import logging

@@ -1,15 +1,22 @@
 """Averagers: count steps, and average parameters when it is time.
 
 Example:
+    >>> import torch
+    >>> import torch.distributed as dist
     >>> from postlocal.model_averaging.averagers import PeriodicModelAverager
-    >>> def train(model, optimizer, loss_of, batches):  # to be called by each rank
-    ...     averager = PeriodicModelAverager(period=4, warmup_steps=100)
-    ...     for batch in batches:
-    ...         loss_of(model, batch).backward()
-    ...         optimizer.step()
-    ...         optimizer.zero_grad()
-    ...         averager.average_parameters(model.parameters())
-    ...     averager.finish(model.parameters())
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> averager = PeriodicModelAverager(period=4, warmup_steps=2)
+    >>> for batch in torch.ones(6, 3, 2):
+    ...     model(batch).sum().backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    ...     averager.average_parameters(model.parameters())
+    >>> averager.finish(model.parameters())
+    >>> averager.step
+    6
+    >>> dist.destroy_process_group()
 """
 
 import copy

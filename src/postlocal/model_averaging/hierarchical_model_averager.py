@@ -2,8 +2,14 @@
 
 Example:
     >>> from postlocal.model_averaging.hierarchical_model_averager import HierarchicalModelAverager
-    >>> def averager():  # to be called by each of 16 ranks
-    ...     return HierarchicalModelAverager({4: 8, 16: 16}, warmup_steps=100)
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> averager = HierarchicalModelAverager({4: 1}, warmup_steps=100)  # 16 ranks: {4: 8, 16: 16}
+    >>> averager.average_parameters(torch.nn.Linear(2, 1).parameters())
+    >>> averager.step
+    1
+    >>> dist.destroy_process_group()
 """
 
 from collections import OrderedDict

@@ -34,10 +34,18 @@ class PostLocalSGDOptimizer(Optimizer):
         TypeError: if ``optim`` is not an optimizer, or ``averager`` not an averager.
 
     Example:
+        >>> import torch.distributed as dist
         >>> from postlocal.model_averaging.averagers import PeriodicModelAverager
-        >>> def wrap(model):  # to be called by each rank
-        ...     local = torch.optim.SGD(model.parameters(), lr=0.1)
-        ...     return PostLocalSGDOptimizer(local, PeriodicModelAverager(4, warmup_steps=100))
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> model = torch.nn.Linear(2, 1)
+        >>> local = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> averager = PeriodicModelAverager(4, warmup_steps=100)
+        >>> optimizer = PostLocalSGDOptimizer(local, averager)
+        >>> model(torch.ones(3, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> averager.step
+        1
+        >>> dist.destroy_process_group()
     """
 
     _step_supports_amp_scaling = True  # so that GradScaler calls `step` also where it is skipped
