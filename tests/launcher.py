@@ -184,6 +184,7 @@ def _meet() -> None:
 def _part() -> None:
     import torch.distributed as dist
 
+    time.sleep(0.01)  # gloo's thread drops callbacks of hooks, for which it needs the interpreter
     gc.collect()  # the next case finds no models of this one
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -154,7 +154,6 @@ class from_mesh(_Groups):
         >>> mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("machines", "node"))
         >>> from_mesh(mesh).partition(1)
         {'node': ((0,),), 'world': ((0,),)}
-        >>> dist.destroy_process_group()
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:

@@ -14,7 +14,6 @@ Example:
     >>> report = state.report()
     >>> report.steps, [bucket.numel for bucket in report.buckets]
     (4, [3])
-    >>> dist.destroy_process_group()
 """
 
 import math

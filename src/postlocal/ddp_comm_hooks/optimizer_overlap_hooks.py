@@ -13,7 +13,6 @@ Example:
     >>> model(torch.ones(3, 2)).sum().backward()  # there is no optimizer.step() in the loop
     >>> module.weight.detach()
     tensor([[0.7000, 0.7000]])
-    >>> dist.destroy_process_group()
 """
 
 import weakref

@@ -18,7 +18,6 @@ Example:
     >>> averager.average_parameters(model.parameters())  # after each optimizer.step()
     >>> model.module.weight.grad, averager.step
     (tensor([[3., 3.]]), 1)
-    >>> dist.destroy_process_group()
 """
 
 import copy

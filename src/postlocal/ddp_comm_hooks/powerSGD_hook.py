@@ -16,7 +16,6 @@ Example:
     >>> model(torch.ones(3, 2)).sum().backward()
     >>> model.module.weight.grad, state.iter
     (tensor([[3., 3.]]), 1)
-    >>> dist.destroy_process_group()
 """
 
 import logging

@@ -20,7 +20,6 @@ Example:
     >>> model(torch.ones(3, 2)).sum().backward()
     >>> model.module.weight.grad
     tensor([[3., 3.]])
-    >>> dist.destroy_process_group()
 """
 
 from collections.abc import Mapping

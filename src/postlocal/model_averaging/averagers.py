@@ -16,7 +16,6 @@ Example:
     >>> averager.finish(model.parameters())
     >>> averager.step
     6
-    >>> dist.destroy_process_group()
 """
 
 import copy

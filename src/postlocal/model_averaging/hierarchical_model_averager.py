@@ -9,7 +9,6 @@ Example:
     >>> averager.average_parameters(torch.nn.Linear(2, 1).parameters())
     >>> averager.step
     1
-    >>> dist.destroy_process_group()
 """
 
 from collections import OrderedDict

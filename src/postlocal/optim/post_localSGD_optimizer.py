@@ -45,7 +45,6 @@ class PostLocalSGDOptimizer(Optimizer):
         >>> optimizer.step()
         >>> averager.step
         1
-        >>> dist.destroy_process_group()
     """
 
     _step_supports_amp_scaling = True  # so that GradScaler calls `step` also where it is skipped
