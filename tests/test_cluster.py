@@ -20,7 +20,7 @@ from benchmarks.cluster.hosts import Host, bits
 pytestmark = [
     pytest.mark.cluster,
     # The other method ends this process where it stands, and leaves those on the hosts.
-    pytest.mark.timeout(method="signal"),
+    pytest.mark.timeout(300, method="signal"),
     pytest.mark.skipif(network.missing() is not None, reason=str(network.missing())),
 ]
 
@@ -28,7 +28,7 @@ HEADERS = 66  # Ethernet, IP and TCP
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120  # processes import torch on a machine that does more
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
@@ -233,7 +233,7 @@ def test_when_a_link_is_cut_every_rank_ends_in_time_and_names_those_behind_it(
     data: Path, tmp_path: Path
 ) -> None:
     metrics = tmp_path / "out" / "metrics.jsonl"
-    command = trainer(tmp_path / "out", data, "--steps", "100000", "--timeout", "4")
+    command = trainer(tmp_path / "out", data, "--steps", "100000", "--timeout", "10")
     with cluster(hosts=2) as hosts, (tmp_path / "output").open("w+") as output:
         agents = torchrun(hosts, command, 2, [output] * 2)
         wait_for(lambda: metrics.exists() and '"sync"' in metrics.read_text())

@@ -187,7 +187,7 @@ def test_optimizers_that_reduce_or_shard_are_refused_with_the_fix(ranks: Ranks) 
             assert "TypeError: optimizer must not be" in found[name], name
             assert "make the optimizer that it wraps" in found[name], name
         assert "got a value of type StepLR: pass its optimizer" in found["scheduler"]
-        assert "must be a torch.optim.Optimizer, got a value of type list" in found["parameters"]
+        assert "optimizer[0] must be a torch.optim.Optimizer, got" in found["parameters"]
 
 
 def train_by_proxy(rank: int, proxied: bool) -> list[Tensor]:
