@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from uuid import uuid4
 
-from postlocal.checkpoint import reading, writing
+from postlocal.checkpoint import contents, reading, writing
 from postlocal.checkpoint.folder import Damaged, Place, Sharing, locate
 from postlocal.checkpoint.packing import pack
 from postlocal.checkpoint.ranks import on_all_ranks
@@ -108,12 +108,12 @@ def save(
         ('step-00000000', ['rng'])
     """
     group = _meet(sync, "save", "the checkpoint after step {}")
-    on_all_ranks(group, lambda: writing.follow_model(sync), "cannot save the model:")
+    on_all_ranks(group, lambda: contents.follow_model(sync), "cannot save the model:")
     with together(group):
         _check_choices(group, keep, layout)
         place = Place(Path(folder), sync.steps, layout)
         packed = {
-            part: pack(state, part) for part, state in writing.local_state(sync, extra).items()
+            part: pack(state, part) for part, state in contents.local_state(sync, extra).items()
         }
     check(
         group,

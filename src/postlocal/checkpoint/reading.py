@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from postlocal.checkpoint import folder as folders
 from postlocal.checkpoint import matching, tensors
 from postlocal.checkpoint import restart as agreed
+from postlocal.checkpoint.contents import follow_model
 from postlocal.checkpoint.folder import INDEX, Place, Seen
 from postlocal.checkpoint.packing import keys, unpack
 from postlocal.checkpoint.ranks import on_all_ranks
-from postlocal.checkpoint.writing import follow_model
 from postlocal.comm.agreement import by_ranks, check, ranks_named
 from postlocal.comm.group import Group
 from postlocal.errors import CheckpointError

@@ -328,10 +328,10 @@ def _gradients(
 ) -> UnreducedGradients | DDPHook:
     if ddp is None:
         return UnreducedGradients(groups)
-    # A lossy wire reduces beside the backward pass, where DDP may communicate too.
+    # Wires but fp32 reduce on a thread beside the backward pass, where DDP may communicate too.
     wire = strategy.gradient_wire
     its_own = {WORLD: _over(everyone, ddp.process_group)}
-    own = groups.beside({} if wire.lossy else its_own)
+    own = groups.beside(its_own if wire == fp32() else {})
     search = None
     if ddp.find_unused_parameters and not ddp.static_graph:
         search = own if wire == fp32() else groups.beside(its_own)
