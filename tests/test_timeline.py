@@ -392,6 +392,44 @@ def test_after_a_synchronization_that_failed_the_next_round_begins() -> None:
         assert (records, agreed) == ([8, 9], False)
 
 
+class Interrupting:
+    """A guard within which the user interrupts, when it is armed."""
+
+    anchored = False
+
+    def __init__(self) -> None:
+        self.armed = False
+
+    def weight(self, finite: bool) -> float:
+        if self.armed:
+            raise KeyboardInterrupt
+        return float(finite)
+
+    def scale(self, norm: float) -> float:
+        return 1.0
+
+    def detector(self, ranks: int, modules: int) -> None:
+        return None
+
+
+def test_a_loop_that_was_interrupted_as_a_fragment_was_sent_can_go_on(alone: None) -> None:
+    guard = Interrupting()
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    strategy = postlocal.strategies.streaming_diloco(4, fragments=1, delay=2, guard=guard)
+    sync = postlocal.attach(model, optimizer, strategy)
+    for _ in range(3):
+        sync.step()
+    guard.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        sync.step()
+    guard.armed = False
+    for _ in range(8):
+        sync.step()
+    sync.finish()
+    assert [record.step for record in sync.meter.records] == [8, 12]
+
+
 def fill(model: nn.Module, value: float) -> None:
     with torch.no_grad():
         for parameter in model.parameters():

@@ -173,7 +173,7 @@ def contribute(
 def _contribute_in_place(fragment: Fragment, anchor: Anchor) -> Contribution:
     try:
         return _contribution(fragment, named(fragment, anchor.pseudo_gradients()))
-    except Exception:
+    except BaseException:
         anchor.restore()  # what the parameters held is lost
         raise
 
