@@ -230,7 +230,7 @@ def test_steps_at_a_time_and_one_by_one_give_the_same_events(run: Run) -> None:
 def test_a_saved_timeline_goes_on_as_if_it_had_not_been_saved(run: Run) -> None:
     other = Timeline.new(run.cut, Round(7))
     for moment in run.moments():
-        assert other.load_state_dict(moment.after.state_dict()) == moment.after
+        assert other.resumed(moment.after.state_dict()) == moment.after
 
 
 def test_no_event_is_passed_by() -> None:

@@ -376,7 +376,7 @@ class Sync:
 
     def _load_clock(self, state: Mapping[str, Any]) -> None:
         self._executor.drop()  # of what was before
-        self._timeline = self._timeline.load_state_dict(state["timeline"])
+        self._timeline = self._timeline.resumed(state["timeline"])
         self._work = state["work"]
         self._compared = False
         self.replica.mark()
