@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -366,6 +367,17 @@ def resources() -> tuple[int, int, int]:
         len(os.listdir("/proc/self/fd")),
         len(distributed_c10d._world.pg_names),
     )
+
+
+def test_a_clock_that_was_closed_keeps_no_wrapper_alive(alone: None) -> None:
+    model = DistributedDataParallel(mlp())
+    sync = postlocal.attach(model, sgd(model), strategies.local_sgd(2))
+    sync.close()
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+    assert sync.closed
 
 
 def attach_often(rank: int) -> list[tuple[int, int, int]]:

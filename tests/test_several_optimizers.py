@@ -214,6 +214,25 @@ def test_only_an_optimizer_whose_parameters_move_without_it_is_told_of(
     assert all("the optimizer[0] that attach was given" in message for message in told)
 
 
+def test_a_parameter_that_joins_an_optimizer_is_not_taken_for_one_that_was_written_to(
+    alone: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = gan()
+    critic = model.get_submodule("critic")
+    joining, others = critic.get_parameter("bias"), [critic.get_parameter("weight")]
+    with torch.no_grad():
+        joining.add_(1.0)  # so that torch has counted writes to it
+    optimizers = [
+        torch.optim.SGD(model["generator"].parameters(), lr=0.1),
+        torch.optim.SGD(others, lr=0.1),
+    ]
+    sync = postlocal.attach(model, optimizers, strategies.diloco(period=2))
+    optimizers[1].add_param_group({"params": [joining]})
+    for _ in range(6):  # as where a GradScaler skips all steps
+        sync.step()
+    assert "took no step" not in caplog.text
+
+
 def test_both_optimizers_of_a_gan_count_as_one_step(alone: None, caplog: Any) -> None:
     caplog.set_level(logging.INFO, "postlocal")
     model = gan()

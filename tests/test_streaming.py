@@ -100,7 +100,7 @@ class Reference:
         self.momentum = [torch.zeros_like(tensor) for tensor in self.anchor]
         self.under_way: list[tuple[int, int, dict[int, Tensor]]] = []
 
-    def launch(self, step: int, part: int) -> None:
+    def send(self, step: int, part: int) -> None:
         means = {
             index: self.anchor[index] - stacked(self.replicas, index).mean(0)
             for index in self.parts[part]
@@ -108,7 +108,7 @@ class Reference:
         self.under_way.append((step, part, means))
         self.sent |= {index: stacked(self.replicas, index) for index in self.parts[part]}
 
-    def land(self, step: int, delay: int, mix: float) -> None:
+    def apply(self, step: int, delay: int, mix: float) -> None:
         due = [sent for sent in self.under_way if sent[0] + delay == step]
         self.under_way = [sent for sent in self.under_way if sent[0] + delay != step]
         for _, _, means in due:
@@ -131,12 +131,12 @@ class Reference:
             ):
                 train_step(replica, optimizer, *stream[step - 1])
             if delay:
-                self.land(step, delay, mix)
+                self.apply(step, delay, mix)
             for part, offset in enumerate(offsets):
                 if (step - offset) % period == 0 and step >= offset:
-                    self.launch(step, part)
+                    self.send(step, part)
                     if not delay:
-                        self.land(step, delay, mix)
+                        self.apply(step, delay, mix)
         return [values(replica) for replica in self.replicas]
 
 
@@ -325,7 +325,7 @@ def late(rank: int, delay: int) -> tuple[list[bool], float, float]:
 
 def test_training_goes_on_while_a_fragment_is_under_way(ranks: Ranks) -> None:
     came, counted, waited = ranks(2, late, 3)[0]
-    assert came == [False] * 6 + [True] * 2  # launched after step 4, and waited for after step 7
+    assert came == [False] * 6 + [True] * 2  # sent after step 4, and waited for after step 7
     assert counted > waited / 2
 
 
@@ -348,7 +348,7 @@ def never_come(rank: int) -> str:
     return f"{sync.steps}: {error.value}"
 
 
-def test_a_rank_that_is_missing_is_named_when_the_fragment_should_land(ranks: Ranks) -> None:
+def test_a_rank_that_is_missing_is_named_when_the_fragment_should_be_applied(ranks: Ranks) -> None:
     message = ranks(2, never_come)[0]
     assert message.startswith("6: missing at the synchronization after step 4: rank 1")
 

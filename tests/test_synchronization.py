@@ -308,7 +308,7 @@ def test_an_outliers_optimizer_state_is_left_out_as_well() -> None:
     assert max(run(strategy, loop)) < 10
 
 
-def test_a_round_that_is_cut_short_lands_before_it_launches_again() -> None:
+def test_a_round_that_is_cut_short_applies_before_it_sends_again() -> None:
     strategy = Strategy(
         schedule.quadratic(alpha=0.01, base=6, total=8),
         outer.nesterov(1.0, 0.0),
@@ -474,7 +474,7 @@ def test_a_replica_that_recovers_carries_only_what_it_did_since() -> None:
 
     def loop(group: Group, model: nn.Module, sync: Sync) -> list[float]:
         first = next(model.parameters())
-        for step in range(1, 15):  # fragments are sent after steps 4 and 8, and land 6 later
+        for step in range(1, 15):  # fragments are sent after steps 4 and 8, and applied 6 later
             move(model, float(first.isfinite().all()))  # skip steps of what is not finite
             if group.rank == 1 and step == 4:
                 with torch.no_grad():

@@ -230,7 +230,7 @@ def test_steps_at_a_time_and_one_by_one_give_the_same_events(run: Run) -> None:
 def test_a_saved_timeline_goes_on_as_if_it_had_not_been_saved(run: Run) -> None:
     other = Timeline.new(run.cut, Round(7))
     for moment in run.moments():
-        assert other.load_state_dict(moment.after.state_dict()) == moment.after
+        assert other.resumed(moment.after.state_dict()) == moment.after
 
 
 def test_no_event_is_passed_by() -> None:
@@ -390,6 +390,44 @@ def test_after_a_synchronization_that_failed_the_next_round_begins() -> None:
     for failed, records, agreed in virtual.run(2, work):
         assert failed.startswith("after step 4 the parameters of every replica")
         assert (records, agreed) == ([8, 9], False)
+
+
+class Interrupting:
+    """A guard within which the user interrupts, when it is armed."""
+
+    anchored = False
+
+    def __init__(self) -> None:
+        self.armed = False
+
+    def weight(self, finite: bool) -> float:
+        if self.armed:
+            raise KeyboardInterrupt
+        return float(finite)
+
+    def scale(self, norm: float) -> float:
+        return 1.0
+
+    def detector(self, ranks: int, modules: int) -> None:
+        return None
+
+
+def test_a_loop_that_was_interrupted_as_a_fragment_was_sent_can_go_on(alone: None) -> None:
+    guard = Interrupting()
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    strategy = postlocal.strategies.streaming_diloco(4, fragments=1, delay=2, guard=guard)
+    sync = postlocal.attach(model, optimizer, strategy)
+    for _ in range(3):
+        sync.step()
+    guard.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        sync.step()
+    guard.armed = False
+    for _ in range(8):
+        sync.step()
+    sync.finish()
+    assert [record.step for record in sync.meter.records] == [8, 12]
 
 
 def fill(model: nn.Module, value: float) -> None:

@@ -31,7 +31,7 @@ from postlocal.train.metrics import Metrics, Summary
 from postlocal.train.model import SIZES, Transformer
 from postlocal.train.plots import plot
 from postlocal.train.preparation import WEIGHTS, prepare_run
-from postlocal.train.progress import Progress
+from postlocal.train.progress import ProgressDisplay
 from postlocal.train.run import save_weights
 from postlocal.train.sample import sample
 from postlocal.train.stop import Stop
@@ -571,7 +571,7 @@ def test_progress_is_short_lines_where_there_is_no_terminal() -> None:
         "loss": 2.5134, "payload_bytes": 493_000, "ddp_payload_bytes": 10**7,
         "wait_seconds": 1.0, "train_seconds": 10.0,
     }  # fmt: skip
-    with Progress(console, "diloco", 100, shown=True) as view:
+    with ProgressDisplay(console, "diloco", 100, shown=True) as view:
         view.start(20)
         for step in (30, 40):
             view.advance(step)
@@ -591,7 +591,7 @@ def test_progress_is_short_lines_where_there_is_no_terminal() -> None:
 def test_progress_is_a_bar_on_a_terminal() -> None:
     file = io.StringIO()
     console = Console(file=file, width=80, force_terminal=True)
-    with Progress(console, "diloco", 100, shown=True) as view:
+    with ProgressDisplay(console, "diloco", 100, shown=True) as view:
         view.start(0)
         view.advance(50)
     assert "━" in file.getvalue()

@@ -33,8 +33,8 @@ OptimizerState = Literal["keep", "average", "reset"]
 class Strategy:
     """When replicas communicate, how values travel, and what is done with their mean.
 
-    ``outer``, ``wire``, ``fragments`` and ``guard.scale`` act where all replicas meet, at level
-    ``"world"``. Synchronizations of narrower levels, over the fast links, are plain fp32 averages.
+    ``outer``, ``wire``, ``fragments`` and ``guard.scale`` act at level ``"world"``.
+    Synchronizations of narrower levels, over the fast links, are plain fp32 averages.
 
     Args:
         schedule: when, and with whom.

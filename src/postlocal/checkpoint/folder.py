@@ -16,7 +16,7 @@ from postlocal.errors import CheckpointError
 
 logger = logging.getLogger("postlocal")
 
-FORMAT = 3
+FORMAT = 3  # also raised where a default of a strategy changes: its text leaves defaults out
 INDEX = "checkpoint.json"
 TENSORS = "tensors"
 Sharing = Literal["shared", "per-rank"]

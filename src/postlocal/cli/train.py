@@ -110,16 +110,15 @@ def train(
     leaves config.json, metrics.jsonl, summary.json, loss.png, checkpoints and
     model.safetensors in the output folder.
     """
-    settings = dict(locals())
     if not out:
         raise ValueError("out must name a folder, got ''")
     if resume and overwrite:
         raise ValueError("resume and overwrite must not be given together: one keeps what is there")
-    settings["link"] = None if link is None else parse_bandwidth(link, "link")
     # Only what was given is passed on, so that a resumed run knows it from defaults.
-    config = make_config(
-        **{name: value for name, value in settings.items() if _was_given(ctx, name)}
-    )
+    given = {name: value for name, value in ctx.params.items() if _was_given(ctx, name)}
+    if link is not None:
+        given["link"] = parse_bandwidth(link, "link")
+    config = make_config(**given)
     if launched():
         run(config)
         return

@@ -1,7 +1,8 @@
 """Groups of ranks that communicate: a process group of torch, a rank alone, or threads.
 
 `Group` is all that the layers above know of communication. `Processes` is torch.distributed,
-`Alone` is a world of one rank, and `postlocal.virtual` has the third, an in-process one.
+`Alone` is a world of one rank, and `postlocal.virtual` has one of threads. `OnPaper` has a size
+alone: wires tell their messages over it.
 """
 
 from collections.abc import Callable, Iterator, Sequence

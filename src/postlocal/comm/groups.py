@@ -11,7 +11,7 @@ from postlocal.topology import RANK, Partition, Topology, leaders, ranks_of_a_no
 
 
 class LevelGroups:
-    """This rank's group at each level, made when the groups is.
+    """This rank's group at each level of a topology, all made at once.
 
     Args:
         base: the world's group.
@@ -54,7 +54,7 @@ class LevelGroups:
         return self._beside[-1]
 
     def close(self) -> None:
-        """Give up all groups that were made for this groups, as `Group.close` does."""
+        """Give up all groups that were made here, as `Group.close` does."""
         self._base.close(list(self._all_made()))
 
     def _all_made(self) -> Iterator[Group]:

@@ -14,8 +14,8 @@ _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20  # bytes, of DistributedDataParallel
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """One exchange, as the rank that sends the most sees it.
+class Cost:
+    """What an exchange costs, as the rank that sends the most sees it.
 
     Attributes:
         payload_bytes: bytes it sends.
@@ -25,12 +25,12 @@ class Exchange:
     payload_bytes: int = 0
     seconds: float = 0.0
 
-    def __add__(self, other: "Exchange") -> "Exchange":
-        """One after the other."""
-        return Exchange(self.payload_bytes + other.payload_bytes, self.seconds + other.seconds)
+    def __add__(self, other: "Cost") -> "Cost":
+        """Of two exchanges, one after the other."""
+        return Cost(self.payload_bytes + other.payload_bytes, self.seconds + other.seconds)
 
 
-def of_tensors(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> Exchange:
+def of_tensors(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> Cost:
     """The mean of tensors over the groups of a level, by a wire.
 
     Args:
@@ -47,15 +47,15 @@ def of_tensors(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> Ex
         >>> from postlocal.planning.cluster import Link
         >>> two = Cluster(2, {"world": Link(bandwidth=8e6)})
         >>> of_tensors(fp32(), {"weight": torch.zeros(1000)}, two, "world")
-        Exchange(payload_bytes=4000, seconds=0.004)
+        Cost(payload_bytes=4000, seconds=0.004)
     """
     if cluster.size(level) == 1 or not tensors:
-        return Exchange()
+        return Cost()
     legs = wire.messages(tensors, cluster.groups, cluster.narrowest(level))
-    return Exchange(sent_bytes(legs), sum(seconds(leg, cluster) for leg in legs))
+    return Cost(sent_bytes(legs), sum(seconds(leg, cluster) for leg in legs))
 
 
-def of_gradients(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> Exchange:
+def of_gradients(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> Cost:
     """The mean of gradients over the groups of a level, as `postlocal.sync.ddp` takes it.
 
     fp32 gradients take torch's ring all-reduce, which enters and leaves each host once.
@@ -64,7 +64,7 @@ def of_gradients(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> 
     if wire != fp32() or size == 1:
         return of_tensors(wire, tensors, cluster, level)
     payload = sum(ring_bytes(t.numel(), size, t.dtype) for t in tensors.values())
-    return Exchange(payload, seconds(Leg(payload, size, "ring", level=level), cluster))
+    return Cost(payload, seconds(Leg(payload, size, "ring", level=level), cluster))
 
 
 def seconds(leg: Leg, cluster: Cluster) -> float:
@@ -103,13 +103,13 @@ class Costs:
         self._job = job
         self._cluster = cluster
         self._parts = job.split(strategy.fragments)
-        self._known: dict[Hashable, Exchange] = {}
+        self._known: dict[Hashable, Cost] = {}
 
-    def gradients(self, level: str) -> Exchange:
+    def gradients(self, level: str) -> Cost:
         """Of the gradients of a step: its bytes, and the seconds that nothing hides."""
         return self._once(("gradients", level), self._gradients, level)
 
-    def fragment(self, number: int) -> Exchange:
+    def fragment(self, number: int) -> Cost:
         """Of a fragment, and of the optimizer's state where it goes with it."""
         key = tuple((tensor.shape, tensor.dtype) for tensor in self._parts[number].values())
         sent = self._once(("fragment", key), self._fragment, number)
@@ -117,35 +117,35 @@ class Costs:
             sent += self._once(("optimizer", WORLD), self._optimizer_state, WORLD)
         return sent
 
-    def narrow(self, level: str) -> Exchange:
+    def narrow(self, level: str) -> Cost:
         """Of the plain averages at levels below the world's."""
         return self._once(("narrow", level), self._narrow, level)
 
-    def _once(self, key: Hashable, look: Callable[..., Exchange], what: object) -> Exchange:
+    def _once(self, key: Hashable, look: Callable[..., Cost], what: object) -> Cost:
         if key not in self._known:
             self._known[key] = look(what)
         return self._known[key]
 
-    def _gradients(self, level: str) -> Exchange:
+    def _gradients(self, level: str) -> Cost:
         job, wire = self._job, self._strategy.gradient_wire
         sent = of_gradients(wire, job.tensors, self._cluster, level)
         if not wire.by_bucket:
             return sent
         backward = job.gradient_overlap * job.step_time.mean
-        return Exchange(
+        return Cost(
             sent.payload_bytes, exposed(sent.seconds, buckets(job.parameter_bytes), backward)
         )
 
-    def _fragment(self, number: int) -> Exchange:
+    def _fragment(self, number: int) -> Cost:
         return of_tensors(self._strategy.wire, self._parts[number], self._cluster, WORLD)
 
-    def _narrow(self, level: str) -> Exchange:
+    def _narrow(self, level: str) -> Cost:
         plain = of_tensors(fp32(), self._job.tensors, self._cluster, level)
         return plain + self._optimizer_state(level)
 
-    def _optimizer_state(self, level: str) -> Exchange:
+    def _optimizer_state(self, level: str) -> Cost:
         if self._strategy.optimizer_state != "average":
-            return Exchange()
+            return Cost()
         return of_tensors(fp32(), self._job.optimizer_tensors, self._cluster, level)
 
 

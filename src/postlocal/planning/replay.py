@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from postlocal.planning import exchange
 from postlocal.planning.cluster import Cluster
-from postlocal.planning.exchange import Exchange
+from postlocal.planning.exchange import Cost
 from postlocal.planning.job import Job, count
 from postlocal.planning.rounds import Rounds, Steps, events_of
 from postlocal.schedule import WORLD, Round
@@ -142,7 +142,7 @@ class _Run:
         self.totals.seconds += sent.seconds
         self._count(sent)
 
-    def _count(self, sent: Exchange) -> None:
+    def _count(self, sent: Cost) -> None:
         self.totals.payload_bytes += sent.payload_bytes
         self.totals.syncs += 1
 

@@ -57,7 +57,7 @@ class Sync:
         groups: LevelGroups,
         gradients: UnreducedGradients | DDPHook,
         meter: Meter,
-        pieces: Sequence[Fragment],
+        fragments: Sequence[Fragment],
     ) -> None:
         self.strategy = strategy
         self.replica = replica
@@ -67,7 +67,7 @@ class Sync:
         self._gradients = gradients
         self._agreed = Agreed(replica, keeps_buffers=strategy.anchored)
         self._executor = Executor(
-            strategy, replica, inner, groups, gradients, meter, pieces, self._agreed
+            strategy, replica, inner, groups, gradients, meter, fragments, self._agreed
         )
         first = schedule.planned(strategy.schedule, 0, inner.lr)
         self._timeline = Timeline.new(strategy.fragments, first)
@@ -328,7 +328,7 @@ class Sync:
 
         Parameters become the saved anchor; where the strategy has none, or replicas have not gone
         apart yet, all ranks must hold equal parameters already. The outer optimizer's state is
-        taken over; what was under way, and what wires and guards remembered, is not.
+        taken over. What was under way, residuals of wires and statistics of guards are not.
 
         Args:
             state: the `state_dict` of any of the ranks that saved it.
@@ -376,7 +376,7 @@ class Sync:
 
     def _load_clock(self, state: Mapping[str, Any]) -> None:
         self._executor.drop()  # of what was before
-        self._timeline = self._timeline.load_state_dict(state["timeline"])
+        self._timeline = self._timeline.resumed(state["timeline"])
         self._work = state["work"]
         self._compared = False
         self.replica.mark()
@@ -403,7 +403,7 @@ class Sync:
         """A ``with`` block after whose failure the timeline is as if no fragment had been sent."""
         try:
             yield
-        except Exception:
+        except BaseException:  # also an interrupt, after which a notebook may go on
             self._timeline = replace(
                 self._timeline,
                 started=before.started,

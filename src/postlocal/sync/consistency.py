@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from postlocal.comm.agreement import ranks_named, same_values_
 from postlocal.comm.group import Group
 from postlocal.errors import DisagreementError, ModelChangedError
 from postlocal.sync.parameters import Replica
 from postlocal.sync.status import GroupStatus, RankStatus, gather_status, layout_number
+from postlocal.sync.supported_wrappers import gradients_reduced_elsewhere
 from postlocal.tensors import flat_view
 from postlocal.torch_versions import version_of
 
@@ -273,6 +275,43 @@ class Agreed:
     def versions(self) -> int:
         """A number that changes where a parameter is written to."""
         return sum(version_of(parameter) for parameter in self._replica.parameters.values())
+
+
+class DivergenceCheck:
+    """Looks whether replicas differ after local steps, as they should, until they do once."""
+
+    def __init__(self) -> None:
+        self._open = True
+
+    def number(self, tensors: Iterable[Tensor]) -> int:
+        """What a rank says of its parameters after local steps; 0 once replicas differed."""
+        return contents_number(map(fingerprint, tensors)) if self._open else 0
+
+    def conclude(
+        self,
+        status: GroupStatus,
+        steps: int,
+        parameters: Iterable[Tensor],
+        wrapper: DistributedDataParallel | None,
+    ) -> None:
+        """Warn, once and on rank 0, where all ranks said the same.
+
+        Args:
+            status: what all ranks said, with a `number` as ``fingerprint``, or 0.
+            steps: local steps before that.
+            parameters: of the replica.
+            wrapper: the one whose gradients the clock reduces, if any.
+        """
+        if not (self._open and steps and status.own("fingerprint")):
+            return
+        self._open = False
+        if not status.unanimous("fingerprint") or status.rank:
+            return
+        owner = gradients_reduced_elsewhere(parameters, wrapper)
+        reason = "ranks seem to train on the same data, or not at all: shard the data by rank"
+        if owner is not None:
+            reason = f"{owner} averages their gradients in each step: pass it to attach"
+        logger.warning("replicas are equal to the bit after %d local steps: %s", steps, reason)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class UnreducedGradients:
         groups: this rank's groups.
     """
 
-    wrapper = None
+    wrapper: DistributedDataParallel | None = None
 
     def __init__(self, groups: LevelGroups) -> None:
         self._groups = groups
@@ -96,7 +96,8 @@ class DDPHook:
         meter: Meter,
         search: LevelGroups | None = None,
     ) -> None:
-        self._model = self.wrapper = model
+        self._model = model
+        self.wrapper: DistributedDataParallel | None = model
         self._groups = groups
         self._search = search
         self._meter = meter
@@ -156,6 +157,7 @@ class DDPHook:
         drop_done()
         self._closed = not torch_versions.remove_hook(self._model)
         del self._model  # a Sync that was closed keeps no wrapper alive
+        self.wrapper = None
 
     def state_dict(self) -> dict[str, Any]:
         """What the wire keeps, by level and parameter; this rank's own and not copied."""

@@ -13,9 +13,8 @@ from postlocal.comm.groups import LevelGroups
 from postlocal.meter import Meter, SyncRecord
 from postlocal.schedule import RANK, WORLD
 from postlocal.strategies import Strategy
-from postlocal.sync.consistency import Agreed
+from postlocal.sync.consistency import Agreed, DivergenceCheck
 from postlocal.sync.ddp import DDPHook, UnreducedGradients
-from postlocal.sync.diagnosis import Diagnosis
 from postlocal.sync.fragment import Fragment, contribute
 from postlocal.sync.inner_optimizer import InnerOptimizers
 from postlocal.sync.parameters import Replica
@@ -61,7 +60,7 @@ class Executor:
 
     Attributes:
         fragments: all of level ``"world"``.
-        narrow: for each level below, all parameters as one fragment.
+        narrow: for each level below, from the narrowest on, all parameters as one fragment.
         under_way: synchronizations by the number of their fragment, the oldest first.
         drift: measured by the synchronization that was applied last.
     """
@@ -88,11 +87,11 @@ class Executor:
         self._strategy = strategy
         self._replica = replica
         self._inner = inner
-        self._groups = groups
+        self._world = groups[WORLD]
         self._gradients = gradients
         self._meter = meter
         self._agreed = agreed
-        self._diagnosis = Diagnosis(replica, inner, gradients, agreed, groups[WORLD].rank)
+        self._divergence = DivergenceCheck()
         self._background = BackgroundThread() if strategy.fragments.delay else None
         self._staging = Staging()
 
@@ -177,13 +176,13 @@ class Executor:
         """Synchronize a fragment and apply the result at once."""
         if fragment.group.size == 1 and fragment.anchor is None:
             return
-        with self._diagnosis.own_writes():
+        with self._inner.own_writes():
             synchronization = self._prepare(fragment, now, apart=mix > 0)
             try:
                 with torch.no_grad(), self._meter.waiting(synchronization.record):
                     synchronization.start()
                 self._apply(synchronization, mix, now)
-            except Exception:
+            except BaseException:
                 if synchronization.in_place:
                     self.restore(fragment)
                 raise
@@ -207,13 +206,13 @@ class Executor:
             last = fragment.number in (None, len(self.fragments) - 1)
             problem = self._replica.refresh() or self._inner.refresh()
             buffers = Buffers(self._replica, apart) if last else None
-            self._groups[WORLD].announce(now.step)
+            self._world.announce(now.step)
             work = fragment.work(now.step, now.work)
             fragment.begin(now.step, now.work)
             if buffers is not None:
                 self._begin_narrower(fragment.level, now)
             status = self._status(fragment, work, now)
-            self._diagnosis.check_optimizers()
+            self._inner.warn_of_idle(self._world.rank)
             staging = self._staging if apart else None
             contribution = contribute(fragment, staging, keeps_moves, problem)
         return Synchronization(fragment, contribution, status, record, self._meter, buffers)
@@ -221,6 +220,7 @@ class Executor:
     def _status(self, fragment: Fragment, work: float, now: Moment) -> RankStatus:
         """What this rank says beside its contribution to a synchronization."""
         averages = self._strategy.optimizer_state == "average"
+        compares = now.local and fragment.level == WORLD and fragment.group.size > 1
         return RankStatus(
             buffer_weight=fragment.guard.weight(not self._replica.has_nan_buffer()),
             work=work,
@@ -230,20 +230,21 @@ class Executor:
             inner_lr=now.inner_lr,
             layout=self._inner.layout() if averages else 0,
             moving=layout_number(sorted(self._replica.moving)),
-            fingerprint=self._diagnosis.contents(fragment, now.local),
+            fingerprint=self._divergence.number(fragment.parameters.values()) if compares else 0,
         )
 
     def _begin_narrower(self, level: str, now: Moment) -> None:
         """Count work anew at all levels within the one that is synchronized."""
-        levels = self._groups.levels
-        for narrower in levels[1 : levels.index(level)]:
-            self.narrow[narrower].begin(now.step, now.work)
+        for narrower, fragment in self.narrow.items():
+            if narrower == level:
+                return
+            fragment.begin(now.step, now.work)
 
     def _apply_late(self, synchronization: Synchronization, mix: float, now: Moment) -> None:
         """Apply a result some steps after its fragment was sent."""
         if synchronization.record.step != now.step:
             self._replica.refresh()  # a change that cannot be followed is told at the next start
-        with self._diagnosis.own_writes():
+        with self._inner.own_writes():
             self._apply(synchronization, mix, now)
 
     def _apply(self, synchronization: Synchronization, mix: float, now: Moment) -> None:
@@ -257,9 +258,14 @@ class Executor:
             if not result.finite:
                 self._recover(record.level)
         self.drift = record.drift
-        self._diagnosis.check_replicas(record, result.status)
+        self._divergence.conclude(
+            result.status,
+            record.step - self._agreed.step,
+            self._replica.parameters.values(),
+            self._gradients.wrapper,
+        )
         self._meter.close(record)
-        if self._groups[WORLD].rank == 0:
+        if self._world.rank == 0:
             logger.debug("synchronized: %s", record)
 
     def _update_optimizer_state(self, synchronization: Synchronization, result: Result) -> None:

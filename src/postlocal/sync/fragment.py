@@ -73,17 +73,12 @@ class Fragment:
         """Who takes part."""
         return self.reducer.group
 
-    @property
-    def since(self) -> int:
-        """Steps of the clock at which work began to count: mostly at the last synchronization."""
-        return self._since[0]
-
     def begin(self, steps: int, work: float) -> None:
         """Count work from here on, given steps and work of the clock so far."""
         self._since = (steps, work)
 
     def work(self, steps: int, work: float) -> float:
-        """Share of the steps since then that this rank did."""
+        """Share of the steps since the last `begin` that this rank did."""
         before_steps, before_work = self._since
         return (work - before_work) / (steps - before_steps) if steps > before_steps else 1.0
 
@@ -173,7 +168,7 @@ def contribute(
 def _contribute_in_place(fragment: Fragment, anchor: Anchor) -> Contribution:
     try:
         return _contribution(fragment, named(fragment, anchor.pseudo_gradients()))
-    except Exception:
+    except BaseException:
         anchor.restore()  # what the parameters held is lost
         raise
 

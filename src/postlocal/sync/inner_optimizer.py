@@ -1,7 +1,9 @@
 """The inner optimizers, the user's: learning rate, and state at a synchronization."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any, cast
 
@@ -18,6 +20,8 @@ from postlocal.sync.supported_wrappers import check_optimizer, innermost
 from postlocal.tensors import weigh_
 from postlocal.torch_versions import version_of
 from postlocal.wire import Divisor, fp32, maximum_, mean_
+
+logger = logging.getLogger("postlocal")
 
 _FIX = "call sync.finish() and sync.close() before such a change, and attach again after it"
 
@@ -83,7 +87,8 @@ class InnerOptimizers:
             raise ValueError(problem)
         self._parameters = self._all_known()
         self._watches = [_Watch(optimizer) for optimizer in self.optimizers]
-        self._written = self.versions()
+        self._written = self._versions()
+        self._warned = False
 
     @property
     def optimizer(self) -> Optimizer:
@@ -91,47 +96,61 @@ class InnerOptimizers:
         return self.optimizers[0]
 
     def watch(self) -> None:
-        """Count steps of the optimizers from here on, until `close`; see `idle`."""
+        """Count steps of the optimizers from here on, until `close`; see `warn_of_idle`."""
         for watch in self._watches:
             watch.open()
-        self.idle()
+        self._idle()
 
-    def idle(self) -> list[str]:
-        """Optimizers that took no step, and yet their parameters were written to.
+    def warn_of_idle(self, rank: int) -> None:
+        """Warn once where parameters were written to, and their optimizer took no step.
 
-        Both are of the time since this was asked before, as far as can be seen, and in the words
-        of messages. What this clock writes is left out by `disregard`.
-        """
-        before, self._written = self._written, self.versions()
-        written = [now != then for now, then in zip(self._written, before, strict=True)]
-        worked = [
-            watch.worked([tensor for _, _, tensor in self._state_of(number)])
-            for number, watch in enumerate(self._watches)
-        ]
-        found = zip(self._names, written, worked, strict=True)
-        return [name for name, wrote, stepped in found if wrote and not stepped]
-
-    def versions(self) -> list[int]:
-        """For each optimizer, a number that changes where one of its parameters is written to.
-
-        Where there is but one, all parameters are taken for its own.
-        """
-        if len(self._held) == 1:
-            return [_versions(self._replica.parameters)]
-        return [_versions(self._known(held)) for held in self._held]
-
-    def disregard(self, since: Sequence[int] | None = None) -> None:
-        """Take what was written to parameters as written by this clock; see `idle`.
+        Both are of the time since the last call, as far as can be seen. What is written in
+        `own_writes` does not count.
 
         Args:
-            since: `versions` before it was; None: all that was written so far.
+            rank: this rank; rank 0 logs.
         """
-        now = self.versions()
-        if since is None:
-            self._written = now
-        else:
-            writes = zip(self._written, now, since, strict=True)
-            self._written = [known + new - old for known, new, old in writes]
+        idle = self._idle()
+        if not idle or self._warned:
+            return
+        self._warned = True
+        if rank == 0:
+            logger.warning(
+                "parameters changed, and the %s that attach was given took no step: if another one "
+                "was made since, its learning rate and its state are not seen, nor saved; call "
+                "sync.finish() and sync.close(), and attach again with it",
+                " and ".join(idle),
+            )
+
+    @contextmanager
+    def own_writes(self) -> Iterator[None]:
+        """A ``with`` block in which a synchronization writes to parameters, and no optimizer."""
+        before = self._versions()
+        try:
+            yield
+        finally:
+            now = self._versions()
+            self._written = {n: noted + now[n] - before[n] for n, noted in self._written.items()}
+
+    def _idle(self) -> list[str]:
+        """What messages call the optimizers that took no step while their parameters changed."""
+        before, self._written = self._written, self._versions()
+        changed = {name for name, version in self._written.items() if version != before[name]}
+        found = []
+        for number, (name, watch) in enumerate(zip(self._names, self._watches, strict=True)):
+            worked = watch.worked([tensor for _, _, tensor in self._state_of(number)])
+            if not worked and changed & self._moved_by(number):
+                found.append(name)
+        return found
+
+    def _moved_by(self, number: int) -> set[str]:
+        """Names of the parameters that an optimizer moves: all, where there is no other one."""
+        if len(self._held) == 1:
+            return set(self._replica.parameters)
+        return set(self._known(self._held[number]))
+
+    def _versions(self) -> dict[str, int]:
+        return {name: version_of(tensor) for name, tensor in self._replica.parameters.items()}
 
     def close(self) -> None:
         """Leave the optimizers as they were before."""
@@ -165,10 +184,8 @@ class InnerOptimizers:
                 return f"{name} held parameter {lost[0]!r} at attach and does not any more; {_FIX}"
         if problem := self._shared():
             return problem
-        written = [new - old for new, old in zip(self.versions(), self._written, strict=True)]
         self._held = held
         self._parameters = self._all_known()
-        self._written = [new - by for new, by in zip(self.versions(), written, strict=True)]
         return None
 
     def _ids(self) -> list[list[int]]:
@@ -296,10 +313,6 @@ class InnerOptimizers:
             device = parameter.device if lengths else torch.device("cpu")
             zeros = torch.zeros(lengths, dtype=getattr(torch, dtype), device=device)
             optimizer.state[parameter][key] = zeros
-
-
-def _versions(parameters: Mapping[str, Tensor]) -> int:
-    return sum(version_of(parameter) for parameter in parameters.values())
 
 
 def _tensors_of(name: str, state: Mapping[str, Any]) -> Iterator[tuple[str, str, Tensor]]:

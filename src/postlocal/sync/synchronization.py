@@ -249,8 +249,11 @@ class Synchronization:
     def _reduce(self) -> None:
         fragment, contribution = self.fragment, self.contribution
         pending = gather_status(fragment.group, fragment.device, self._status, contribution.squares)
-        judged = self._judge(pending)
-        weights, divisor = self._weigh(pending) if judged is None else self._judged(judged)
+        detected = self._detected(pending)
+        if detected is None:
+            weights, divisor = self._weigh(pending)
+        else:
+            weights, divisor = self._weigh_as(detected)
         try:
             sent = fragment.reducer.mean_(contribution.tensors, divisor, weights)
         except PeerError:
@@ -262,21 +265,21 @@ class Synchronization:
         if self.buffers is not None:
             self._meter.count("buffers", self.buffers.reduce(fragment.group, status), self.record)
         self._meter.count("control", status.payload_bytes, self.record)
-        if judged is None:
-            judged = status.weights[:, None].expand_as(status.squares)
-        self._result = Result(status, judged)
+        if detected is None:
+            detected = status.weights[:, None].expand_as(status.squares)
+        self._result = Result(status, detected)
 
-    def _judge(self, pending: PendingStatus) -> Tensor | None:
+    def _detected(self, pending: PendingStatus) -> Tensor | None:
         """Weights that the outlier detector gives, by rank and module; None where there is none."""
         if self.fragment.detector is None:
             return None
         status = pending.wait()
         return self.fragment.detector.weigh(status.squares.sqrt(), status.finite, status.work)
 
-    def _judged(self, judged: Tensor) -> tuple[dict[str, float], Divisor]:
+    def _weigh_as(self, detected: Tensor) -> tuple[dict[str, float], Divisor]:
         """Weights of this rank's contribution by name, which sum to 1 over ranks."""
         fragment = self.fragment
-        modules = zip(fragment.modules, judged[fragment.group.rank].tolist(), strict=True)
+        modules = zip(fragment.modules, detected[fragment.group.rank].tolist(), strict=True)
         weights = {name: share for module, share in modules for name in module}
         if self._status.work > 0 or not self._status.finite:
             fragment.reducer.drop_residuals([name for name, share in weights.items() if share == 0])

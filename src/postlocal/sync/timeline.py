@@ -194,13 +194,13 @@ class Timeline:
         del state["fragments"]
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> "Timeline":
+    def resumed(self, state: Mapping[str, Any]) -> "Timeline":
         """The timeline, with these fragments, that `state_dict` was taken of.
 
         Example:
             >>> from postlocal.fragments import streaming
             >>> timeline, _ = Timeline.new(streaming(count=2), Round(4, "rank", "world")).step(2)
-            >>> timeline.load_state_dict(timeline.state_dict()) == timeline
+            >>> timeline.resumed(timeline.state_dict()) == timeline
             True
         """
         queues = {name: tuple(state[name]) for name in ("started", "under_way")}

@@ -17,7 +17,7 @@ from postlocal.train.metrics import Summary
 _BAR = 40  # columns
 
 
-class Progress:
+class ProgressDisplay:
     """Progress of one run; to be used in a ``with`` block.
 
     Args:
@@ -37,7 +37,7 @@ class Progress:
         self._began = time.monotonic()
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressDisplay":
         if self._shown and self._console.is_terminal:
             self._live.start()
         return self

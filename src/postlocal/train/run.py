@@ -200,7 +200,7 @@ class _Run:
     def run(self) -> Summary:
         """Train to the end, from the newest checkpoint if the run is one to resume."""
         console = Console()
-        with progress.Progress(
+        with progress.ProgressDisplay(
             console, self.label, self.config.steps, self.everyone.rank == 0
         ) as self.progress:
             self._restore()
