@@ -1,11 +1,11 @@
-"""What keeps one replica's fault from becoming everybody's.
+"""Guards: they keep one replica's fault from spreading to all replicas.
 
 A guard decides two things at each synchronization: the weight of a replica's contribution in the
 mean, and the factor by which the agreed pseudo-gradient is scaled before the outer step. Guards
 are frozen values; `clip` wraps another one.
 
-A guard that compares replicas with each other, or with how they were before, has an **outlier
-detector**: it sees one norm of each replica and module, the same on all ranks, and keeps moving
+A guard that compares replicas with each other, or with their earlier rounds, has an **outlier
+detector**. It gets one norm of each replica and module, the same on all ranks, and keeps moving
 statistics of them.
 """
 
@@ -24,7 +24,7 @@ _limit = partial(number, above=0, finite=False)  # infinity: there is none
 
 
 class Guard(Protocol):
-    """Judges contributions and their mean."""
+    """Weighs contributions, and scales their mean."""
 
     @property
     def anchored(self) -> bool:
@@ -32,11 +32,11 @@ class Guard(Protocol):
         ...
 
     def weight(self, finite: bool) -> float:
-        """Weight in the mean of a contribution, from whether all of its values are finite."""
+        """Weight of a contribution in the mean, given whether all of its values are finite."""
         ...
 
     def scale(self, norm: float) -> float:
-        """Factor on the mean pseudo-gradient, from its Euclidean norm over all parameters."""
+        """Factor on the mean pseudo-gradient, given its Euclidean norm over all parameters."""
         ...
 
     def detector(self, ranks: int, modules: int) -> "OutlierDetector | None":
@@ -46,7 +46,7 @@ class Guard(Protocol):
 
 @dataclass(frozen=True)
 class non_finite:
-    """Leaves a replica with infinities or NaN out of the mean; it takes the others' mean.
+    """Leaves a replica with infinities or NaN out of the mean; it gets the mean of the others.
 
     Example:
         >>> non_finite().weight(finite=False)
@@ -67,7 +67,7 @@ class non_finite:
 
 @dataclass(frozen=True)
 class trusting:
-    """Takes every contribution as it is: NaN on one rank is NaN on all, as in plain DDP.
+    """Accepts every contribution: NaN on one rank is NaN on all, as in plain DDP.
 
     Example:
         >>> trusting().weight(finite=False)
@@ -88,7 +88,7 @@ class trusting:
 
 @dataclass(frozen=True)
 class clip:
-    """Scales the mean pseudo-gradient down to a greatest norm (arXiv 2412.07210, section 3.3).
+    """Clips the norm of the mean pseudo-gradient (arXiv 2412.07210, section 3.3).
 
     Args:
         max_norm: greatest Euclidean norm over all parameters that are synchronized together, above
@@ -124,23 +124,24 @@ class clip:
 
 @dataclass(frozen=True)
 class outliers:
-    """Leaves out replicas whose pseudo-gradient is unlike their own before (arXiv 2412.07210, 3.3).
+    """Leaves out replicas whose pseudo-gradient is unusually large (arXiv 2412.07210, 3.3).
 
     EDiT's pseudo-gradient penalty. Each module of each replica has a moving mean and variance of
-    its pseudo-gradient's norm. After ``warmup`` synchronizations a norm more than ``threshold``
-    standard deviations above the mean is an outlier, of weight 0; where z-scores have lately spread
-    by more than 1, so many times more. The others weigh as ``work * softmax(-norm)`` over ranks,
-    and the mean's norm is limited. A module in which all replicas are outliers keeps its anchor.
+    its pseudo-gradient's norm. After ``warmup`` synchronizations, a norm more than ``threshold``
+    standard deviations above the mean is an outlier, with weight 0. If recent z-scores spread by
+    more than 1, the limit is higher by that factor. The other replicas have weights
+    ``work * softmax(-norm)`` over ranks, and the mean's norm is limited. A module in which all
+    replicas are outliers keeps its anchor.
 
-    Differences from the paper: an outlier enters the statistics as if it lay at the limit, so that
-    one moves them little and a level that has really changed is learned; for the first
-    ``1 / decay`` synchronizations mean and variance are plain ones of all seen so far, which makes
-    them unbiased; a standard deviation counts as at least 1 % of the mean.
+    Differences from the paper: (1) An outlier enters the statistics with the value of the limit, so
+    one outlier changes them little, and a lasting change is learned. (2) For the first
+    ``1 / decay`` synchronizations, mean and variance are plain ones of all norms so far, which
+    makes them unbiased. (3) A standard deviation counts as at least 1 % of the mean.
 
     Args:
-        threshold: standard deviations above the mean that are still good, above 0.
+        threshold: standard deviations above the mean that are accepted, above 0.
         decay: weight of the newest norm in mean and variance, above 0 and at most 1.
-        warmup: synchronizations before anything is an outlier, and the number of last z-scores
+        warmup: synchronizations before a norm can be an outlier, and the number of recent z-scores
             whose spread counts, at least 1.
         max_norm: greatest Euclidean norm of a module's mean pseudo-gradient, above 0.
         inner: the guard that weighs buffers, and scales all modules together; it has no outlier
@@ -187,10 +188,10 @@ class outliers:
 
 
 class OutlierDetector:
-    """Judges the contributions of all replicas together; the same on all ranks.
+    """Weighs the contributions of all replicas together; the same on all ranks.
 
-    It keeps moving statistics of each replica's norms, module by module. A **module** is some of
-    the parameters, weighed on its own, such as a layer.
+    It keeps moving statistics of each replica's norms, module by module. A **module** is a
+    group of parameters with a weight of its own, such as a layer.
 
     Args:
         recipe: the guard.
@@ -214,12 +215,12 @@ class OutlierDetector:
         Args:
             norms: Euclidean norms of pseudo-gradients, fp64, ``(ranks, modules)``.
             finite: whether all values of a rank's contribution are finite, bool, ``(ranks,)``.
-            work: share of the round's steps that a rank really took, from 0 to 1, fp64,
+            work: share of the round's steps that a rank took, from 0 to 1, fp64,
                 ``(ranks,)``.
 
         Returns:
-            fp64, ``(ranks, modules)``: for each module they sum to 1 over ranks, or all are 0
-            where no contribution is good: the module keeps its anchor.
+            fp64, ``(ranks, modules)``. For each module they sum to 1 over ranks, or all are 0 if no
+            contribution is accepted: the module then keeps its anchor.
         """
         counted = (finite & (work > 0)).unsqueeze(1) & norms.isfinite()
         scores, limits = self._scores(norms), self._limits()
@@ -237,7 +238,7 @@ class OutlierDetector:
         return dict(self._statistics)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the saved statistics of as many ranks and modules.
+        """Load saved statistics of the same number of ranks and modules.
 
         Raises:
             ValueError: if they are of other ranks, modules or warmup.
@@ -281,7 +282,7 @@ def is_guard(name: str, value: Any) -> Any:
     """The rule for an argument that takes a guard.
 
     Raises:
-        TypeError: if it lacks what `Guard` has, or has to be called to make a guard.
+        TypeError: if it lacks a method of `Guard`, or is a class or function that makes one.
     """
     return made(
         name, value, ("anchored", "weight", "scale", "detector"), "guard.clip(max_norm=10.0)"

@@ -1,4 +1,4 @@
-"""What communication costs: bytes sent by purpose, seconds waited, and drift, sync by sync."""
+"""The cost of communication: bytes sent by purpose, seconds waited, and drift, sync by sync."""
 
 import math
 import time
@@ -20,13 +20,13 @@ class SyncRecord:
 
     Attributes:
         step: optimizer steps taken before it was started.
-        level: with whom.
+        level: level at which ranks synchronized.
         fragment: number of the fragment, from 0; None for all parameters at once.
         applied: optimizer steps taken before its result was applied; None until then.
         payload_bytes: bytes this rank sent, by purpose.
-        wait_seconds: seconds that training stood still.
-        drift: how far replicas were apart: root mean square distance from their mean, relative
-            to the norm of the mean. NaN where no replica was finite.
+        wait_seconds: seconds that training waited.
+        drift: root mean square distance of replicas from their mean, relative to the norm of the
+            mean. NaN if no replica was finite.
         excluded: ranks of the level's group whose contribution was left out of the mean.
     """
 
@@ -57,7 +57,7 @@ class SyncRecord:
 class Meter:
     """Counts what this rank sends and how long it waits; several threads may count at a time.
 
-    Payload is what an algorithm sends, without the framing of any protocol below it.
+    Payload is the data that an algorithm sends, without the headers of protocols below it.
 
     Args:
         history: number of latest records kept in `records`, at least 0.
@@ -65,7 +65,7 @@ class Meter:
     Attributes:
         payload_bytes: bytes sent since the start, by purpose: ``gradients``, ``parameters``,
             ``buffers``, ``optimizer`` (its state) and ``control``.
-        wait_seconds: seconds that training stood still for communication.
+        wait_seconds: seconds that training waited for communication.
         syncs: number of synchronizations.
         excluded: number of contributions left out of a mean.
         records: the latest synchronizations, in the order in which they ended.
@@ -128,7 +128,7 @@ class Meter:
                 record.payload_bytes[purpose] = before + payload_bytes
 
     def wait(self, seconds: float, record: SyncRecord | None = None) -> None:
-        """Add seconds that training stood still."""
+        """Add seconds that training waited."""
         with self._lock:
             self.wait_seconds += seconds
             if record is not None:
@@ -148,7 +148,7 @@ class Meter:
         self.records.append(record)
 
     def state_dict(self) -> dict[str, Any]:
-        """The totals, as plain values; `records` start anew after a resume."""
+        """The totals, as plain values; `records` are not part of it."""
         return {
             "payload_bytes": dict(self.payload_bytes),
             "wait_seconds": self.wait_seconds,
@@ -157,7 +157,7 @@ class Meter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting from a saved state."""
+        """Continue from a saved state."""
         self.payload_bytes = Counter(state["payload_bytes"])
         self.wait_seconds = state["wait_seconds"]
         self.syncs = state["syncs"]
@@ -172,7 +172,7 @@ def human_bytes(count: float) -> str:
         '1.23 MB'
     """
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 999.5:  # from there on three digits round to 1e+03
+        if abs(count) < 999.5:  # from here on, three digits round to 1e+03
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} PB"

@@ -1,14 +1,14 @@
-"""When ranks communicate, and with whom: a schedule is a pure function of step and learning rate.
+"""Schedules: pure functions of step and learning rate that decide when ranks communicate.
 
 A schedule maps ``(step, lr)`` to a `Round`: take so many local steps, reducing gradients at one
-level, then synchronize parameters at another. No rank has to ask another one: as all call the
-same function with the same two numbers, all get the same round.
+level, then synchronize parameters at another. All ranks call the same function with the same two
+numbers and get the same round, without communication.
 
-Any callable of that form is a schedule. The ones below are frozen values that are called like
-functions (as `itertools.count` is), so that they compare, print and travel between processes.
+Any callable of that form is a schedule. The ones below are frozen values that can be called, so
+that they can be compared, printed and sent between processes.
 
-What replicas did can have a say too, as one number that all ranks know: `adaptive` changes a
-planned round by the drift measured at the end of the one before.
+A schedule can also depend on one measured number that all ranks know: `adaptive` changes a planned
+round by the drift at the end of the round before.
 
 Example:
     >>> from postlocal import schedule
@@ -46,7 +46,7 @@ WORLD = "world"
 
 @dataclass(frozen=True)
 class Round:
-    """Some local steps and what ends them.
+    """Some steps, and the synchronization that ends them.
 
     Args:
         steps: number of optimizer steps in the round, at least 1.
@@ -57,7 +57,7 @@ class Round:
 
     Raises:
         TypeError: if ``steps`` is no whole number, or a level no string.
-        ValueError: if ``steps`` is below 1, or ``parameters`` is ``"rank"``: that is nobody.
+        ValueError: if ``steps`` is below 1, or ``parameters`` is ``"rank"``, a rank alone.
     """
 
     steps: int
@@ -69,7 +69,7 @@ class Round:
 
     @property
     def levels(self) -> frozenset[str]:
-        """The levels that this round communicates at, ``"rank"`` (nobody) left out."""
+        """The levels that this round communicates at, without ``"rank"``."""
         return frozenset({self.gradients, self.parameters or RANK} - {RANK})
 
 
@@ -83,15 +83,15 @@ class Schedule(Protocol):
 
 @runtime_checkable
 class Adapting(Protocol):
-    """What a schedule may have beside `Schedule`."""
+    """A schedule that also adapts rounds to the measured drift."""
 
     def adapt(self, planned: Round, before: Round, drift: float) -> Round:
         """The round to take after a synchronization, instead of the planned one.
 
-        Depends on nothing but its arguments, which are the same on all ranks.
+        It depends only on its arguments, which are the same on all ranks.
 
         Args:
-            planned: what the schedule itself gave.
+            planned: the round that the schedule gave.
             before: the round that has just ended.
             drift: root mean square distance of replicas from their mean at its end, relative to
                 the norm of the mean; it can be infinite or NaN.
@@ -123,8 +123,7 @@ class every_step:
 class periodic:
     """A synchronization after every ``period`` steps (local SGD, Stich 2018, arXiv 1805.09767).
 
-    Rounds end at multiples of the period, also when one was cut short by an early
-    synchronization.
+    Rounds end at multiples of the period, also after an early synchronization.
 
     Args:
         period: steps a round (H in the papers), at least 1.
@@ -162,7 +161,7 @@ class periodic:
 
 @dataclass(frozen=True, init=False)
 class hierarchical:
-    """Each level has a period of its own (arXiv 2010.12998, Algorithm 1).
+    """A period for each level (arXiv 2010.12998, Algorithm 1).
 
     After each multiple of the shortest period, parameters are synchronized at the level with the
     longest period that divides the step.
@@ -207,11 +206,11 @@ class hierarchical:
 
 @dataclass(frozen=True)
 class post_local:
-    """Synchronous steps first, another schedule after (post-local SGD, Lin et al., 1808.07217).
+    """Synchronous steps, then another schedule (post-local SGD, Lin et al., arXiv 1808.07217).
 
     Args:
         warmup: number of steps with gradients averaged over the world, at least 0.
-        then: schedule from there on; it counts its steps from the end of the warm-up.
+        then: schedule after the warm-up; it counts steps from the end of the warm-up.
 
     Raises:
         TypeError: if ``warmup`` is no whole number, or ``then`` no schedule.
@@ -246,7 +245,7 @@ class post_local:
         return self.then(step - self.warmup, lr)
 
     def adapt(self, planned: Round, before: Round, drift: float) -> Round:
-        # Rounds of the warm-up synchronize no parameters, and have no drift to learn from.
+        # Rounds of the warm-up synchronize no parameters and so have no drift.
         return planned if before.parameters is None else adapt(self.then, planned, before, drift)
 
 
@@ -254,14 +253,14 @@ class post_local:
 class quadratic:
     """The period grows as the learning rate falls (QSR, arXiv 2310.14423, Algorithm 2).
 
-    A round has ``max(base, floor((alpha / lr) ** 2))`` steps. A learning rate that still warms up
-    would make the first rounds the longest, so rounds have ``initial`` steps until then.
+    A round has ``max(base, floor((alpha / lr) ** 2))`` steps. The low learning
+    rates of a warm-up would make the first rounds the longest, so these have ``initial`` steps.
 
     Args:
         alpha: growth coefficient, in units of the learning rate, above 0.
         base: the shortest period in steps, at least 1.
-        lr_warmup: number of first steps in which the learning rate rises; no round runs past
-            their end.
+        lr_warmup: number of first steps in which the learning rate rises; a round ends with
+            them.
         initial: steps a round while the learning rate warms up; None: ``base``. The paper takes
             the length of the first round after the warm-up.
         total: number of steps of the whole run, at which the last round ends; None: unknown.
@@ -313,23 +312,22 @@ class quadratic:
         left = math.inf if self.total is None else max(1, self.total - step)
         wanted = (self.alpha / lr) ** 2 if lr > 0 else math.inf
         period = min(max(self.base, wanted), left)
-        # At a learning rate of zero and with no known end no period follows from the rule.
+        # At a learning rate of 0 without a known end, the rule gives no period.
         return self.base if math.isinf(period) else math.floor(period + 1e-9)
 
 
 @dataclass(frozen=True)
 class growing:
-    """The period is multiplied by a factor after every so many rounds, whatever the learning rate.
+    """The period is multiplied by a factor after a number of rounds, at any learning rate.
 
     A growing period goes with a learning rate that falls in stages (STL-SGD, arXiv 2006.06377);
     arXiv 1910.13598 has a condition on periods that change from round to round.
 
-    Rounds end on a grid that only the arguments decide, also when one was cut short by an early
-    synchronization.
+    The ends of rounds depend only on the arguments, also after an early synchronization.
 
     Args:
         start: steps of the first rounds, at least 1.
-        factor: what the period is multiplied by, above 1; periods are rounded down.
+        factor: factor on the period, above 1; periods are rounded down.
         every: number of rounds of equal length, at least 1.
         limit: the longest period, at least ``start``; None: there is none.
         gradients: level at which gradients are averaged within a round.
@@ -376,7 +374,7 @@ class growing:
     def _stage(self, step: int) -> tuple[int, int]:
         """First step and period of the stage that a step is in."""
         begin, length, limit = 0, float(self.start), self.limit or math.inf
-        # Multiplied time by time: unlike a power, the same bits on every machine.
+        # Repeated multiplication has the same bits on every machine, unlike a power.
         while length < limit and begin + self.every * math.floor(length) <= step:
             begin += self.every * math.floor(length)
             length *= self.factor
@@ -387,13 +385,13 @@ class growing:
 class adaptive:
     """The period follows the measured drift: longer rounds while replicas stay close.
 
-    After a synchronization the period is multiplied by ``target_drift`` over the drift measured,
-    by a half at least and by 2 at most. A drift that is infinite halves it, one of 0 doubles it,
-    and one that is NaN keeps it.
+    After a synchronization the period is multiplied by ``target_drift`` over the measured drift,
+    but at least by a half and at most by 2. An infinite drift halves it, a drift of 0 doubles it,
+    and NaN keeps it.
 
-    That divergence of replicas says when to synchronize is the idea of dynamic averaging (arXiv
-    1807.03210), where ranks watch a threshold at every step. Here the drift that is measured anyway
-    sets the next period, and ranks ask each other nothing in between.
+    Dynamic averaging (arXiv 1807.03210) also lets the divergence of replicas decide, with a
+    threshold that ranks check at every step. Here the drift of each synchronization sets the next
+    period, without additional communication.
 
     Args:
         target_drift: root mean square distance of replicas from their mean at the end of a round,
@@ -478,7 +476,7 @@ def adapt(schedule: Schedule, planned: Round, before: Round, drift: float) -> Ro
 
     Args:
         schedule: the schedule that planned; it may be `Adapting`.
-        planned: what it gave for this step.
+        planned: the round that it gave for this step.
         before: the round that has just ended.
         drift: as in `Adapting`.
 
@@ -494,7 +492,7 @@ def adapt(schedule: Schedule, planned: Round, before: Round, drift: float) -> Ro
 
 
 def adapts(schedule: Schedule) -> bool:
-    """Whether a schedule, or the one after its warm-up, follows the drift.
+    """Whether a schedule, or the one after its warm-up, depends on the drift.
 
     Example:
         >>> adapts(post_local(8, adaptive(0.1, initial=4))), adapts(post_local(8, periodic(4)))
@@ -506,10 +504,10 @@ def adapts(schedule: Schedule) -> bool:
 
 
 def follows_lr(schedule: Schedule) -> bool:
-    """Whether a schedule asks for the learning rate.
+    """Whether a schedule depends on the learning rate.
 
-    The schedules of this module know. Any other callable is taken to, unless it has an attribute
-    ``follows_lr`` that is False.
+    The schedules of this module declare it. Any other callable is assumed to, unless it has an
+    attribute ``follows_lr`` that is False.
 
     Example:
         >>> follows_lr(post_local(8, quadratic(0.02, 4))), follows_lr(periodic(4))
@@ -533,10 +531,10 @@ def nests(schedule: Schedule) -> bool:
 
 
 def shortest(schedule: Schedule) -> int:
-    """The least number of steps that a full round has where parameters are synchronized.
+    """The least number of steps of a full round that synchronizes parameters.
 
-    The schedules of this module know theirs; of any other callable only the first round is asked.
-    A round that is cut, by an early synchronization or the end of a run, can have fewer.
+    The schedules of this module declare it; of any other callable only the first round is known.
+    A round that ends early, by a synchronization or the end of a run, can have fewer.
 
     Example:
         >>> shortest(post_local(warmup=100, then=hierarchical({"node": 4, "world": 16})))
@@ -547,9 +545,9 @@ def shortest(schedule: Schedule) -> int:
 
 
 def levels(schedule: Schedule) -> frozenset[str]:
-    """The levels a schedule communicates at, ``"rank"`` left out.
+    """The levels that a schedule communicates at, without ``"rank"``.
 
-    The schedules of this module know theirs; of any other callable only the first round is asked.
+    The schedules of this module declare them; of any other callable only the first round is known.
 
     Example:
         >>> sorted(levels(hierarchical({"node": 4, "world": 16})))
@@ -562,11 +560,11 @@ def levels(schedule: Schedule) -> frozenset[str]:
 def rollout(
     schedule: Schedule, steps: int, lr: float | Callable[[int], float] = 1.0
 ) -> Iterator[tuple[int, Round]]:
-    """The rounds of a whole run, with no cluster and no training: pairs of start step and round.
+    """The rounds of a whole run, without a cluster or training: pairs of first step and round.
 
     Args:
         schedule: the schedule.
-        steps: number of steps of the run; the last round is cut there.
+        steps: number of steps of the run, at which the last round ends.
         lr: learning rate, a number or a function of the step.
 
     Example:
@@ -585,13 +583,13 @@ def is_schedule(name: str, value: Any) -> Any:
     """The rule for an argument that takes a schedule.
 
     Raises:
-        TypeError: if it cannot be called, or has to be called to make a schedule.
+        TypeError: if it cannot be called, or is a class or function that makes a schedule.
     """
     return function(name, value, "schedule.periodic(16)")
 
 
 def _meeting(name: str, value: Any) -> str:
-    """A level at which ranks meet."""
+    """The rule for a level at which ranks communicate."""
     level = text(name, value)
     if level == RANK:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""With whom ranks communicate: named levels, each a partition of the world into groups.
+"""Topologies: named levels, each a partition of the world into groups of ranks.
 
 A topology is a frozen recipe; `postlocal.attach` makes the process groups, all of them, before
-training starts. Two levels need no recipe: ``"rank"`` is a rank alone, ``"world"`` is everybody.
+training starts. Two levels always exist: ``"rank"`` is a rank alone, ``"world"`` is all ranks.
 
 Example:
     >>> from postlocal import topology
@@ -96,12 +96,12 @@ class nodes:
     """The level ``"node"``: ranks of one machine, on CPU as on accelerators.
 
     Args:
-        size: ranks a node; None: what the launcher says (``LOCAL_WORLD_SIZE``, as torchrun sets).
+        size: ranks a node; None: the launcher's number (``LOCAL_WORLD_SIZE``, which torchrun sets).
 
     Raises:
         TypeError: if ``size`` is no whole number.
-        ValueError: if ``size`` is below 1; by `partition` if it is not known or does not divide
-            the world.
+        ValueError: if ``size`` is below 1; by `partition` if it is unknown or does not divide the
+            world.
 
     Example:
         >>> nodes(size=2).partition(4)["node"]
@@ -119,7 +119,7 @@ class nodes:
 
 @dataclass(frozen=True)
 class _Groups:
-    """Levels whose groups are known, rank by rank."""
+    """Levels whose groups are given, rank by rank."""
 
     levels: tuple[tuple[str, Partition], ...]
 
@@ -186,10 +186,10 @@ class leaders:
 
     Args:
         topology: the levels of all ranks.
-        level: whose groups have a leader each.
+        level: the level whose groups each have a leader.
 
     Raises:
-        TypeError: if ``topology`` is none, or ``level`` no string.
+        TypeError: if ``topology`` is no topology, or ``level`` no string.
         ValueError: by `partition`, if the topology lacks the level.
 
     Example:
@@ -213,16 +213,16 @@ class leaders:
 
 
 def default(levels: Collection[str], machines: Partition, rank: int = 0) -> Topology:
-    """The levels of a run that was given no topology.
+    """The levels of a run without a given topology.
 
-    ``"node"`` is a machine, where a strategy needs that level. Where there is one machine only,
-    each rank counts as a node of its own, which rank 0 logs: with one node everybody would meet
-    everybody at every step.
+    ``"node"`` is a machine, if a strategy needs that level. If there is only one machine, each rank
+    counts as a node of its own, which rank 0 logs: with a single node, all ranks would communicate
+    at every step.
 
     Args:
         levels: those that the strategy names.
         machines: ranks by machine; see `postlocal.comm.groups.by_node`.
-        rank: who asks.
+        rank: the rank that calls.
 
     Example:
         >>> default({"node", "world"}, machines=((0, 1), (2,))).partition(3)
@@ -256,7 +256,7 @@ def is_topology(name: str, value: Any) -> Any:
     """The rule for an argument that takes a topology.
 
     Raises:
-        TypeError: if it lacks what `Topology` has, or has to be called to make a topology.
+        TypeError: if it lacks a method of `Topology`, or is a class or function that makes one.
     """
     return made(name, value, ("partition",), "topology.nodes()")
 
@@ -270,7 +270,7 @@ def _lead(narrow: Partition, wide: Partition) -> Partition:
 
 def _blocks(size: int, level: str, block: int) -> Partition:
     if size == 1:
-        return ((0,),)  # a user who debugs on one process keeps the topology of the real run
+        return ((0,),)  # one process, for debugging, accepts the topology of the real run
     if size % block:
         raise ValueError(f"{level} size must divide the world size {size}, got {block}")
     return tuple(tuple(range(start, start + block)) for start in range(0, size, block))
@@ -287,7 +287,7 @@ def _local_world_size(size: int) -> int:
 
 
 def ranks_of_a_node(said: str) -> int:
-    """The number that a launcher wrote into ``LOCAL_WORLD_SIZE``.
+    """The number that a launcher set in ``LOCAL_WORLD_SIZE``.
 
     Raises:
         ValueError: if it is no whole number of at least 1.

@@ -1,20 +1,20 @@
-"""Checkpoints that appear whole or not at all, and resume to the bit.
+"""Checkpoints that are written completely or not at all, and resume to the bit.
 
 One folder a checkpoint, named after its step::
 
     step-00000400/
-        checkpoint.json     what it is; written last
+        checkpoint.json     its description; written last
         rank-00000.json     state of rank 0, with a key in place of each tensor
         tensors/            torch.distributed.checkpoint; a tensor's key is made from its content
 
-As keys come from contents, what several ranks have in common (the anchor, outer state, replicas
-that agree) is stored once, and damage to a tensor shows when it is read. A checkpoint is written
-under another name and renamed when all of it is on disk. Nothing in it is unpickled but torch's
-index of tensors, and that only as far as it consists of torch's own plain classes.
+Keys come from contents. Tensors that several ranks have in common (the anchor, outer state, equal
+replicas) are therefore stored once, and a damaged tensor is detected when it is read. A checkpoint
+is written under another name and renamed when all of it is on disk. Only torch's index of tensors
+is unpickled, and only if it consists of torch's own plain classes.
 
-`save` and `restore` are collective: every rank calls them. Ranks that see one folder save
-together. Where each machine has only its own disks, ``save(..., layout="per-rank")`` has each rank
-write a folder of its own, ``rank-00000/step-00000400/`` and so on, with the same files in it.
+`save` and `restore` are collective: every rank calls them. Ranks that share a folder save
+together. If each machine has only its own disks, use ``save(..., layout="per-rank")``: each rank
+then writes its own folder, ``rank-00000/step-00000400/`` and so on, with the same files in it.
 """
 
 import warnings
@@ -40,13 +40,13 @@ __all__ = ["Restored", "restore", "save"]
 
 @dataclass(frozen=True)
 class Restored:
-    """What `restore` found.
+    """A checkpoint that `restore` loaded.
 
     Attributes:
-        path: the checkpoint's folder; that of this rank, where each has its own.
+        path: the checkpoint's folder; that of this rank if each has its own.
         step: steps taken when it was saved.
         world: number of ranks that saved it.
-        extra: what the caller had saved along; on another number of ranks, that of saved rank
+        extra: the ``extra`` that was saved; on another number of ranks, that of saved rank
             ``rank % world``.
     """
 
@@ -66,32 +66,32 @@ def save(
 ) -> Path:
     """Save a run; collective: every rank calls it, after the same step.
 
-    Model, optimizer, clock and anchor of all ranks are saved; training goes on as if they had not
-    been. A checkpoint of the same step is replaced. Those of later steps, from which training went
-    back, are renamed to ``superseded-step-...``.
+    Model, optimizer, clock and anchor of all ranks are saved, and training is not changed by it. A
+    checkpoint of the same step is replaced. Checkpoints of later steps, from before training was
+    resumed at an earlier one, are renamed to ``superseded-step-...``.
 
     Args:
-        folder: where checkpoints of this run go; made if missing.
-        sync: the clock, which knows the model and the optimizer.
+        folder: of all checkpoints of this run; made if missing.
+        sync: the clock, with its model and optimizer.
         extra: more to save for this rank: nested dicts, lists, tuples and sets of tensors, numpy
-            arrays, numbers, strings, bytes, paths and None. The states of the random numbers of
-            torch, numpy and Python are of these. A subclass comes back as the plain type.
+            arrays, numbers, strings, bytes, paths and None. These include the states of random
+            number generators of torch, numpy and Python. A subclass is restored as the plain type.
         keep: number of newest checkpoints kept, at least 1.
-        layout: ``"shared"``: all ranks see the folder; ``"per-rank"``: they need not, and each
-            writes a checkpoint of its own below it.
+        layout: ``"shared"``: all ranks share the folder; ``"per-rank"``: they need not, and each
+            writes its own checkpoint below it.
 
     Returns:
-        The checkpoint's folder; that of this rank, where each has its own.
+        The checkpoint's folder; that of this rank if each has its own.
 
     Raises:
         ValueError: if ``keep`` or ``layout`` is out of its range, or the group is neither
             processes nor alone.
-        TypeError: if ``extra`` holds what cannot be stored; the message names where. If ``sync``
-            is of another type.
-        RuntimeError: if ``sync`` was closed, or lends the model in ``agreed_parameters``.
+        TypeError: if ``extra`` contains a value that cannot be stored, which the message names; or
+            if ``sync`` is of another type.
+        RuntimeError: if ``sync`` was closed, or is in ``agreed_parameters``.
         DisagreementError: if that is so on another rank, or ranks differ in steps or arguments.
-        CheckpointError: on every rank, if any could not write its part, does not see what rank 0
-            writes, or changed the model so that it cannot be synchronized.
+        CheckpointError: on every rank, if any cannot write its part, cannot see the folder of
+            rank 0, or changed the model so that it cannot be synchronized.
         PeerError: if a rank does not call it within the timeout given to `attach`.
 
     Example:
@@ -134,35 +134,35 @@ def restore(
 ) -> Restored | None:
     """Load a checkpoint; collective: every rank calls it, with a freshly attached clock.
 
-    The newest one that is whole is loaded; damaged ones are skipped with a warning. Model,
-    optimizer and strategy are compared before anything is changed, on all ranks.
+    The newest complete checkpoint is loaded; damaged ones are skipped with a warning. Model,
+    optimizer and strategy are compared on all ranks before anything is changed.
 
-    On as many ranks as saved it, training continues bit for bit, also in the middle of a round.
-    On another number it starts a new round from the parameters last agreed on: the anchor, or,
-    where the strategy keeps none, the mean of the saved replicas. Outer state is taken over, and
-    inner optimizer state comes from saved rank ``rank % world``. Learning rates and other values
+    On the same number of ranks, training continues bit for bit, also in the middle of a round.
+    On another number it starts a new round from the parameters last agreed on: the anchor or, if
+    the strategy keeps none, the mean of the saved replicas. Outer state is loaded, and inner
+    optimizer state comes from saved rank ``rank % world``. Learning rates and other values
     of param groups come from the checkpoint, as in torch.
 
     Args:
-        folder: where checkpoints of this run are, or the folder of one of them.
+        folder: of all checkpoints of this run, or of one of them.
         sync: a freshly attached clock.
         step: load the checkpoint of this step, and no other; None: the newest.
-        missing: what to do where the folder does not exist or is empty: ``"start"`` logs a warning
-            and returns None, so that training starts anew; ``"raise"`` is safe against a mistyped
+        missing: what to do if the folder does not exist or is empty: ``"start"`` logs a warning
+            and returns None, so that training starts at step 0; ``"raise"`` detects a mistyped
             path.
         on_strategy_change: what to do with a checkpoint of another strategy or topology:
-            ``"restart"`` starts a new round of the one given from the parameters last agreed on;
-            outer state is taken over if the outer optimizer is the same.
+            ``"restart"`` starts a new round of the given one from the parameters last agreed on,
+            and loads the outer state if the outer optimizer is the same.
 
     Returns:
-        What was loaded; None if there was nothing to load and ``missing`` is ``"start"``.
+        The loaded checkpoint; None if there was none and ``missing`` is ``"start"``.
 
     Raises:
         TypeError, ValueError: if an argument is bad.
-        RuntimeError: if ``sync`` was closed, or lends the model in ``agreed_parameters``.
-        CheckpointError: on every rank: if the folder is there, and no checkpoint in it can be
-            loaded; if a checkpoint asked for is not there; if it is of another model, optimizer or
-            strategy, or was saved in another format; if ranks see different folders.
+        RuntimeError: if ``sync`` was closed, or is in ``agreed_parameters``.
+        CheckpointError: on every rank: if the folder has checkpoints, but none can be loaded; if
+            the given step is not there; if it is of another model, optimizer or strategy, or was
+            saved in another format; if ranks see different folders.
         DisagreementError: if ranks differ in arguments.
         PeerError: if a rank does not call it within the timeout given to `attach`.
     """
@@ -210,7 +210,7 @@ def _check_choices(group: Group, keep: object, layout: object) -> None:
 
 
 def _meet(sync: object, function: str, place: str) -> Group:
-    """Wait for all ranks, and for what is under way, before the first collective."""
+    """Wait for all ranks, and for exchanges under way, before the first collective."""
     if not isinstance(sync, Sync):
         raise TypeError(f"sync must be the Sync that postlocal.attach returned, got {shown(sync)}")
     if sync.closed:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of one rank."""
+"""The part of a checkpoint that one rank saves."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from postlocal.sync.clock import Sync
 
 
 def local_state(sync: Sync, extra: Mapping[Any, Any] | None) -> dict[str, Any]:
-    """All that a checkpoint holds of this rank."""
+    """The part of a checkpoint that this rank saves."""
     if not isinstance(extra, Mapping | None):
         raise TypeError(f"extra must be a dict, got {type(extra).__name__}")
     return {
@@ -23,10 +23,10 @@ def local_state(sync: Sync, extra: Mapping[Any, Any] | None) -> dict[str, Any]:
 
 
 def follow_model(sync: Sync) -> None:
-    """Look at the model as it is now: buffers may have been assigned anew since the last look.
+    """Look up the model's tensors again, because buffers may have been reassigned.
 
     Raises:
-        CheckpointError: if it is no longer what `attach` was given.
+        CheckpointError: if the model was changed since `attach`.
     """
     problem = sync.follow_model()
     if problem is not None:

@@ -1,4 +1,4 @@
-"""Where checkpoints are: their names, what a rank sees of them, and how one appears whole."""
+"""Folders of checkpoints: their names, which ones a rank sees, and how one is written."""
 
 import json
 import logging
@@ -25,16 +25,16 @@ _STEP = re.compile(r"step-(\d{8,})")
 _RANK = re.compile(r"rank-\d{5,}")
 _LEFTOVERS = ".step-*.partial"
 _NOTHING = {"lost+found"}  # what an empty file system has
-_SEEN_SECONDS = 5.0  # how much later than its writer another rank may see a folder
+_SEEN_SECONDS = 5.0  # how much later another rank may see a folder that one made
 
 
 class Damaged(CheckpointError):
-    """A checkpoint that cannot be read, where an earlier one may do."""
+    """A checkpoint that cannot be read; an earlier one may be readable."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the parts of one checkpoint are.
+    """The folders of one checkpoint.
 
     Args:
         base: the folder of all checkpoints of a run.
@@ -47,15 +47,15 @@ class Place:
     layout: Sharing
 
     def home(self, rank: int) -> Path:
-        """The folder that holds the checkpoints that a rank has a part in."""
+        """The folder with the checkpoints that a rank writes to."""
         return self.base if self.layout == "shared" else self.base / rank_name(rank)
 
     def folder(self, rank: int) -> Path:
-        """The folder that holds the part of a rank."""
+        """The folder with the part of a rank."""
         return self.home(rank) / step_name(self.step)
 
     def partial(self, rank: int, token: str) -> Path:
-        """The folder where that part is written; no other attempt has the name."""
+        """The folder where that part is written first, under a name that no other attempt has."""
         return self.home(rank) / f".{step_name(self.step)}.{token}.partial"
 
     def __str__(self) -> str:
@@ -65,14 +65,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one rank sees in a folder.
+    """The checkpoints that one rank sees in a folder.
 
     Args:
-        problem: why it can hold no checkpoint; None: it can, or does not exist.
+        problem: why it cannot have checkpoints; None: it can, or does not exist.
         exists: whether it does.
         shared: steps of checkpoints that all ranks saved together.
-        own: steps of checkpoints that this rank saved for itself.
-        others: names of what else is there.
+        own: steps of checkpoints that this rank saved in its own folder.
+        others: names of everything else in the folder.
     """
 
     problem: str | None = None
@@ -93,7 +93,7 @@ def rank_name(rank: int) -> str:
 
 
 def locate(folder: Path, step: int | None) -> tuple[Path, int | None]:
-    """The folder of all checkpoints, and the step asked for, where a path may be of one of them.
+    """The folder of all checkpoints, and the step, if the path is that of one checkpoint.
 
     Raises:
         ValueError: if the path is that of another step.
@@ -111,7 +111,7 @@ def locate(folder: Path, step: int | None) -> tuple[Path, int | None]:
 
 
 def look(base: Path, rank: int) -> Seen:
-    """What a rank sees in a folder."""
+    """The checkpoints that a rank sees in a folder."""
     try:
         if not base.is_dir():
             above = next(path for path in (base, *base.absolute().parents) if path.exists())
@@ -131,7 +131,7 @@ def look(base: Path, rank: int) -> Seen:
 
 
 def await_steps(base: Path, rank: int, shared: frozenset[int]) -> Seen:
-    """What a rank sees when it sees these steps, or has looked for them for some seconds."""
+    """The same, once these steps are visible, or after some seconds without them."""
     deadline = time.monotonic() + _SEEN_SECONDS
     while True:
         seen = look(base, rank)
@@ -141,7 +141,7 @@ def await_steps(base: Path, rank: int, shared: frozenset[int]) -> Seen:
 
 
 def appears(path: Path) -> bool:
-    """Whether a folder that another rank made is seen here, within some seconds."""
+    """Whether a folder that another rank made is visible here within some seconds."""
     deadline = time.monotonic() + _SEEN_SECONDS
     while not path.is_dir():
         if time.monotonic() > deadline:
@@ -151,10 +151,10 @@ def appears(path: Path) -> bool:
 
 
 def prepare(final: Path, partial: Path) -> None:
-    """Remove what earlier attempts left, and make the folder to write to.
+    """Remove the remains of earlier attempts, and make the folder to write to.
 
     Raises:
-        CheckpointError: if there is something else under the checkpoint's own name.
+        CheckpointError: if the checkpoint's name is taken by something else.
     """
     if final.exists() and not _is_ours(final):
         raise CheckpointError(f"{final} exists and is no checkpoint: move it away", path=final)
@@ -164,7 +164,7 @@ def prepare(final: Path, partial: Path) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a folder that is written its name; one that had it before goes."""
+    """Rename a written folder to its final name, and remove an older one of that name."""
     replaced = partial.with_name(f"{partial.name.removesuffix('.partial')}.replaced.partial")
     if final.exists():
         final.rename(replaced)
@@ -173,10 +173,10 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def tidy(home: Path, step: int, keep: int) -> None:
-    """Remove checkpoints but the newest, and set those of later steps aside.
+    """Remove all but the newest checkpoints, and rename those of later steps.
 
-    Later ones are of a run that went on from where this one went back to. What cannot be removed
-    is logged.
+    Later ones exist if training was resumed from an earlier checkpoint. A folder that cannot be
+    removed is logged.
     """
     try:
         for later in sorted(found for found in _steps(home) if found > step):
@@ -194,7 +194,7 @@ def leftovers(home: Path) -> list[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file, and have it on disk."""
+    """Write a file, and flush it to disk."""
     with path.open("w") as file:
         json.dump(value, file, indent=1 if path.name == INDEX else None)
         file.flush()
@@ -206,10 +206,10 @@ def read_json(path: Path, digests: Mapping[str, str] | None = None) -> dict[str,
 
     Args:
         path: the file.
-        digests: name -> digest; None: nothing is known of it.
+        digests: name -> digest; None: the digest is unknown.
 
     Raises:
-        Damaged: if it is missing, or not what was written.
+        Damaged: if it is missing, or differs from what was written.
     """
     try:
         content = path.read_bytes()
@@ -227,7 +227,7 @@ def read_json(path: Path, digests: Mapping[str, str] | None = None) -> dict[str,
 
 
 def read_index(place: Place, rank: int) -> dict[str, Any]:
-    """What a checkpoint says of itself, as a rank has it.
+    """The description of a checkpoint, as one rank has it.
 
     Raises:
         Damaged: if it cannot be read.

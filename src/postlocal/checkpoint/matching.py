@@ -1,4 +1,4 @@
-"""What must be equal between a checkpoint and the run that it is loaded into."""
+"""Comparison of a checkpoint with the run that it is loaded into."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
@@ -17,7 +17,7 @@ _FOLLOWS_THE_STEP = ("params", "lr", "initial_lr")
 
 
 def describe(sync: Sync) -> dict[str, Any]:
-    """Model, optimizer, strategy and levels as plain values, to be compared and to be read."""
+    """Model, optimizer, strategy and levels as plain values, to compare and to show."""
     replica = sync.replica
     names = {id(tensor): name for name, tensor in replica.tensors.items()}
     return {
@@ -35,14 +35,14 @@ def describe(sync: Sync) -> dict[str, Any]:
 
 
 def model_difference(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """The first tensor that differs between two descriptions, in words."""
+    """A message about the first tensor that differs between two descriptions."""
     return _first_difference(saved["tensors"], here["tensors"])
 
 
 def own_difference(
     saved: Mapping[str, Any], here: Mapping[str, Any], same_world: bool
 ) -> str | None:
-    """The same for tensors that belong to one rank alone, which no other rank can take over."""
+    """The same for tensors that belong to one rank, which no other rank can load."""
     if saved["own"] and not same_world:
         return (
             f"holds tensors that belong to one rank alone, as DistributedDataParallel ignores them "
@@ -78,7 +78,7 @@ def optimizer_difference(
     states: Sequence[Mapping[str, Any]],
     present: Sequence[Optimizer],
 ) -> str | None:
-    """The first thing of the optimizers that differs and cannot be loaded, in words.
+    """A message about the first difference between optimizers that prevents loading.
 
     Args:
         saved: description of the saved run.
@@ -104,7 +104,7 @@ def optimizer_difference(
 def changed_values(
     states: Sequence[Mapping[str, Any]], present: Sequence[Optimizer]
 ) -> Iterator[str]:
-    """Entries of param groups that differ, in words, but those that schedulers set."""
+    """A message about entries of param groups that differ, except those that schedulers set."""
     for number, (state, optimizer) in enumerate(zip(states, present, strict=True)):
         which = f" of optimizer[{number}]" if len(present) > 1 else ""
         groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
@@ -117,12 +117,12 @@ def changed_values(
 def strategy_differences(
     saved: Mapping[str, Any], here: Mapping[str, Any], same_world: bool
 ) -> str | None:
-    """How strategies differ, and levels, in words.
+    """A message about how strategies and levels differ.
 
     Args:
         saved: description of the saved run.
         here: description of this one.
-        same_world: whether as many ranks saved it; levels differ otherwise.
+        same_world: whether the same number of ranks saved it; otherwise levels differ.
     """
     there, present = saved["strategy"], here["strategy"]
     found = []
@@ -136,7 +136,7 @@ def strategy_differences(
 
 
 def _same(there: str, here: str) -> bool:
-    """Whether two expressions are of equal strategies, however they are written."""
+    """Whether two expressions give equal strategies."""
     if there == here:
         return True
     try:
@@ -162,7 +162,7 @@ def _short(value: Any) -> str:
 
 def _class_of(optimizer: Optimizer) -> str:
     kind = type(optimizer)
-    # A script's own class has another module when the script is run than when it is imported.
+    # The module of a script's class depends on whether the script is run or imported.
     module = f"{kind.__module__}." if kind.__module__.startswith("torch.") else ""
     return f"{module}{kind.__qualname__}"
 
@@ -178,7 +178,7 @@ def _group_difference(saved: Sequence[Sequence[str]], here: Sequence[Sequence[st
 
 
 def _state_difference(saved: Mapping[Any, Any], here: Mapping[Any, Any]) -> str | None:
-    """Entries of the state of one parameter that differ, where both have some."""
+    """Entries of the state of one parameter that differ, if both have some."""
     for index in here:
         there, present = (
             ", ".join(sorted(map(str, state.get(index, {})))) for state in (saved, here)

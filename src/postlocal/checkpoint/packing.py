@@ -1,7 +1,7 @@
 """Nested state as JSON and tensors, the tensors under keys made from their content.
 
-A container is ``{"kind": [...]}``, a tensor ``{"tensor": key}``, all else stands for itself. Unlike
-plain JSON it keeps tuples, and keys that are numbers; unlike pickle it runs nothing when read.
+A container is ``{"kind": [...]}``, a tensor ``{"tensor": key}``, and other values are themselves.
+Unlike plain JSON, the format keeps tuples and numbers as keys. Unlike pickle, reading runs no code.
 
 Example:
     >>> packed, tensors = pack({0: (torch.zeros(2), 0.5)})
@@ -26,7 +26,7 @@ ALLOWED = (
     "dicts, lists, tuples and sets of tensors, numpy arrays, numbers, strings, bytes, paths and "
     "None"
 )
-"""What `pack` takes, in words."""
+"""Types that `pack` takes, for messages."""
 
 _DTYPES = {
     np.dtype(name)
@@ -41,15 +41,15 @@ _PLAIN = (bool, int, float, str)  # a subclass of int or float comes back as int
 def pack(state: Any, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
     """State as plain values, and its tensors by key; equal tensors share one.
 
-    A subclass of a container or a number comes back as the plain one.
+    A subclass of a container or a number is restored as the plain type.
 
     Args:
-        state: what `ALLOWED` says, nested in any way.
-        name: of the state, for errors.
+        state: values of the types in `ALLOWED`, nested in any way.
+        name: of the state, for messages.
 
     Raises:
-        TypeError: if it holds anything else, naming where.
-        ValueError: if it holds itself.
+        TypeError: if it contains any other value; the message names the place.
+        ValueError: if it contains itself.
 
     Example:
         >>> pack({"rng": [0, object()]}, "extra")
@@ -116,7 +116,7 @@ def _pack_numpy(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value of the plain type: JSON writes a subclass in its own words."""
+    """A value of the plain type, because JSON may write a subclass differently."""
     for kind in _PLAIN:
         if isinstance(value, kind):
             return kind(value) if kind is not str else str.__str__(value)
@@ -173,7 +173,7 @@ _MAKE: Mapping[str, Callable[[Any], Any]] = {
 
 
 def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `pack` was given; each tensor has memory of its own."""
+    """The state that `pack` got; each tensor has its own memory."""
     if not isinstance(packed, dict):
         return packed
     ((kind, content),) = packed.items()

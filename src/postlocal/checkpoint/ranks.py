@@ -1,4 +1,4 @@
-"""Work that any rank may fail at, and all ranks have to hear of."""
+"""Work that can fail on any rank, with an error on all."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,17 +17,17 @@ Value = TypeVar("Value")
 def on_all_ranks(
     group: Group, part: Callable[[], Value], problem: str, path: Path | None = None
 ) -> Value:
-    """What a function gives on this rank, once it succeeded on all; collective.
+    """The result of a function on this rank, once it succeeded on all; collective.
 
     Args:
         group: all ranks.
-        part: what each does.
-        problem: first words of the message if one fails.
-        path: the folder that is meant.
+        part: what each rank does.
+        problem: the start of the message if one fails.
+        path: the folder that the message is about.
 
     Raises:
-        CheckpointError: on every rank, with the words of those that failed; `Damaged` if it was
-            that on each of them.
+        CheckpointError: on every rank, with the messages of those that failed; `Damaged` if all
+            of these were.
     """
 
     def failed(failures: Failures, words: str) -> CheckpointError:

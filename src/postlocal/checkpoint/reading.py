@@ -1,4 +1,4 @@
-"""Finding checkpoints, reading one, and loading it if it fits."""
+"""Finding checkpoints, reading one, and loading it if it matches."""
 
 import logging
 import warnings
@@ -34,7 +34,7 @@ class Saved:
     """A checkpoint that was read.
 
     Args:
-        place: where from.
+        place: its folders.
         world: number of ranks that saved it.
         state: of this rank or, on another number of ranks, of saved rank ``rank % world``.
     """
@@ -45,16 +45,16 @@ class Saved:
 
 
 def find(base: Path, step: int | None, group: Group, must_exist: bool) -> list[Place]:
-    """Checkpoints in a folder that all ranks have, newest first; collective.
+    """Checkpoints in a folder that exist for all ranks, newest first; collective.
 
     Args:
-        base: the folder, which may be another one on each rank.
+        base: the folder, which may differ between ranks.
         step: the only one to look for; None: all.
         group: all ranks.
         must_exist: whether an empty or missing folder is an error.
 
     Raises:
-        CheckpointError: if there is none and there should be, or ranks see different folders.
+        CheckpointError: if there is none and ``must_exist``, or ranks see different folders.
     """
     everyones = _look_together(base, group)
     common = frozenset.intersection(*(seen.own for seen in everyones))
@@ -75,8 +75,8 @@ def read(place: Place, group: Group) -> Saved:
 
     Raises:
         Damaged: if any rank cannot.
-        CheckpointError: if it is of another format, or is not one and the same on all ranks, or
-            parts of it are elsewhere.
+        CheckpointError: if it is of another format, differs between ranks, or parts of it are in
+            another place.
     """
     problem, path = f"checkpoint {place}:", place.folder(group.rank)
     index = on_all_ranks(group, lambda: folders.read_index(place, group.rank), problem, path)
@@ -97,15 +97,15 @@ def read(place: Place, group: Group) -> Saved:
 
 
 def apply(sync: Sync, saved: Saved, change: bool) -> None:
-    """Load what was read into model, optimizer and clock, once all of it fits on all ranks.
+    """Load a checkpoint into model, optimizer and clock, if it matches on all ranks.
 
     Args:
         sync: the clock.
-        saved: what was read.
-        change: whether another strategy is taken over into a new round.
+        saved: the checkpoint.
+        change: whether a new round may start under another strategy.
 
     Raises:
-        CheckpointError: if it does not fit; nothing was changed.
+        CheckpointError: if it does not match; nothing was changed.
     """
     group, world, state = sync.groups[WORLD], saved.world, saved.state
     name, path = f"checkpoint {saved.place}", saved.place.folder(group.rank % world)
@@ -138,7 +138,7 @@ def apply(sync: Sync, saved: Saved, change: bool) -> None:
 
 
 def _restart(sync: Sync, clock: Mapping[str, Any], group: Group) -> None:
-    """Start a new round; replicas that stay equal in it get equal states of the optimizer."""
+    """Start a new round; if replicas stay equal in it, they get equal states of the optimizer."""
     sync.restart(clock)
     if sync.round.gradients != WORLD:
         return
@@ -148,7 +148,7 @@ def _restart(sync: Sync, clock: Mapping[str, Any], group: Group) -> None:
 
 
 def _load(sync: Sync, state: Mapping[str, Any], model: Mapping[str, Tensor]) -> None:
-    """Give optimizer and model of this rank what was saved."""
+    """Load the saved state into optimizer and model of this rank."""
     for optimizer, saved in zip(sync.inner.optimizers, state["optimizers"], strict=True):
         _load_optimizer(optimizer, saved)
     for name, tensor in sync.replica.tensors.items():
@@ -167,10 +167,10 @@ def model_of(saved: Saved, rank: int, group: Group) -> Mapping[str, Tensor]:
 
 
 def _look_together(base: Path, group: Group) -> list[Seen]:
-    """What ranks see, which must be the same where they share a folder."""
+    """The checkpoints that ranks see; the same on all if they share a folder."""
     everyones = group.all_gather_object(folders.look(base, group.rank))
     every = frozenset().union(*(seen.shared for seen in everyones))
-    if any(seen.shared != every for seen in everyones):  # a network's file system may be late
+    if any(seen.shared != every for seen in everyones):  # a network file system may be late
         everyones = group.all_gather_object(folders.await_steps(base, group.rank, every))
     problems = {r: seen.problem for r, seen in enumerate(everyones) if seen.problem is not None}
     if problems:
@@ -193,7 +193,7 @@ def _look_together(base: Path, group: Group) -> list[Seen]:
 
 
 def _compare_own(base: Path, everyones: Sequence[Seen], group: Group) -> None:
-    """Name ranks that lack checkpoints which others saved for themselves."""
+    """Raise an error that names ranks without the checkpoints that others have of their own."""
     every = frozenset().union(*(seen.own for seen in everyones))
     common = frozenset.intersection(*(seen.own for seen in everyones))
     newer = {step for step in every if step > max(common, default=-1)}
@@ -222,7 +222,7 @@ def _of_step(base: Path, step: int, places: Sequence[Place]) -> list[Place]:
 
 
 def _check_start(base: Path, everyones: Sequence[Seen], group: Group, must_exist: bool) -> None:
-    """That a folder without checkpoint may be that of a run that has not started yet."""
+    """Check that a folder without checkpoints can be that of a run that has not started."""
     others = {
         rank: f"holds {', '.join(seen.others[:5])}{', ...' * (len(seen.others) > 5)}"
         for rank, seen in enumerate(everyones)
@@ -255,7 +255,7 @@ def _list(steps: Any) -> str:
 
 
 def _check_parts(place: Place, world: int, group: Group) -> None:
-    """That this rank sees the parts it needs, on another number of ranks than saved them."""
+    """Check that this rank sees the parts it needs, on another number of ranks than saved."""
     needed = {group.rank % world, *range(group.rank, world, group.size)}
     missing = [r for r in sorted(needed) if not (place.folder(r) / INDEX).exists()]
     if missing and place.layout == "per-rank":
@@ -276,10 +276,10 @@ def _read_part(place: Place, rank: int, *names: str) -> dict[str, Any]:
 
 
 def _differences(sync: Sync, saved: Saved, change: bool) -> str | None:
-    """How the strategy differs, where that is allowed.
+    """How the strategy differs, if that is allowed.
 
     Raises:
-        CheckpointError: if something differs that must not.
+        CheckpointError: if anything differs that must be equal.
     """
     there, here = saved.state["about"], matching.describe(sync)
     fault = matching.model_difference(there, here) or matching.optimizer_difference(
@@ -308,7 +308,7 @@ def _changed_values(sync: Sync, saved: Saved) -> list[str]:
 
 
 def _log(sync: Sync, saved: Saved, words: str | None, values: Sequence[str]) -> None:
-    """Say what is not as it was."""
+    """Log what differs from the saved run."""
     if values:
         logger.warning("values of the checkpoint are used: %s", "; ".join(values))
     size = sync.groups[WORLD].size
@@ -329,7 +329,7 @@ def _log(sync: Sync, saved: Saved, words: str | None, values: Sequence[str]) -> 
 
 
 def _load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Load state as it was: torch casts it to the dtype of the parameters."""
+    """Load state in its saved dtype, which torch would cast to that of the parameters."""
     optimizer.load_state_dict(dict(state))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, saved in state["state"].items():

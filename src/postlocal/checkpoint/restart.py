@@ -1,4 +1,4 @@
-"""What a new round starts from: the parameters last agreed on, and what of the state fits them."""
+"""The state that a new round starts from: the parameters last agreed on, and outer state."""
 
 import logging
 import math
@@ -22,23 +22,23 @@ Load = Callable[[int], Mapping[str, Tensor]]
 
 
 class Locally(Protocol):
-    """Calls a function that does not communicate, and gives its value if no rank failed."""
+    """Calls a function that does not communicate, and returns its value if no rank failed."""
 
     def __call__(self, part: Callable[[], Value]) -> Value: ...
 
 
 def mean(load: Load, world: int, sync: Sync, locally: Locally) -> dict[str, Tensor]:
-    """The mean of all saved replicas, and the greatest of integers; equal on all ranks.
+    """The mean of all saved replicas, and the maximum of integers; equal on all ranks.
 
-    It is the value that the next synchronization would have given: parameters that are not finite
-    are left out, and so are the buffers of a replica that has NaN in one; where all are, none is.
-    Ranks share the reading, one replica at a time.
+    It is the result that the next synchronization would have had. Parameters that are not finite
+    are left out, and so are all buffers of a replica with NaN in one. If that leaves out all
+    replicas, none is left out. Ranks share the reading, one replica at a time.
 
     Args:
         load: reads a saved replica.
         world: number of ranks that saved one.
-        sync: the clock of the ranks that are here.
-        locally: calls the parts that read.
+        sync: the clock of the present ranks.
+        locally: calls functions that read.
     """
     group, replica = sync.groups[WORLD], sync.replica
     mine = range(group.rank, world, group.size)
@@ -60,7 +60,7 @@ def mean(load: Load, world: int, sync: Sync, locally: Locally) -> dict[str, Tens
 
 
 def anchor(clock: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The anchor in a saved clock; empty where there is none, or replicas had not gone apart."""
+    """The anchor in a saved clock; empty if there is none, or replicas had not diverged yet."""
     anchors = [fragment["anchor"] for fragment in clock["fragments"]]
     if clock["timeline"]["synchronous"] or None in anchors:
         return {}
@@ -73,10 +73,10 @@ def restarted(
     """A state for `Sync.restart`, made from the clock of another strategy.
 
     Args:
-        sync: a clock of the strategy that is here.
+        sync: a clock of the new strategy.
         clock: the saved one.
-        parameters: those agreed on, by name, which all ranks start from.
-        keep_outer: whether the saved state of the outer optimizer is taken over.
+        parameters: those last agreed on, by name, from which all ranks start.
+        keep_outer: whether the saved state of the outer optimizer is loaded.
     """
     present = sync.state_dict()
     outer = dict(_outer_state(clock)) if keep_outer else {}
@@ -118,7 +118,7 @@ def _outer_state(clock: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _is_well(tensors: Mapping[str, Tensor], replica: Replica) -> tuple[bool, bool]:
-    """Whether parameters are finite, and whether no buffer holds NaN."""
+    """Whether parameters are finite, and whether no buffer has NaN."""
     buffers = [_wide(tensors[name]) for name in replica.buffers]
     return (
         all_finite((tensors[name] for name in replica.parameters), math.inf),
@@ -127,7 +127,7 @@ def _is_well(tensors: Mapping[str, Tensor], replica: Replica) -> tuple[bool, boo
 
 
 def _chosen(kind: int, well: Mapping[int, tuple[bool, bool]]) -> set[int]:
-    """Ranks whose parameters or buffers are well; all, where none are."""
+    """Ranks whose parameters or buffers are valid; all ranks if none are."""
     return {rank for rank, pair in well.items() if pair[kind]} or {*well}
 
 
@@ -138,7 +138,7 @@ def _sums(
     parameters: Collection[int],
     buffers: Collection[int],
 ) -> dict[str, Tensor]:
-    """Sums of floats and maxima of integers, over the chosen ones of some saved ranks."""
+    """Sums of floats and maxima of integers, over the chosen ranks among some saved ones."""
     totals = {name: _start(tensor) for name, tensor in replica.tensors.items()}
     for rank in ranks:
         for name, tensor in load(rank).items():
@@ -157,7 +157,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _start(tensor: Tensor) -> Tensor:
-    """What sums or maxima start from."""
+    """The initial value of a sum or maximum."""
     wide = _wide(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device))
     least = 0.0 if wide.is_floating_point() else torch.iinfo(wide.dtype).min
     return wide.fill_(least)

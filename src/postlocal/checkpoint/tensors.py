@@ -21,12 +21,12 @@ from postlocal.comm.group import Group, Processes
 
 
 def write(folder: Path, tensors: dict[str, Tensor], group: Group) -> None:
-    """Write tensors by key, those that several ranks have once; collective.
+    """Write tensors by key, shared ones once; collective.
 
     Args:
-        folder: where to.
+        folder: to write to.
         tensors: those of this rank.
-        group: who writes; `Alone`: this rank, for itself.
+        group: the ranks that write together; `Alone`: this rank.
     """
     if isinstance(group, Processes):
         save_tensors(tensors, checkpoint_id=folder, process_group=group.process_group)
@@ -39,7 +39,7 @@ def read(folder: Path, keys: Iterable[str]) -> dict[str, Tensor]:
     """Tensors by key, on CPU.
 
     Raises:
-        Damaged: if one is missing, or not what was written.
+        Damaged: if one is missing, or differs from what was written.
     """
     tensors = {key: empty(key) for key in keys}
     try:
@@ -58,14 +58,14 @@ def read(folder: Path, keys: Iterable[str]) -> dict[str, Tensor]:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Quiets torch's warning that a single process works alone, which it gives even if asked to."""
+    """Suppresses torch's warning about a single process, which ``no_dist`` does not suppress."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
 
 
 class _Reader(FileSystemReader):
-    """torch's reader, with an index that can hold nothing but torch's plain classes."""
+    """torch's reader, with an index that can contain only torch's plain classes."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:

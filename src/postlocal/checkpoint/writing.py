@@ -1,4 +1,4 @@
-"""A checkpoint on its way to disk."""
+"""Writing a checkpoint to disk."""
 
 import shutil
 import time
@@ -19,10 +19,10 @@ from postlocal.version import __version__
 
 
 class Writing:
-    """One checkpoint on its way to disk.
+    """Writes one checkpoint to disk.
 
     Args:
-        place: where it goes.
+        place: its folders.
         group: all ranks.
         token: a name that no other attempt has, the same on all ranks.
     """
@@ -36,7 +36,7 @@ class Writing:
         self.makes = group.rank == 0 or place.layout == "per-rank"  # whether it makes the folder
 
     def write(self, packed: Mapping[str, Any], strategy: str, keep: int) -> None:
-        """Write all parts, then give them their names, then remove old ones."""
+        """Write all parts, rename them to their final names, then remove old checkpoints."""
         together = self.group if self.place.layout == "shared" else Alone()
         state = {part: plain for part, (plain, _) in packed.items()}
         stored = {key: tensor for _, found in packed.values() for key, tensor in found.items()}
@@ -59,7 +59,7 @@ class Writing:
             folders.prepare(self.final, self.partial)
 
     def _check_seen(self) -> None:
-        """That all ranks see the folder that rank 0 made."""
+        """Check that all ranks see the folder that rank 0 made."""
         seen = self.group.all_gather_object(folders.appears(self.partial))
         blind = [rank for rank, sees in enumerate(seen) if not sees]
         if blind:

@@ -1,8 +1,8 @@
-"""How long training takes on a network that is not at hand.
+"""Predictions of time, bytes and memory of training on a given network.
 
-A strategy's own schedule is rolled out step by step, its fragments are sent and applied by the
-rule of `postlocal.sync.timeline`, and its wires tell their own bytes: so the plan is the run.
-Only seconds are modelled; `docs/plan.md` derives them.
+The plan runs a strategy's own schedule, sends and applies fragments by `postlocal.sync.timeline`,
+and takes bytes from the messages that wires report. Rounds and bytes are therefore those of a real
+run. Only seconds are modelled; `docs/plan.md` derives them.
 
 Example:
     >>> from postlocal import strategies

@@ -1,4 +1,4 @@
-"""The ranks and links of a cluster that need not be there."""
+"""A described cluster: its ranks and links."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from postlocal.topology import RANK, WORLD, Topology, world
 
 @dataclass(frozen=True)
 class Link:
-    """What joins the groups of one level.
+    """The link that joins the groups of one level.
 
     Args:
-        bandwidth: bit/s that leave, and that enter, each **host** of the level at a time. A host
-            is a group of the level below: a rank where there is none, else for instance a node,
-            whose ranks share the link.
-        latency: seconds that a message of no length takes, one way.
+        bandwidth: bit/s that each **host** of the level can send, and can receive. A host is a
+            group of the level below, such as a node, whose ranks share the link. Without such a
+            level it is a rank.
+        latency: seconds that an empty message takes, one way.
 
     Raises:
         ValueError: if ``bandwidth`` is not above 0, or ``latency`` negative.
@@ -37,7 +37,7 @@ class Link:
             raise ValueError(f"latency must be at least 0 seconds, got {self.latency}")
 
     def seconds(self, payload_bytes: float, messages: int) -> float:
-        """Time for bytes that leave one host in so many messages, one after the other."""
+        """Seconds for bytes that one host sends in a number of messages, one after the other."""
         return 8 * payload_bytes / self.bandwidth + messages * self.latency
 
 
@@ -47,7 +47,7 @@ class Cluster:
 
     Args:
         workers: number of ranks, at least 1.
-        links: level -> link. Only levels that a strategy communicates at are needed.
+        links: level -> link. Only the levels at which a strategy communicates are needed.
         topology: the levels between ``"rank"`` and ``"world"``; None: there are none.
 
     Raises:
@@ -83,7 +83,7 @@ class Cluster:
 
     @cached_property
     def groups(self) -> LevelGroups:
-        """Rank 0's groups, which nobody can communicate over."""
+        """The groups of rank 0, without communication."""
         return LevelGroups(OnPaper(self.workers), self.topology)
 
     def link(self, level: str) -> Link:
@@ -101,16 +101,16 @@ class Cluster:
         return links[level]
 
     def size(self, level: str) -> int:
-        """Ranks in a group of a level, the largest one."""
+        """Number of ranks in the largest group of a level."""
         return self.groups[level].size
 
     def host(self, level: str) -> int:
-        """Ranks that share one end of a level's link: a group of the level below."""
+        """Number of ranks that share a level's link: a group of the level below."""
         levels = self.groups.levels
         return self.size(levels[max(0, levels.index(level) - 1)])
 
     def narrowest(self, level: str) -> str:
-        """The narrowest level with as large groups: whose link these communicate over."""
+        """The narrowest level with groups of the same size, whose link is used."""
         levels = self.groups.levels
         return next(each for each in levels if self.size(each) == self.size(level))
 

@@ -1,7 +1,7 @@
-"""Figures, where matplotlib is installed; the extra ``postlocal[plot]`` installs it.
+"""Figures by matplotlib; the extra ``postlocal[plot]`` installs it.
 
-matplotlib is imported when a figure is drawn, so that neither `import postlocal` nor a run without
-plots pays for it.
+matplotlib is imported when a figure is drawn, so `import postlocal` and runs without plots do not
+load it.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def require() -> None:
-    """Check that figures can be drawn, before there is anything to draw.
+    """Check that figures can be drawn.
 
     Raises:
         ImportError: if matplotlib cannot be imported.

@@ -1,4 +1,4 @@
-"""What one exchange of tensors costs: the wire's own legs, and seconds on a cluster's links."""
+"""The cost of one exchange of tensors: messages that the wire reports, and seconds on links."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20  # bytes, of DistributedDataParallel
 
 @dataclass(frozen=True)
 class Cost:
-    """What an exchange costs, as the rank that sends the most sees it.
+    """The cost of one exchange, for the rank that sends the most.
 
     Attributes:
-        payload_bytes: bytes it sends.
-        seconds: from the first byte to the last, with nothing else on the link.
+        payload_bytes: bytes that it sends.
+        seconds: from the first byte to the last, if nothing else uses the link.
     """
 
     payload_bytes: int = 0
@@ -31,16 +31,16 @@ class Cost:
 
 
 def of_tensors(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> Cost:
-    """The mean of tensors over the groups of a level, by a wire.
+    """The cost of the mean of tensors over the groups of a level, by a wire.
 
     Args:
-        wire: how values travel.
-        tensors: what travels.
-        cluster: its links.
-        level: with whom.
+        wire: the wire that sends values.
+        tensors: the tensors that are averaged.
+        cluster: the cluster.
+        level: the level.
 
     Raises:
-        ValueError: if the cluster lacks the level, or a link that is needed.
+        ValueError: if the cluster lacks the level, or a link that it needs.
 
     Example:
         >>> import torch
@@ -56,9 +56,9 @@ def of_tensors(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> Co
 
 
 def of_gradients(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> Cost:
-    """The mean of gradients over the groups of a level, as `postlocal.sync.ddp` takes it.
+    """The cost of the mean of gradients over the groups of a level, as in `postlocal.sync.ddp`.
 
-    fp32 gradients take torch's ring all-reduce, which enters and leaves each host once.
+    fp32 gradients use torch's ring all-reduce, which enters and leaves each host once.
     """
     size = cluster.size(level)
     if wire != fp32() or size == 1:
@@ -68,10 +68,10 @@ def of_gradients(wire: Wire, tensors: Tensors, cluster: Cluster, level: str) -> 
 
 
 def seconds(leg: Leg, cluster: Cluster) -> float:
-    """From the first byte of a leg to the last, with nothing else on the link.
+    """Seconds from the first byte of a leg to the last, if nothing else uses the link.
 
-    Ranks of a host share its link, and what they send each other does not cross it: all of them
-    send and receive in an exchange, one of them along a ring or from and to one rank.
+    Ranks of a host share its link, and messages within the host do not use it. In an exchange all
+    ranks of a host send over the link; in a ring, or from and to one rank, one of them does.
 
     Example:
         >>> from postlocal.planning.cluster import Link
@@ -83,19 +83,19 @@ def seconds(leg: Leg, cluster: Cluster) -> float:
     others = leg.peers - 1
     if leg.pattern == "ring":
         return cluster.link(level).seconds(leg.busiest, 2 * others)
-    # Of each host's ranks as many take part as of all ranks.
+    # The same share of each host's ranks takes part as of all ranks.
     host = max(1, cluster.host(level) * leg.peers // cluster.size(level))
     crossing = (leg.peers - host) / others * (host if leg.pattern == "exchange" else 1)
     return cluster.link(level).seconds(leg.busiest * crossing, 1)
 
 
 class Costs:
-    """What each exchange of a strategy costs on a cluster, looked up once.
+    """The cost of each exchange of a strategy on a cluster, computed once.
 
     Args:
-        strategy: how.
-        job: what travels.
-        cluster: over which links.
+        strategy: the strategy.
+        job: the job, whose tensors are sent.
+        cluster: the cluster.
     """
 
     def __init__(self, strategy: Strategy, job: Job, cluster: Cluster) -> None:
@@ -106,11 +106,11 @@ class Costs:
         self._known: dict[Hashable, Cost] = {}
 
     def gradients(self, level: str) -> Cost:
-        """Of the gradients of a step: its bytes, and the seconds that nothing hides."""
+        """Gradients of a step: bytes, and the seconds that do not overlap the backward pass."""
         return self._once(("gradients", level), self._gradients, level)
 
     def fragment(self, number: int) -> Cost:
-        """Of a fragment, and of the optimizer's state where it goes with it."""
+        """A fragment; with the last one, the state of the optimizer if it is averaged."""
         key = tuple((tensor.shape, tensor.dtype) for tensor in self._parts[number].values())
         sent = self._once(("fragment", key), self._fragment, number)
         if number == len(self._parts) - 1:
@@ -118,7 +118,7 @@ class Costs:
         return sent
 
     def narrow(self, level: str) -> Cost:
-        """Of the plain averages at levels below the world's."""
+        """A plain average at a level below the world."""
         return self._once(("narrow", level), self._narrow, level)
 
     def _once(self, key: Hashable, look: Callable[..., Cost], what: object) -> Cost:
@@ -152,7 +152,7 @@ class Costs:
 def buckets(nbytes: int) -> list[float]:
     """Shares of the gradients in each bucket of DistributedDataParallel, in the order of sending.
 
-    The first one takes 1 MiB and the others 25, which are its defaults.
+    The first bucket has 1 MiB and the others 25 MiB, which are its defaults.
 
     Example:
         >>> buckets(2**22)
@@ -163,15 +163,15 @@ def buckets(nbytes: int) -> list[float]:
 
 
 def exposed(seconds: float, shares: Sequence[float], backward: float) -> float:
-    """Seconds of a reduction that the backward pass does not hide.
+    """Seconds of a reduction that do not overlap the backward pass.
 
-    A bucket is sent once its gradients are there and the one before it is through, so that nothing
-    hides the last one.
+    A bucket is sent when its gradients are complete and the bucket before it has been reduced, so
+    the last one overlaps nothing.
 
     Args:
         seconds: of all buckets together.
         shares: of the gradients in each bucket.
-        backward: seconds of the pass in which they become ready.
+        backward: seconds of the backward pass, in which gradients become ready.
 
     Example:
         >>> exposed(1.0, [0.5, 0.5], backward=8.0), exposed(1.0, [1.0], backward=8.0)

@@ -1,4 +1,4 @@
-"""The share of time computing over bandwidth, drawn."""
+"""A plot of the share of time computing over bandwidth."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,14 +19,14 @@ _POINTS = 41
 def draw(
     chosen: Mapping[str, Strategy], job: Job, cluster: Cluster, to: Path, level: str = WORLD
 ) -> None:
-    """Draw the share of time computing of strategies, over three decades of bandwidth either way.
+    """Plot the share of time computing of strategies, over six decades of bandwidth.
 
     Args:
         chosen: label -> strategy.
-        job: what is trained.
-        cluster: where; the bandwidth that it has at the level is marked.
+        job: the job.
+        cluster: the cluster; its bandwidth at the level is marked, in the middle.
         to: the PNG file.
-        level: whose bandwidth varies.
+        level: the level whose bandwidth varies.
 
     Raises:
         ImportError: if matplotlib cannot be imported.

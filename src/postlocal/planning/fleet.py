@@ -1,4 +1,4 @@
-"""Thousands of replicas that are not alike: their speeds, their links, and how often they fail."""
+"""A fleet: thousands of replicas with different speeds and links that fail and return."""
 
 import math
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from postlocal.topology import nodes
 
 @dataclass(frozen=True)
 class Failures:
-    """How often a host is lost, how long it is away, and what it takes to start again.
+    """How often hosts fail, how long they are away, and how long restarts take.
 
     Args:
-        apart: mean seconds between two failures of one host, which come at random times;
-            infinite: none.
+        apart: mean seconds between two failures of one host, at random times; infinite: none.
         away: seconds until a lost host is back.
-        restart: seconds in which a job that cannot go on comes back to its last checkpoint.
-        saving: seconds that such a job stops for a checkpoint.
+        restart: seconds to load the last checkpoint, for a job that cannot continue without the
+            host.
+        saving: seconds that such a job stops to write a checkpoint.
 
     Raises:
-        ValueError: if ``apart`` is not above 0, or another one negative.
+        ValueError: if ``apart`` is not above 0, or another argument is negative.
 
     Example:
         >>> day = 86_400.0
@@ -46,22 +46,22 @@ class Failures:
                 raise ValueError(f"{name} must be at least 0 seconds, got {getattr(self, name)}")
 
     def interval(self, hosts: int) -> float:
-        """Seconds between checkpoints that lose least: Young (CACM 1974), ``sqrt(2 C M)``."""
+        """Seconds between checkpoints that lose least time: ``sqrt(2 C M)`` (Young, CACM 1974)."""
         return math.sqrt(2 * self.saving * self.apart / hosts)
 
 
 @dataclass(frozen=True, init=False)
 class Fleet:
-    """Many replicas, in hosts that share an uplink and fail as a whole.
+    """Many replicas on hosts. The replicas of a host share an uplink and fail together.
 
     Args:
         replicas: how many, at least 1.
         links: the uplinks of the hosts: one link, or pairs of a share of the hosts and their link.
-        speeds: factor on the job's step time that a replica has for good, drawn once for each;
+        speeds: distribution of each replica's factor on the job's step time, drawn once a run;
             its mean is usually 1.
-        failures: of hosts.
-        node_size: replicas in a host.
-        node_link: what joins the replicas of a host.
+        failures: failures of hosts.
+        node_size: replicas of a host.
+        node_link: the link between the replicas of a host.
 
     Raises:
         ValueError: if ``node_size`` does not divide the replicas, or shares are not above 0 or do
@@ -111,7 +111,7 @@ class Fleet:
         return self.replicas // self.node_size
 
     def factors(self, source: np.random.Generator) -> NDArray[np.float64]:
-        """Each replica's own, of shape ``(hosts, node_size)``.
+        """The speed factor of each replica, of shape ``(hosts, node_size)``.
 
         Raises:
             ValueError: if one is not above 0.
@@ -122,23 +122,23 @@ class Fleet:
         return drawn
 
     def uplinks(self, source: np.random.Generator) -> list[Link]:
-        """Each host's link: as many of each as its share says, to the nearest host."""
+        """The link of each host: of each class its share, rounded to hosts."""
         ends = [round(self.hosts * share) for share in accumulate(share for share, _ in self.links)]
         kinds = np.searchsorted(ends, np.arange(self.hosts), side="right")
         return [self.links[kind][1] for kind in source.permutation(kinds)]
 
     def cluster(self, hosts: int, uplink: Link) -> Cluster:
-        """So many of its hosts, all with one uplink."""
+        """A cluster of a number of its hosts, all with one uplink."""
         links = {"node": self.node_link, "world": uplink}
         return Cluster(hosts * self.node_size, links, nodes(self.node_size))
 
     def slowest(self) -> Link:
-        """The least bandwidth and the greatest latency of all."""
+        """The least bandwidth and the greatest latency of all links."""
         return slowest([link for _, link in self.links])
 
 
 def slowest(links: Sequence[Link]) -> Link:
-    """What an exchange goes by in which all of these take part.
+    """The link that limits an exchange over all of these: least bandwidth, greatest latency.
 
     Example:
         >>> slowest([Link(1e9, 0.001), Link(1e7), Link(1e8)])

@@ -1,7 +1,7 @@
 """The job of a fleet: synchronizations of all replicas, failures and returns, run by SimPy.
 
-Times are drawn for all replicas at once, and each has a clock of its own. The job's time goes back
-when something has to be done again, so that what follows need not know of it.
+Times are drawn for all replicas at once, and each has its own clock. The job's time is reset to the
+last safe state when steps have to be repeated.
 """
 
 import math
@@ -22,28 +22,28 @@ from postlocal.schedule import RANK, WORLD
 from postlocal.strategies import Strategy
 from postlocal.sync.timeline import Apply, Average, Event, Start, Synchronize, Timeline
 
-_TRIES = 1000  # to come from one checkpoint to the next, after which a run is left
+_TRIES = 1000  # attempts to reach the next checkpoint, after which a run is abandoned
 _TICK = 1e-6  # seconds that the environment's clock may be behind
 
 
 class FleetRun:
-    """The job of a fleet, as a process, and what happens to it.
+    """The job of a fleet, as a process of SimPy.
 
     Args:
-        strategy: how.
-        job: what is trained.
-        fleet: by whom.
-        source: of chance.
+        strategy: the strategy.
+        job: the job.
+        fleet: the fleet.
+        source: random numbers.
 
     Attributes:
         membership: which hosts take part.
-        clocks: of the replicas, and what their time is spent on.
+        clocks: clocks of the replicas, and how their time is spent.
     """
 
     def __init__(
         self, strategy: Strategy, job: Job, fleet: Fleet, source: np.random.Generator
     ) -> None:
-        # Each has chance of its own, so that a failure does not change what is drawn later.
+        # Separate generators, so that a failure does not change later draws of step times.
         self._draws, failing, making = source.spawn(3)
         self._environment = simpy.Environment()
         self.membership = Membership(fleet, job, self._environment, making, failing)
@@ -59,7 +59,7 @@ class FleetRun:
         self._costs: dict[tuple[int, Link], Costs] = {}
         self._under_way: deque[float] = deque()  # when each exchange under way ends
         self._free = 0.0  # when the world's link is
-        self._behind = 0.0  # seconds that were done again, or stood still
+        self._behind = 0.0  # seconds that were repeated, or stopped
         self._safe = 0.0  # the job's time when all was last safe
         self._tries = 0
         self._hopeless = self._environment.event()
@@ -68,7 +68,7 @@ class FleetRun:
         self._process = self._environment.process(self._train())
 
     def follow(self, limit: float) -> tuple[float, bool]:
-        """Run to the end, or for so many seconds; tells which it was, and when."""
+        """Run to the end, or for a limit of seconds; returns the seconds, and whether it ended."""
         if math.isfinite(self._fleet.failures.apart):
             self._environment.process(self.membership.fail(self._process.interrupt))
         late = self._environment.timeout(limit)
@@ -88,7 +88,7 @@ class FleetRun:
 
     @property
     def _now(self) -> float:
-        """The job's own time, which goes back when something has to be done again."""
+        """The job's own time, which is reset when steps have to be repeated."""
         return self._environment.now - self._behind
 
     def _train(self) -> Waiting:
@@ -159,7 +159,7 @@ class FleetRun:
         self.clocks.wait(self.clocks.clock + seconds, "links")
 
     def _start(self, number: int) -> Waiting:
-        """Send a fragment, once the slowest is there, after those that the link still sends."""
+        """Send a fragment when the slowest has reached it, after those that the link is sending."""
         yield from self._reach(self._latest)
         sent = self._present()
         seconds = self._exchanges().fragment(number).seconds
@@ -172,7 +172,7 @@ class FleetRun:
         if not self._strategy.fragments.delay:
             yield from self._reach(lambda: ends)
         self.clocks.wait(min(ends, self._latest()), "stragglers")
-        self.clocks.wait(ends, "links")  # the slowest has to wait for it too
+        self.clocks.wait(ends, "links")  # the slowest waits for it too
 
     def _synchronized(self) -> Waiting:
         if not self._together:
@@ -212,7 +212,7 @@ class FleetRun:
             yield from self._restart()
 
     def _restart(self) -> Waiting:
-        """Go back to the last safe state with the hosts that are there; later work is repeated."""
+        """Restart from the last safe state with the present hosts; later work is repeated."""
         self._stands_since = self._environment.now
         while True:
             self._try_again()
@@ -250,7 +250,7 @@ class FleetRun:
         return float(np.max(clock, where=self.membership.members, initial=0.0))
 
     def _present(self) -> float:
-        """That clock, or the present where a host was lost later, while others waited for it."""
+        """That clock, or the present if a host was lost later, while others waited for it."""
         return max(self._latest(), self._now)
 
     def _exchanges(self) -> Costs:

@@ -1,4 +1,4 @@
-"""What is to be trained, as far as time and memory depend on it."""
+"""A training job, as far as time and memory depend on it."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,17 +20,18 @@ class Job:
     """A model and its steps.
 
     Args:
-        parameters: how many, at least 1, or the model itself. Of a number all fragments have the
-            same size, and PowerSGD finds one square matrix.
-        step: seconds that a rank computes for a step, or how they are distributed.
+        parameters: their number, at least 1, or the model itself. A number means fragments of
+            equal size, and one square matrix for PowerSGD.
+        step: seconds that a rank computes for a step, or their distribution.
         steps: optimizer steps of the run, at least 1.
-        lr: the inner learning rate, or a function of the step, for schedules that follow it.
-        dtype: of parameters and gradients; a model has its own.
-        optimizer_bytes: of the inner optimizer's state, for each parameter; 8 for Adam in fp32.
-        gradient_overlap: share of a step that can hide a reduction of gradients, from 0 to 1:
-            DistributedDataParallel reduces beside the backward pass, about two thirds of a step.
-        parameter_overlap: the same for parameters. Here a synchronization starts when the step
-            is complete, so that nothing is hidden; others start it layer by layer.
+        lr: the inner learning rate, or a function of the step, for schedules that depend on it.
+        dtype: of parameters and gradients; ignored if a model is given.
+        optimizer_bytes: bytes of the inner optimizer's state for each parameter; 8 for Adam in
+            fp32.
+        gradient_overlap: share of a step that the reduction of gradients can overlap, from 0 to 1.
+            DistributedDataParallel reduces during the backward pass, about two thirds of a step.
+        parameter_overlap: the same for parameters: 0 for `Sync`, which starts a synchronization
+            after the step. Other systems start it layer by layer.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -71,7 +72,7 @@ class Job:
 
     @property
     def tensors(self) -> Tensors:
-        """The trained parameters, by name; those of a number have no content."""
+        """The trained parameters, by name; tensors without content if a number was given."""
         if isinstance(self.parameters, nn.Module):
             return Replica(self.parameters).parameters
         return self._blank(self.parameters)
@@ -95,7 +96,7 @@ class Job:
         """The parameters of each fragment.
 
         Raises:
-            ValueError: if the model cannot be cut in this way.
+            ValueError: if the model cannot be split in this way.
         """
         if isinstance(self.parameters, nn.Module):
             tensors = self.tensors
@@ -106,7 +107,7 @@ class Job:
         return tuple(self._blank(least + (part < more)) for part in range(fragments.count))
 
     def _blank(self, numel: int, dtype: torch.dtype | None = None) -> Tensors:
-        """A square matrix, and what is left."""
+        """A square matrix and the rest, of a number of elements in all."""
         side = math.isqrt(numel)
         shapes = {"matrix": (side, side), "rest": (numel - side**2,)}
         kept = {name: shape for name, shape in shapes.items() if math.prod(shape)}

@@ -1,4 +1,4 @@
-"""Bandwidth and latency of the links that are there."""
+"""Measured bandwidth and latency of links."""
 
 import time
 from statistics import median
@@ -21,17 +21,17 @@ def measure_links(
 ) -> dict[str, Link]:
     """Time all-reduces at each level, all groups of a level at the same time; collective.
 
-    The time of one value is 2 (W - 1) latencies; what many values need beyond that is the
-    bandwidth of a ring. Both are medians, of the group that is slowest.
+    The time of one value is 2 (W - 1) latencies. The additional time of many values gives the
+    bandwidth, as of a ring. Both are medians, of the slowest group.
 
     Args:
         groups: the groups.
-        device: where tensors lie; None: on the CPU.
+        device: the device of the tensors; None: the CPU.
         numel: fp32 values of a large all-reduce.
-        rounds: of each size, after one that does not count.
+        rounds: number of all-reduces of each size, after one that is not counted.
 
     Returns:
-        Links by level, the same on all ranks; a level at which ranks are alone has none.
+        Links by level, the same on all ranks. A level whose groups have one rank has no link.
 
     Raises:
         PeerError: if a rank does not take part.
@@ -53,7 +53,7 @@ def measure_links(
         if size > 1:
             messages = 2 * (size - 1)
             payload = 4 * numel * messages / size
-            # Where both took the same time, no bandwidth can be told.
+            # If both take the same time, the bandwidth is unknown.
             links[level] = Link(8 * payload / max(large - small, 1e-9), small / messages)
     return links
 
@@ -66,7 +66,7 @@ def _seconds(group: Group, numel: int, rounds: int, device: torch.device | None)
         group.all_reduce(torch.zeros(1, device=device)).wait()  # start together
         start = time.perf_counter()
         group.all_reduce(values).wait()
-        float(values[0])  # an accelerator is done only then
+        float(values[0])  # wait for the accelerator
         times.append(time.perf_counter() - start)
     slowest = (max(together) for together in zip(*group.all_gather_object(times), strict=True))
     return float(median(list(slowest)[1:]))

@@ -18,17 +18,17 @@ class Membership:
     """Hosts that fail and return.
 
     Args:
-        fleet: whose hosts.
-        job: whose parameters hosts that return have to fetch.
+        fleet: the fleet.
+        job: the job, whose parameters returning hosts fetch.
         environment: of the simulation.
-        making: random numbers by which links are assigned.
-        failing: random numbers of failures.
+        making: random numbers for the assignment of links.
+        failing: random numbers for failures.
 
     Attributes:
-        members: whether each takes part.
+        members: for each host, whether it takes part.
         failures: number of failures.
         returned: hosts that have returned and wait to be admitted.
-        arrival: happens when the next host returns.
+        arrival: event of the next host's return.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Membership:
         return bool(self.members.any() or self.returned)
 
     def fail(self, tell: Callable[[int], None]) -> Waiting:
-        """Lose hosts at random times, and tell of those that took part."""
+        """Let hosts fail at random times, and report those that took part."""
         failures = self._fleet.failures
         while True:
             apart = failures.apart / self._fleet.hosts
@@ -74,13 +74,13 @@ class Membership:
                 tell(host)
 
     def drop(self, host: int) -> None:
-        """Note that a host takes part no longer."""
+        """Note that a host no longer takes part."""
         self.members[host] = False
         self._lost_at[host] = self._environment.now
         self._taking_part = None
 
     def admit(self) -> float:
-        """Let returned hosts take part; gives the seconds that they were away, in all."""
+        """Let returned hosts take part; returns the total of seconds that they were away."""
         back = sorted(self.returned)
         self.returned.clear()
         if back:
@@ -89,7 +89,7 @@ class Membership:
         return float((self._environment.now - self._lost_at[back]).sum())
 
     def away(self, now: float) -> float:
-        """Seconds, in all, that the hosts that do not take part have been away."""
+        """Total of seconds that the hosts that do not take part have been away."""
         return float((now - self._lost_at[~self.members]).sum())
 
     def taking_part(self) -> tuple[int, Link]:

@@ -1,4 +1,4 @@
-"""What a strategy will cost: time, bytes and memory of a run."""
+"""The plan of a run: time, bytes and memory."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,18 +21,18 @@ _DAY = 86_400
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that stay on a rank, activations and what a backend takes left out.
+    """Bytes that stay on a rank, without activations and the memory of a backend.
 
     Attributes:
         parameters: of the model.
-        gradients: as many; DistributedDataParallel's buckets are left out.
+        gradients: the same number; DistributedDataParallel's buckets are not counted.
         optimizer: the inner optimizer's state.
         anchor: the parameters last agreed on.
         outer: the outer optimizer's state.
         residual: of wires with error feedback.
-        under_way: contributions that travel, or wait, while training goes on, and what they were
-            taken from where steps are carried.
-        staging: of wires, at most.
+        under_way: contributions that are sent, or wait to be applied, during training; with
+            ``keep_delayed_steps`` also the parameters that they were computed from.
+        staging: the most staging memory of wires.
     """
 
     parameters: int
@@ -52,17 +52,17 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take.
+    """The predicted cost of a run.
 
     Attributes:
         name: of the strategy.
         details: the strategy, as text.
         steps: optimizer steps.
         seconds_a_step: mean over the run, its end included.
-        share_computing: seconds that a rank computes, of all.
+        share_computing: share of seconds in which a rank computes.
         payload_bytes_a_step: bytes that the busiest rank sends, mean over the run: gradients,
-            parameters, and optimizer state where it is averaged.
-        syncs: number of synchronizations of parameters; each fragment's is one.
+            parameters, and optimizer state if it is averaged.
+        syncs: number of synchronizations of parameters; each fragment counts as one.
         memory: bytes on a rank.
 
     Example:
@@ -94,35 +94,35 @@ class Plan:
         return self.payload_bytes_a_step * _DAY / self.seconds_a_step
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values, derived ones too."""
+        """All fields and derived values, as plain values."""
         derived = {"hours": self.hours, "payload_bytes_a_day": self.payload_bytes_a_day}
         memory = asdict(self.memory) | {"total": self.memory.total}
         return asdict(self) | derived | {"memory": memory}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Plan":
-        """What `to_dict` gave, also by way of JSON."""
+        """The plan that `to_dict` gave, also after JSON."""
         fields = {name: values[name] for name in cls.__dataclass_fields__}
         memory = {name: values["memory"][name] for name in Memory.__dataclass_fields__}
         return cls(**fields | {"memory": Memory(**memory)})
 
 
 def plan(strategy: Strategy, job: Job, cluster: Cluster) -> Plan:
-    """Tell what a run will take, with no cluster and no training.
+    """Predict the cost of a run, without a cluster or training.
 
-    The strategy's own schedule is rolled out over the whole run, its wires tell their own bytes,
-    and fragments that are under way share the world's link one after the other. A schedule that
-    adapts to what it measures keeps the rounds that it starts with. Buffers, and the few bytes of
-    control at each synchronization, are left out.
+    The plan runs the strategy's own schedule over the whole run and takes bytes from the messages
+    that its wires report. Fragments under way share the world's link one after the other. A
+    schedule that adapts to measurements keeps its first rounds. Buffers, and the status messages of
+    each synchronization, are not counted.
 
     Args:
         strategy: one of `postlocal.strategies`, or any other.
-        job: what is trained.
-        cluster: where.
+        job: the job.
+        cluster: the cluster.
 
     Raises:
         ValueError: if the strategy names a level that the cluster lacks or that has no link, or
-            its fragments do not fit the model.
+            its fragments do not match the model.
 
     Example:
         >>> from postlocal import strategies
@@ -136,9 +136,9 @@ def plan(strategy: Strategy, job: Job, cluster: Cluster) -> Plan:
 
 
 def plan_rounds(rounds: Rounds, strategy: Strategy, job: Job, cluster: Cluster) -> Plan:
-    """The same with rounds that are known, to be planned for several clusters."""
+    """The same with given rounds, which several clusters can share."""
     for level in levels_of(strategy.schedule):
-        _ = cluster.groups[level]  # raises with the fix where it is not there
+        _ = cluster.groups[level]  # raises with the fix if it is missing
     totals = replay(rounds, strategy, job, cluster)
     return Plan(
         name=strategy.name,
@@ -171,7 +171,7 @@ def _memory(strategy: Strategy, job: Job, cluster: Cluster, totals: Totals) -> M
 
 
 def _under_way(strategy: Strategy, job: Job, totals: Totals) -> int:
-    """Values that travel in memory of their own."""
+    """Number of values under way that need memory of their own."""
     if strategy.fragments.delay:
         return totals.under_way * (2 if strategy.fragments.keep_delayed_steps else 1)
     apart = strategy.fragments.mix > 0 or job.parameter_bytes < 4 * job.numel

@@ -1,4 +1,4 @@
-"""A whole run on a model of seconds, with nothing computed and nothing sent."""
+"""A replay of a whole run on a model of seconds, without computing or sending."""
 
 import math
 from collections import deque
@@ -17,13 +17,13 @@ from postlocal.sync.timeline import Apply, Average, Event, Start, Synchronize, T
 
 @dataclass
 class Totals:
-    """What a run took.
+    """The cost of a replayed run.
 
     Attributes:
         seconds: from the first step to the end.
         payload_bytes: bytes that the busiest rank sent.
-        syncs: number of synchronizations of parameters, each fragment's its own.
-        under_way: greatest number of values that were under way while training went on.
+        syncs: number of synchronizations of parameters; each fragment counts as one.
+        under_way: greatest number of values that were under way during training.
     """
 
     seconds: float = 0.0
@@ -33,10 +33,10 @@ class Totals:
 
 
 def replay(rounds: Rounds, strategy: Strategy, job: Job, cluster: Cluster) -> Totals:
-    """Take the rounds of a run, and its end, where all replicas become equal.
+    """Replay the rounds of a run, and its end, which makes all replicas equal.
 
     Raises:
-        ValueError: if the strategy does not fit the model or the cluster.
+        ValueError: if the strategy does not match the model or the cluster.
 
     Example:
         >>> from postlocal import strategies
@@ -56,14 +56,14 @@ def replay(rounds: Rounds, strategy: Strategy, job: Job, cluster: Cluster) -> To
 
 @dataclass
 class _Sending:
-    """At what second the exchange of a fragment ends, and how many values it has."""
+    """The exchange of a fragment: the second at which it ends, and its number of values."""
 
     ends: float
     numel: int
 
 
 class _Run:
-    """The clock of a run, and what is on the world's link."""
+    """The clock of a run, and the exchanges on the world's link."""
 
     def __init__(self, strategy: Strategy, job: Job, cluster: Cluster, first: Round) -> None:
         self.totals = Totals()
@@ -75,12 +75,12 @@ class _Run:
         self._numels = [count(part) for part in job.split(strategy.fragments)]
         self._timeline = Timeline.new(strategy.fragments, first)
         self._under_way: deque[_Sending] = deque()
-        self._free = 0.0  # at what second the world's link is
+        self._free = 0.0  # the second from which on the world's link is
         # Steps since the ranks of each level last synchronized, from the narrowest level on.
         self._steps_apart = dict.fromkeys(cluster.groups.levels[1:], 0)
 
     def repeat(self, planned: Round, steps: int, times: int) -> None:
-        """A round so many times over: one by one, until each is like the one before."""
+        """Replay a round a number of times: one by one until each costs the same as the last."""
         like: tuple[float, ...] = ()
         for done in range(times):
             before = replace(self.totals)
@@ -92,7 +92,7 @@ class _Run:
                 return
 
     def end(self) -> None:
-        """Apply what is under way, and make all replicas equal."""
+        """Apply the exchanges under way, and make all replicas equal."""
         self._timeline, events = self._timeline.finish()
         self._take(events)
 
@@ -121,7 +121,7 @@ class _Run:
         self._note_synchronized(gradients)
 
     def _start(self, number: int) -> None:
-        """Send a fragment, after those that the link still sends."""
+        """Send a fragment, after those that the link is still sending."""
         self._wait_for_the_slowest(WORLD)
         sent = self._costs.fragment(number)
         self._free = max(self._free, self.totals.seconds - self._head_start) + sent.seconds
@@ -164,14 +164,14 @@ class _Run:
                 self._steps_apart[each] = 0
 
     def _signature(self, since: float) -> tuple[float, ...]:
-        """What the next round's cost depends on, and this one's."""
+        """The state on which the cost of the next round depends, and the cost of this one."""
         now = self.totals.seconds
         backlog = max(0.0, self._free - now + self._head_start)
         arrivals = (max(0.0, sending.ends - now) for sending in self._under_way)
         return (now - since, backlog, *self._steps_apart.values(), *arrivals)
 
     def _skip(self, before: Totals, times: int) -> None:
-        """Go on as from ``before`` to now, so many times."""
+        """Repeat the cost from ``before`` to now a number of times."""
         totals = self.totals
         later = times * (totals.seconds - before.seconds)
         totals.seconds += later

@@ -1,4 +1,4 @@
-"""The clock of each replica of a fleet, and what its time is spent on."""
+"""The clock of each replica of a fleet, and how its time is spent."""
 
 from dataclasses import asdict, astuple, dataclass
 
@@ -16,8 +16,8 @@ class Spent:
         computing: steps that count in the model.
         stragglers: waiting for slower replicas.
         links: waiting for an exchange to end.
-        stopped: all stand still: a checkpoint, or the way back to the last one.
-        lost: what was done, and has to be done again or never came into the model.
+        stopped: all wait, for a checkpoint or a restart.
+        lost: steps that are repeated, or never count in the model.
         away: lost hosts until they take part again.
     """
 
@@ -48,17 +48,17 @@ class Spent:
 
 
 class ReplicaClocks:
-    """Replicas' own clocks, and what their time was spent on since it was last safe.
+    """Clocks of replicas, and how their time was spent since the last safe state.
 
-    What a host has done counts once it is safe: in a checkpoint, or in the anchor.
+    The work of a host counts once it is safe: in a checkpoint, or in the anchor.
 
     Args:
         shape: hosts, and replicas in each.
 
     Attributes:
-        clock: each replica's, of that shape.
-        spent: what is safe.
-        steps: replicas' steps that are safe.
+        clock: the clock of each replica, of that shape.
+        spent: time spent, as far as it is safe.
+        steps: number of replicas' steps that are safe.
 
     Example:
         >>> clocks = ReplicaClocks((2, 1))
@@ -78,19 +78,19 @@ class ReplicaClocks:
         self._unsafe = {cause: np.zeros(shape) for cause in asdict(self.spent)}
 
     def compute(self, steps: int, seconds: Seconds) -> None:
-        """Every replica takes steps, in its own time."""
+        """Every replica takes steps, each in its own time."""
         self._taken += steps
         self.clock += seconds
         self._unsafe["computing"] += seconds
 
     def wait(self, until: float | Seconds, cause: str) -> None:
-        """Those who are earlier wait for a time."""
+        """Replicas that are earlier wait until a time."""
         later = np.maximum(self.clock, until)
         self._unsafe[cause] += later - self.clock
         self.clock = later
 
     def secure(self, members: NDArray[np.bool_], now: float) -> None:
-        """What the members have done is safe; the others are as if they began here."""
+        """Note that the work of members is safe; the others start from here."""
         self.steps += self._taken * int(members.sum()) * self.clock.shape[1]
         self._taken = 0
         for cause, seconds in self._unsafe.items():
@@ -100,14 +100,14 @@ class ReplicaClocks:
         self._since = self.clock.copy()
 
     def begin_again(self, now: float) -> None:
-        """What was done since it was last safe is done from here on, by all at once."""
+        """Move the work since the last safe state to after ``now``, where all repeat it."""
         self.clock += now - self._since
         self._since[:] = now
 
     def unsafe(self, hosts: NDArray[np.bool_] | int, now: float) -> float:
-        """Replica-seconds of hosts since all was last safe."""
+        """Replica-seconds of hosts since the last safe state."""
         return float(np.maximum(0.0, now - self._since[hosts]).sum())
 
     def book(self, cause: str, seconds: float) -> None:
-        """Replica-seconds that are known for good."""
+        """Add replica-seconds to a cause."""
         setattr(self.spent, cause, getattr(self.spent, cause) + seconds)

@@ -10,7 +10,7 @@ from postlocal.strategies import Strategy
 from postlocal.sync.timeline import Event, Timeline
 
 Rounds = Sequence[tuple[Round, int, int]]
-"""Rounds as planned, how many steps of each are taken, and how many times over."""
+"""Planned rounds, the number of steps taken of each, and the number of repetitions."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Steps:
 
 
 def rounds_of(strategy: Strategy, job: Job) -> Rounds:
-    """The rounds of a run, on whatever cluster.
+    """The rounds of a run, which do not depend on the cluster.
 
     Example:
         >>> from postlocal import strategies
@@ -43,7 +43,7 @@ def events_of(
     Args:
         timeline: of the run so far.
         planned: the round.
-        steps: how many of its steps are taken.
+        steps: number of its steps that are taken.
 
     Returns:
         The timeline after these steps; and its events in order, with the steps between them.
@@ -72,7 +72,7 @@ def events_of(
 
 
 def _planned_and_taken(schedule: Schedule, job: Job) -> Iterator[tuple[Round, int]]:
-    """Rounds as planned, and how many steps of each are taken: not all where the run ends."""
+    """Planned rounds, and the number of steps taken of each: fewer if the run ends."""
     for start, taken in rollout(schedule, job.steps, job.lr):
         planned = taken
         if start + taken.steps == job.steps:

@@ -1,4 +1,4 @@
-"""One job with more and more replicas: how well each strategy scales, and a drawing of it."""
+"""Simulations of one job with different numbers of replicas, and a plot of them."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 def sweep(
     chosen: Mapping[str, Strategy], job: Job, fleet: Fleet, replicas: Sequence[int], seed: int = 0
 ) -> Iterator[tuple[str, Simulated]]:
-    """Simulate each strategy with each number of replicas, of a fleet that is otherwise the same.
+    """Simulate each strategy with each number of replicas of one fleet.
 
-    Each replica takes steps of its own, so that more replicas train on more tokens. Where there are
-    fewer of them than a node has, they are one node.
+    Each replica takes its own steps, so more replicas train on more tokens. Fewer replicas than a
+    node has are one node.
 
     Args:
         chosen: label -> strategy.
-        job: what is trained.
-        fleet: by whom; its number of replicas does not count.
-        replicas: how many, each in turn.
-        seed: of all that is drawn.
+        job: the job.
+        fleet: the fleet; its number of replicas is ignored.
+        replicas: the numbers of replicas.
+        seed: seed of all random numbers.
 
     Returns:
         Label and result, strategy by strategy, one at a time.
@@ -54,7 +54,7 @@ def sweep(
 
 
 def draw_sweep(panels: Mapping[str, Sequence[tuple[str, Simulated]]], to: Path) -> None:
-    """Draw efficiency over the number of replicas, a line for each label.
+    """Plot efficiency over the number of replicas, with a line for each label.
 
     Args:
         panels: title -> what `sweep` gives, two in a row.

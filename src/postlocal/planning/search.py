@@ -1,4 +1,4 @@
-"""Which strategy reaches a wanted share of time computing, and over which link."""
+"""Search for a strategy, or a bandwidth, that reaches a share of time computing."""
 
 import math
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _DELAYS = (None, 1, 5)  # None: all parameters at once, and training waits for t
 
 @dataclass(frozen=True)
 class _Change:
-    """A way to communicate less, as places on three ladders."""
+    """A change that reduces communication, as places in three lists."""
 
     period: int
     wire: int
@@ -28,7 +28,7 @@ class _Change:
 
     @property
     def cost(self) -> tuple[int, int, int]:
-        """Least first: ladders that are climbed, rungs on all of them, rungs of the period."""
+        """Sort key: number of lists that are used, sum of places, place of the period."""
         places = (self.period, self.wire, self.delay)
         return sum(place > 0 for place in places), sum(places), self.period
 
@@ -46,25 +46,25 @@ class _Change:
 def best(
     job: Job, cluster: Cluster, share: float = 0.95, count: int = 4
 ) -> tuple[Strategy, Plan] | None:
-    """The smallest change that lets ranks compute a wanted share of the time.
+    """The smallest change with which ranks compute for a given share of the time.
 
-    Three things can be changed, each along a ladder: the period (every step, then 8 to 512 steps
-    of DiLoCo), the wire (fp32, bf16, int8, int4), and how parameters are sent (all at once; in
-    fragments with a delay of 1 or of 5 steps, a quarter of the period at most). The fewest things
-    changed win, then the fewest rungs in all, then the shortest period. What each costs in
-    accuracy it cannot know.
+    Three things can change, each along a list: the period (every step, then 8 to 512 steps of
+    DiLoCo), the wire (fp32, bf16, int8, int4), and the delay (all parameters at once; fragments
+    with a delay of 1 or 5 steps, at most a quarter of the period). The change of fewest things is
+    preferred, then the fewest places in all, then the shortest period. The cost in accuracy is not
+    known.
 
     Args:
-        job: what is trained; at most its first 4096 steps are planned.
-        cluster: where.
-        share: of time computing, above 0 and below 1.
-        count: fragments, where there are any; at most the number of the model's layers.
+        job: the job; at most its first 4096 steps are planned.
+        cluster: the cluster.
+        share: share of time computing, above 0 and below 1.
+        count: number of fragments, at most the number of the model's layers.
 
     Returns:
-        The strategy and its plan; None if none of them gets there.
+        The strategy and its plan; None if no change reaches the share.
 
     Raises:
-        ValueError: if ``share`` is out of its range, or the model cannot be cut so often.
+        ValueError: if ``share`` is out of its range, or the model has too few layers for ``count``.
 
     Example:
         >>> from postlocal.planning import Link
@@ -86,17 +86,17 @@ def best(
 def bandwidth_for(
     strategy: Strategy, job: Job, cluster: Cluster, share: float, level: str = WORLD
 ) -> float:
-    """Bit/s that a level's link must have for a wanted share of time computing.
+    """Bit/s that a level's link needs for a given share of time computing.
 
     Args:
-        strategy: how.
-        job: what is trained.
-        cluster: where; the bandwidth that it has at the level does not count.
-        share: of time computing, above 0 and below 1.
-        level: which link.
+        strategy: the strategy.
+        job: the job.
+        cluster: the cluster; its bandwidth at the level is ignored.
+        share: share of time computing, above 0 and below 1.
+        level: the level of the link.
 
     Returns:
-        The least bandwidth within a thousandth; infinity if no bandwidth is enough.
+        The least bandwidth, to a thousandth; infinity if no bandwidth is enough.
 
     Raises:
         ValueError: if ``share`` is out of its range.

@@ -1,7 +1,7 @@
-"""A run of a whole fleet, event by event: what `plan` tells, for replicas that are not alike.
+"""A simulation of a whole fleet, event by event: `plan` for replicas that differ.
 
-What happens, and what it sends, is the planner's: the same list of events, the same bytes. Times
-are drawn, and hosts fail and come back; `docs/scale.md` has the rules.
+Events and bytes are those of the planner. Times are drawn, and hosts fail and return;
+`docs/scale.md` has the rules.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,23 +16,23 @@ from postlocal.planning.plan import Plan, plan
 from postlocal.planning.replica_clocks import Spent
 from postlocal.strategies import Strategy
 
-_PATIENCE = 10  # times as long as planned, after which a run is left
+_PATIENCE = 10  # times as long as planned, after which a run is abandoned
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """How a fleet did.
+    """The result of a simulation.
 
     Attributes:
         name: of the strategy.
         replicas: of the fleet.
-        seconds: that the run took, or was followed for.
-        finished: whether it came to its end; one that fails all the time is left.
-        steps: steps of replicas that came into the model.
-        efficiency: those a second, over as many as all replicas would take if each were alone and
+        seconds: simulated seconds.
+        finished: whether the run ended; a run that always fails is abandoned.
+        steps: steps of replicas that count in the model.
+        efficiency: these steps a second, over the steps of all replicas if each trained alone and
             never failed.
-        shares: of the replicas' time, by cause; their sum is 1.
-        failures: of hosts.
+        shares: shares of the replicas' time, by cause; their sum is 1.
+        failures: number of failures of hosts.
         planned: the plan of as many equal replicas that never fail, all with the slowest link.
     """
 
@@ -48,30 +48,30 @@ class Simulated:
 
     @property
     def steps_a_second(self) -> float:
-        """Steps of replicas that came into the model, a second."""
+        """Steps of replicas that count in the model, a second."""
         return self.steps / self.seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values."""
+        """All fields and derived values, as plain values."""
         derived = {"steps_a_second": self.steps_a_second, "planned": self.planned.to_dict()}
         return asdict(self) | derived
 
 
 def simulate(strategy: Strategy, job: Job, fleet: Fleet, seed: int = 0) -> Simulated:
-    """Follow a run of a fleet.
+    """Simulate a run of a fleet.
 
     The same seed gives the same run. Without failures, with equal replicas, one link and steady
-    steps it takes as long as `postlocal.planning.plan` tells.
+    steps it takes as long as `postlocal.planning.plan` predicts.
 
     Args:
         strategy: one of `postlocal.strategies`, or any other.
-        job: what is trained; a replica's step takes its ``step`` times the replica's own factor.
-        fleet: by whom.
-        seed: of all that is drawn.
+        job: the job; a replica's step takes its ``step`` times the replica's own factor.
+        fleet: the fleet.
+        seed: seed of all random numbers.
 
     Raises:
         ValueError: if the strategy names another level than ``"node"``, or its fragments do not
-            fit the model.
+            match the model.
 
     Example:
         >>> from postlocal import strategies

@@ -1,10 +1,10 @@
 """How long a step takes, and how long the slowest of several ranks takes.
 
-Ranks that meet wait for the slowest of them. Where each took one step since they last met, that is
-the expected maximum of as many draws; where each took ``n`` steps on its own, fast and slow steps
-even out, and the excess over the mean grows with the square root of ``n`` only. For normal times
-that is exact, for others the limit of many steps. Time lost to stragglers is therefore one more
-thing that falls with the period: it is divided by its square root.
+Ranks that synchronize wait for the slowest of them. After one step, its time is the expected
+maximum of one draw for each rank. After ``n`` local steps, fast and slow steps average out, and the
+excess over the mean grows only with the square root of ``n``. This is exact for normal times, and
+the limit of many steps for others. The time lost to stragglers is therefore divided by the square
+root of the period.
 """
 
 import math
@@ -31,11 +31,11 @@ class StepTime(Protocol):
         ...
 
     def slowest(self, workers: int) -> float:
-        """Expected seconds of the slowest of so many ranks, in one step."""
+        """Expected seconds of the slowest of ``workers`` ranks, in one step."""
         ...
 
     def draw(self, steps: int, shape: tuple[int, ...], source: np.random.Generator) -> Seconds:
-        """Seconds that each of many ranks takes for so many steps, of the shape given."""
+        """Seconds that each of many ranks takes for ``steps`` steps, of the given shape."""
         ...
 
 
@@ -68,7 +68,7 @@ class steady:
 
 @dataclass(frozen=True)
 class normal:
-    """Times of a normal distribution.
+    """Step times with a normal distribution.
 
     Args:
         mean: seconds, above 0.
@@ -100,13 +100,13 @@ class normal:
 
 @dataclass(frozen=True)
 class exponential_tail:
-    """The same least time for all, and an exponential rest: few are slow, but some very.
+    """The same minimum for all, and an exponential rest: few are slow, but some are very slow.
 
-    The usual model of stragglers (Lee et al., arXiv 1512.02673, Section III).
+    This is the usual model of stragglers (Lee et al., arXiv 1512.02673, Section III).
 
     Args:
         mean: seconds, above 0.
-        tail: mean of the rest, which is its standard deviation too; from 0 to ``mean``.
+        tail: mean and standard deviation of the rest; from 0 to ``mean``.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -133,10 +133,10 @@ class exponential_tail:
 
 @dataclass(frozen=True, init=False)
 class quantiles:
-    """Times as measured: each of them is as likely as the others.
+    """Measured times, each equally likely.
 
     Args:
-        seconds: of some steps, or evenly spaced quantiles; at least one, each above 0.
+        seconds: times of some steps, or evenly spaced quantiles; at least one, each above 0.
 
     Raises:
         ValueError: if there are none, or one is not above 0.
@@ -175,10 +175,10 @@ class quantiles:
 
 @cache
 def _highest_of_normal(count: int) -> float:
-    """Expected maximum of so many draws of a standard normal distribution."""
+    """Expected maximum of ``count`` draws of a standard normal distribution."""
     if count == 1:
         return 0.0
-    # The maximum's own quantile at p is the distribution's at the root of p.
+    # The quantile of the maximum at p is that of the distribution at the count-th root of p.
     quantile = NormalDist().inv_cdf
     places = ((point + 0.5) / _POINTS for point in range(_POINTS))
     return fmean(quantile(place ** (1 / count)) for place in places)

@@ -1,4 +1,4 @@
-"""A trainer for language models over bytes, behind `postlocal train`."""
+"""A trainer for language models on bytes: the code of `postlocal train`."""
 
 from postlocal.train.config import TrainConfig, make_config
 from postlocal.train.run import Interrupted, train

@@ -1,4 +1,4 @@
-"""What a training run is made of, checked before anything starts."""
+"""Settings of a training run, checked before it starts."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ _FLAGS = ("period", "warmup", "outer_lr", "outer_momentum")
 _WIRES = ("wire", "gradient_wire")
 _QSR = 0.0175 / 0.008  # alpha over the peak learning rate, of arXiv 2310.14423's ViT-B
 _PERIODS = {"node": 4, "world": 16}
-_WRITTEN = ("parameters", "optimizer_state")  # settings that the expression has taken the place of
+_WRITTEN = ("parameters", "optimizer_state")  # arguments of the expression that are no settings
 
 
 class TrainConfig(BaseModel):
@@ -31,7 +31,7 @@ class TrainConfig(BaseModel):
 
     ``strategy`` is an expression, such as ``"diloco(period=32, wire=int4())"``; so is ``compare``,
     and ``wire`` and ``gradient_wire`` are expressions of wires. ``period``, ``warmup``,
-    ``outer_lr``, ``outer_momentum`` and the wires take the place of what the strategy says.
+    ``outer_lr``, ``outer_momentum`` and the wires replace arguments of the strategy.
 
     Raises:
         ValueError: naming the setting, the value and the rule.
@@ -116,12 +116,12 @@ class TrainConfig(BaseModel):
 
     @property
     def label(self) -> str:
-        """What tables call the strategy: its expression, without the brackets of a bare name."""
+        """Name of the strategy in tables: its expression, without the brackets of a bare name."""
         return self.strategy.removesuffix("()")
 
     @property
     def given_call(self) -> Call:
-        """The strategy with what was given: its expression, and the settings that override it.
+        """The strategy as given: its expression, and the settings that replace arguments.
 
         Raises:
             ValueError: if the strategy does not take a setting, with those that it takes.
@@ -133,9 +133,9 @@ class TrainConfig(BaseModel):
 
     @property
     def call(self) -> Call:
-        """The same, with defaults that suit the run for what was not given.
+        """The same, with the trainer's defaults for arguments that are not given.
 
-        Wires that lose nothing by themselves become bf16.
+        Lossless wires become bf16.
         """
         call = self.given_call
         call = call.with_defaults(self._suited(call.name))
@@ -156,7 +156,7 @@ class TrainConfig(BaseModel):
         return suited | ({"warmup": 3 * self.steps // 10} if name == "post_local_sgd" else {})
 
     def make_strategy(self) -> Strategy:
-        """The strategy, with defaults that suit the run for what was not given.
+        """The strategy, with the trainer's defaults for arguments that are not given.
 
         Raises:
             ValueError: if the strategy does not take a setting, or a value is out of its range.
@@ -173,10 +173,10 @@ class TrainConfig(BaseModel):
         return topology.nodes(self.node_size)
 
     def compared(self) -> "TrainConfig":
-        """The run to compare with: the same training under another strategy.
+        """The compared run: the same training under another strategy.
 
-        It takes the plain arguments, wires and optimizer state that were given and that its
-        strategy has; ddp takes fp32 wires. Compared with itself, a strategy takes none of them.
+        It uses the given plain arguments, wires and optimizer state that its strategy has; ddp
+        uses fp32 wires. A strategy that is compared with itself uses none of them.
 
         Raises:
             ValueError: if both runs would be the same.
@@ -201,7 +201,7 @@ class TrainConfig(BaseModel):
 
     @property
     def not_compared(self) -> list[str]:
-        """Arguments given that the compared run does not take."""
+        """Given arguments that the compared run does not use."""
         if self.compare is None:
             return []
         taken = self.compared().given_call.arguments
@@ -209,7 +209,7 @@ class TrainConfig(BaseModel):
         return [name for name, value in own.items() if name not in taken or taken[name] != value]
 
     def runs(self) -> dict[str, "TrainConfig"]:
-        """What is trained, in order, the run itself last: a label for each."""
+        """The runs in order, the main one last: label -> settings."""
         name = self.given_call.name
         if self.compare is None:
             return {name: self}
@@ -219,10 +219,10 @@ class TrainConfig(BaseModel):
         return {str(other.given_call): other, str(self.given_call): self}
 
     def resolved(self) -> "TrainConfig":
-        """The same, with what follows from the number of steps spelled out.
+        """The same, with values that follow from the number of steps filled in.
 
-        A run that is made longer or shorter keeps its warm-ups. Where its last round ends is left
-        out: that follows the steps.
+        A run with another number of steps then keeps its warm-ups. ``total`` is left out, because
+        the last round always ends with the run.
         """
         call = self.given_call
         fixed = {k: v for k, v in self._suited(call.name).items() if k != "total"}
@@ -231,19 +231,19 @@ class TrainConfig(BaseModel):
         return self.model_copy(update=changes | {"lr_warmup": self.rising_steps})
 
     def describe(self) -> list[str]:
-        """One line a setting that all ranks must have in common."""
+        """One line for each setting that must be equal on all ranks."""
         local = {"out", "data", "resume", "overwrite"}
         return [f"{name}: {value!r}" for name, value in self if name not in local]
 
 
 def _is_shared(argument: str) -> bool:
-    """Whether a compared run takes an argument over: plain ones, wires and optimizer state."""
+    """Whether a compared run uses an argument: plain ones, wires and optimizer state."""
     own = {"schedule", "name"} | set(strategies.Axes.__annotations__)
     return argument not in own - {*_WIRES, "optimizer_state"}
 
 
 def make_config(**settings: Any) -> TrainConfig:
-    """A checked config, or an error of one line.
+    """Checked settings, or an error of one line.
 
     Raises:
         ValueError: naming the first bad setting, its value and the rule.

@@ -1,7 +1,7 @@
-"""The file ``config.json`` in a run's folder: the run's settings, and what text it is trained on.
+"""The file ``config.json`` in a run's folder: the settings of the run, and its text.
 
-A run that is resumed takes them from there. Settings that are given again must be the same, but for
-those that may change while a run goes on.
+A resumed run takes its settings from there. Settings that are given again must be equal, except
+those that may change.
 """
 
 from collections.abc import Sequence
@@ -32,14 +32,14 @@ _STRATEGY = {
 
 
 class Text(BaseModel):
-    """What a run is trained on.
+    """The text of a run.
 
     Attributes:
         files: number of files.
-        bytes: of all of them.
-        digest: made from the bytes; see `postlocal.train.data.Corpus.digest`.
+        bytes: size of all of them.
+        digest: digest of the bytes; see `postlocal.train.data.Corpus.digest`.
         binary: number of files that were skipped.
-        first_binary: the first of these.
+        first_binary: the first skipped file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,10 +52,10 @@ class Text(BaseModel):
 
     @classmethod
     def of(cls, data: Sequence[str]) -> "Text":
-        """Look at files.
+        """The text of files.
 
         Raises:
-            ValueError: if there are none, or they hold no text.
+            ValueError: if there are none, or they have no text.
         """
         found = find_files(data)
         corpus = Corpus(found.texts)
@@ -69,16 +69,16 @@ class Text(BaseModel):
 
     @property
     def identity(self) -> str:
-        """What tells it from another text."""
+        """Size and digest, for messages."""
         return f"{self.bytes:,} bytes with digest {self.digest}"
 
 
 class SavedRun(BaseModel):
-    """What ``config.json`` holds.
+    """The content of ``config.json``.
 
     Attributes:
-        settings: of the run, as it goes on now; ``workers`` is the number there were.
-        text: what it is trained on.
+        settings: current settings of the run; ``workers`` is the number at the last start.
+        text: the text that it trains on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,12 +87,12 @@ class SavedRun(BaseModel):
     text: Text
 
     def write(self, folder: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write it, completely or not at all."""
         write_whole(folder / CONFIG, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "SavedRun | None":
-        """Read it back; None where there is none.
+        """Read it; None if there is none.
 
         Raises:
             ValueError: if it cannot be read.
@@ -110,22 +110,22 @@ class SavedRun(BaseModel):
 
     @classmethod
     def of(cls, config: TrainConfig, text: Text, workers: int) -> "SavedRun":
-        """What is kept of a run."""
+        """The content of ``config.json`` for a run."""
         here = {"data": _absolute(config.data), "workers": workers}
         starting = here | {"resume": False, "overwrite": False}
         return cls(settings=config.resolved().model_copy(update=starting), text=text)
 
 
 def merge_settings(config: TrainConfig, saved: SavedRun, workers: int | None = None) -> TrainConfig:
-    """Settings of a run that is resumed: those kept, and of those given what may change.
+    """Settings of a resumed run: the saved ones, and given ones that may change.
 
     Args:
         config: settings of which some were given (``model_fields_set``).
-        saved: what the run has kept.
-        workers: number of ranks that there are; None: as many as given, or kept.
+        saved: the content of ``config.json``.
+        workers: number of ranks; None: as given, or as saved.
 
     Raises:
-        ValueError: naming each setting that was given another value than was kept.
+        ValueError: naming each setting whose given value differs from the saved one.
     """
     kept = saved.settings
     given = {name: getattr(config, name) for name in config.model_fields_set}
@@ -145,7 +145,7 @@ def merge_settings(config: TrainConfig, saved: SavedRun, workers: int | None = N
 
 
 def changes(before: TrainConfig, after: TrainConfig) -> list[str]:
-    """What a resumed run has changed, a line for each setting.
+    """Settings that a resumed run changes, a line for each.
 
     Example:
         >>> from postlocal.train.config import make_config
@@ -157,7 +157,7 @@ def changes(before: TrainConfig, after: TrainConfig) -> list[str]:
 
 
 def _completed(given: str, kept: str) -> str:
-    """A strategy that is given again: what it does not say is as it was kept."""
+    """A strategy that is given again; arguments that it does not give are the saved ones."""
     call, before = read(given, AXIS), read(kept, AXIS)
     return str(call.with_defaults(before.arguments)) if call.name == before.name else given
 
@@ -181,7 +181,7 @@ def _strategy_contradictions(kept: TrainConfig, merged: TrainConfig) -> list[str
         if kept.make_strategy() == merged.make_strategy():
             return []
         given = str(merged.call)
-    except ValueError:  # what was given does not go with what was kept
+    except ValueError:  # given and saved settings do not match
         given = merged.strategy
     words = difference(str(kept.call), given)
     return [f"strategy: {kept.call} kept, {given} given" + (f" ({words})" if words else "")]

@@ -1,7 +1,7 @@
-"""Bytes of text files as training sequences: memory-mapped, shared out, the same in every run.
+"""Bytes of text files as training sequences: memory-mapped, and the same in every run.
 
-All files of a corpus count as one string of bytes, cut into windows of the sequence length. Every
-twentieth stretch of windows is held out for validation; the others are dealt out to the ranks.
+The files of a corpus are joined to one string of bytes, cut into windows of the sequence length.
+Every twentieth stretch of windows is held out for validation; each rank gets a share of the others.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from postlocal.train.config import TrainConfig
 
 _HELD_OUT = 20
 _LONGEST_STRETCH = 64
-_HEAD = 8192  # bytes of a file that are looked at for NUL
+_HEAD = 8192  # bytes of a file that are searched for NUL
 _BLOCK = 2**16
 _BLOCKS = 2**10  # digested at most
 
@@ -31,7 +31,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Found:
-    """Files that data stands for.
+    """The files that data names.
 
     Attributes:
         texts: files to train on, sorted.
@@ -43,7 +43,7 @@ class Found:
 
 
 def find_files(data: Sequence[str]) -> Found:
-    """Files that paths, folders and globs stand for; folders are searched below too.
+    """The files that paths, folders and globs name; subfolders are searched too.
 
     Args:
         data: paths, folders or globs; empty: the Python standard library's own sources.
@@ -97,13 +97,13 @@ def _is_binary(file: Path) -> bool:
 
 
 class Corpus:
-    """Files as one string of bytes, read from disk where they are looked at.
+    """Files as one string of bytes, memory-mapped.
 
     Args:
         files: in the order in which they are joined.
 
     Raises:
-        ValueError: if they hold no bytes.
+        ValueError: if they are empty.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -117,7 +117,7 @@ class Corpus:
 
     @property
     def digest(self) -> str:
-        """What tells this text from another: its length and bytes, in 16 hexadecimal digits.
+        """A digest of length and bytes, of 16 hexadecimal digits.
 
         Of more than 64 MiB, 1024 evenly spaced blocks of 64 KiB are digested.
         """
@@ -133,7 +133,7 @@ class Corpus:
             yield from np.linspace(0, len(self) - _BLOCK, _BLOCKS).astype(int).tolist()
 
     def read(self, start: int, length: int) -> NDArray[np.uint8]:
-        """``length`` bytes from ``start`` on, across files where need be."""
+        """``length`` bytes from ``start`` on, across files if needed."""
         parts = []
         index = bisect_right(self._ends, start)
         while length:
@@ -155,8 +155,8 @@ class Windows:
         length: bytes a sequence, at least 1.
 
     Attributes:
-        training: numbers of the windows to train on.
-        held_out: numbers of those for validation.
+        training: indices of the windows to train on.
+        held_out: indices of the windows for validation.
 
     Raises:
         ValueError: if there is not at least one of each.
@@ -185,17 +185,16 @@ class Windows:
 
 
 class Share:
-    """One rank's part of the training windows, in an order of its own each epoch.
+    """One rank's share of the training windows, in another order each epoch.
 
-    A batch is a function of seed, rank and step: what a resumed run reads is what the first one
-    would have read.
+    A batch is a function of seed, rank and step, so a resumed run reads the same batches.
 
     Args:
         windows: the corpus.
-        rank: whose share, from 0.
+        rank: the rank, from 0.
         world: number of shares.
         batch_size: sequences a batch, at least 1.
-        seed: of the order.
+        seed: seed of the order.
 
     Raises:
         ValueError: if the share is smaller than a batch.

@@ -1,8 +1,8 @@
 """An emulated link: delays what a worker sends as a link of a given rate would. For demonstrations.
 
-No message is handed to torch before a link of that rate would have carried it, so that the ranks
-that wait for it wait as long as they would behind a real one. What the machine's own network takes
-comes on top. The link has no latency, and what is received does not slow what is sent.
+A message is passed to torch only after the time that a link of that rate needs for it, so other
+ranks wait for it as long as behind a real link. The time of the machine's own network is added. The
+link has no latency, and receiving does not slow down sending.
 """
 
 import time
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 
 class Link:
-    """What a worker sends through: one message after the other, at a limited rate.
+    """The emulated link of a worker: one message after the other, at a limited rate.
 
     Args:
         rate: bit/s.
@@ -53,21 +53,21 @@ class Link:
         self._thread = ThreadPoolExecutor(1, "postlocal-link")
 
     def send(self, payload_bytes: int, post: Callable[[], Result]) -> Posted[Result]:
-        """Call ``post`` when the link has carried a message, on the thread of the link.
+        """Call ``post`` after the time of a message, on the thread of the link.
 
-        A message starts when those before it have been carried. All ranks must hand over the
-        messages of a group in one order.
+        A message starts when the messages before it have been sent. All ranks must send the
+        messages of a group in the same order.
 
         Args:
             payload_bytes: size of the message.
-            post: starts the collective, and does not wait for it.
+            post: starts the collective, without waiting for it.
         """
         with self._order:
             self._free = max(time.monotonic(), self._free) + 8 * payload_bytes / self._rate
             return self._thread.submit(_post_at, self._free, post)
 
     def close(self) -> None:
-        """End the thread; what was not carried yet is not sent."""
+        """End the thread; messages that wait are not sent."""
         self._thread.shutdown(cancel_futures=True)
 
 
@@ -77,15 +77,15 @@ def _post_at(deadline: float, post: Callable[[], Result]) -> Result:
 
 
 class LinkedProcesses(Processes):
-    """Ranks of torch.distributed, each behind a link of its own.
+    """Ranks of torch.distributed, each behind its own emulated link.
 
-    What is reduced, gathered or exchanged is delayed; broadcasts and objects, by which ranks are
-    compared before training, are not.
+    Reductions, gathers and exchanges of tensors are delayed. Broadcasts and objects, which compare
+    ranks before training, are not.
 
     Args:
         process_group: the group of torch.
         timeout: as of `Processes`.
-        link: that of this rank, which all its groups share.
+        link: the link of this rank, which all its groups share.
         progress: as of `Processes`.
     """
 
@@ -138,7 +138,7 @@ class _Sent:
 
 
 def _forward(started: Posted[Future[Tensor]], promised: Future[Tensor]) -> None:
-    """Fulfil a promise with the result of a collective, once there is one."""
+    """Set the result of a future to that of a collective, once it is complete."""
 
     def fulfil(done: Future[Tensor]) -> None:
         try:
@@ -155,15 +155,15 @@ def _forward(started: Posted[Future[Tensor]], promised: Future[Tensor]) -> None:
 
 
 def linked(link: Link | None, timeout: float, device: torch.device) -> Group | None:
-    """What to pass to `attach` as the process group: torch's default one behind a link.
+    """The process group for `attach`: torch's default one behind a link.
 
     Args:
-        link: that of this rank; None: there is none.
+        link: the link of this rank; None: there is none.
         timeout: seconds that a collective waits for a missing rank.
-        device: where the model is.
+        device: the device of the model.
 
     Returns:
-        The group, or None where nothing is to be delayed.
+        The group, or None if nothing is delayed.
 
     Raises:
         ValueError: if the model is not on the CPU.
@@ -171,6 +171,6 @@ def linked(link: Link | None, timeout: float, device: torch.device) -> Group | N
     if link is None or not dist.is_initialized():
         return None
     if device.type != "cpu":
-        # Messages are posted from another thread, whose stream would not wait for this one's.
+        # Another thread sends messages, and its stream would not wait for this one's.
         raise ValueError(f"link must be left out where the model is not on the CPU, got {device}")
     return LinkedProcesses(torch_group(None), timedelta(seconds=timeout), link)

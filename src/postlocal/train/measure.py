@@ -1,4 +1,4 @@
-"""What a planner asks for, measured in the world that a launcher prepared."""
+"""Measurements for the planner, in the world that a launcher prepared."""
 
 import time
 from collections.abc import Mapping
@@ -15,18 +15,18 @@ from postlocal.train.model import SIZES, VOCABULARY, Transformer
 from postlocal.train.run import cross_entropy, make_optimizer
 from postlocal.train.world import joined
 
-_FIRST = 2  # steps that allocate, and do not count
+_FIRST = 2  # steps that allocate memory and are not counted
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured, the same on all ranks.
+    """The measurements, the same on all ranks.
 
     Attributes:
         workers: number of ranks.
-        links: by level.
-        step_seconds: of some steps of all ranks.
-        parameters: number of them in the model.
+        links: level -> link.
+        step_seconds: times of some steps of all ranks.
+        parameters: number of parameters of the model.
     """
 
     workers: int
@@ -36,11 +36,11 @@ class Measured:
 
 
 def measure(config: TrainConfig, steps: int = 10) -> Measured:
-    """Time links, and steps of the trainer's model, in the launcher's world.
+    """Measure links, and steps of the trainer's model, in the launcher's world.
 
     Args:
-        config: names the model, its batches and the nodes.
-        steps: timed on each rank.
+        config: settings of the model, its batches and the nodes.
+        steps: number of timed steps on each rank.
 
     Raises:
         PeerError: if a rank is lost.
@@ -78,6 +78,6 @@ def _step_seconds(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
-        float(loss.detach())  # an accelerator is done only then
+        float(loss.detach())  # wait for the accelerator
         seconds.append(time.perf_counter() - start)
     return seconds[_FIRST:]

@@ -1,4 +1,4 @@
-"""What a training run leaves for people and programs to read: metrics and a summary."""
+"""Output of a training run: metrics and a summary."""
 
 import json
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ PLOT = "loss.png"
 class Metrics:
     """The log of a run: one JSON object a line, each with ``kind`` and ``step``.
 
-    Kinds and their fields (bytes are payload that one worker sent since the start, seconds are of
-    training only, from the start):
+    Kinds and their fields. Bytes are the payload that one worker sent since the start; seconds are
+    those of training since the start:
 
     - ``step``: ``loss`` (nats a byte, of rank 0, mean since the last line), ``lr``, ``tokens``
       (of all workers, from the start), ``tokens_per_second``, ``payload_bytes``,
@@ -33,7 +33,7 @@ class Metrics:
       ``train_seconds``.
 
     Args:
-        folder: the run's.
+        folder: of the run.
     """
 
     folder: Path
@@ -44,7 +44,7 @@ class Metrics:
         return self.folder / METRICS
 
     def start(self, step: int) -> None:
-        """Begin, or go on after ``step``: what an interrupted run logged later is dropped."""
+        """Start, or continue after ``step``; later lines of an interrupted run are dropped."""
         kept = [entry for entry in self.read() if entry["step"] <= step] if step else []
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
@@ -60,13 +60,13 @@ class Metrics:
         self.add("sync", fields.pop("step"), **fields)
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines; a last one that was cut off by a crash is left out."""
+        """All lines, without a last one that is incomplete after a crash."""
         return list(self._entries()) if self.path.exists() else []
 
     def seconds_to(self, loss: float) -> float | None:
-        """Seconds of training until the held-out loss was first as low as this; None: never.
+        """Seconds of training until the held-out loss was first this low; None: never.
 
-        Between two evaluations the loss counts as a straight line over time.
+        Between two evaluations the loss is interpolated linearly over time.
         """
         before = None
         for entry in self.read():
@@ -88,11 +88,11 @@ class Metrics:
 
 @dataclass
 class Summary:
-    """What came out of a run.
+    """The results of a run.
 
     Attributes:
         strategy: its name.
-        strategy_details: all of it, as text.
+        strategy_details: the strategy with its arguments, as text.
         workers: number of workers.
         model: name of the model's size.
         parameters: number of parameters.
@@ -100,14 +100,14 @@ class Summary:
         tokens: bytes of text that all workers trained on.
         seed: of data and initialization.
         train_seconds: seconds of training, without evaluation and checkpoints.
-        wait_seconds: those of them in which rank 0 stood still for communication.
+        wait_seconds: the part of them in which rank 0 waited for communication.
         payload_bytes: bytes that one worker sent.
         payload_bytes_by_purpose: the same, by purpose.
         ddp_payload_bytes: bytes that plain fp32 DDP would have sent in as many steps.
         syncs: number of synchronizations.
         final_val_loss: nats a byte on held-out text, at the end.
-        replicas_equal: whether all workers' parameters were the same to the bit at the end.
-        versions: of the software.
+        replicas_equal: whether all workers' parameters were equal to the bit at the end.
+        versions: versions of postlocal, torch and numpy.
         link: bit/s of the emulated link of each worker; None: there was none.
     """
 
@@ -131,7 +131,7 @@ class Summary:
     link: float | None = None
 
     def write(self, folder: Path) -> None:
-        """Write it as ``summary.json``, whole or not at all."""
+        """Write it as ``summary.json``, completely or not at all."""
         write_whole(folder / SUMMARY, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
@@ -141,13 +141,13 @@ class Summary:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file of text, whole or not at all."""
+    """Write a file of text, completely or not at all."""
     aside = path.with_name(f".{path.name}.partial")
     aside.write_text(text)
     aside.rename(path)
 
 
 def _crossing(before: tuple[float, float], now: tuple[float, float], loss: float) -> float:
-    """When a straight line between two evaluations, ``(seconds, loss)`` each, is at a loss."""
+    """When a line between two evaluations, ``(seconds, loss)`` each, reaches a loss."""
     share = (before[1] - loss) / (before[1] - now[1]) if before[1] > now[1] else 1.0
     return before[0] + share * (now[0] - before[0])

@@ -68,7 +68,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer perceptron, each added to what comes in."""
+    """Attention, then a two-layer perceptron, each added to its input."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What comes before a run: settings are settled, mistakes found, and the first lines written."""
+"""Preparation of a run: final settings, checks, and the first lines of output."""
 
 import os
 import shutil
@@ -25,16 +25,16 @@ from postlocal.train.progress import human_rate
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS = "model.safetensors"
-_ROUNDS = 10_000  # that are looked at before the start
+_ROUNDS = 10_000  # that are checked before the start
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can start.
+    """A run that is ready to start.
 
     Attributes:
-        config: its settings; of a run that is resumed, those kept with it.
-        text: what it is trained on.
+        config: its settings; those saved with it if it is resumed.
+        text: the text that it trains on.
         changes: settings that a resumed run changes, a line for each.
     """
 
@@ -43,10 +43,10 @@ class Prepared:
     changes: tuple[str, ...] = ()
 
     def lines(self, workers: int) -> Iterator[str]:
-        """What is trained, on what, with whom, how and where to, in lines for people.
+        """Model, data, workers, strategy and output folder, as lines of text.
 
         Args:
-            workers: number of them.
+            workers: number of workers.
         """
         config, text = self.config, self.text
         plural = "" if workers == 1 else "s"
@@ -84,7 +84,7 @@ def _files(count: int) -> str:
 
 
 def _item(name: str, text: str) -> list[str]:
-    """Lines of a name and a text beside it."""
+    """A name, and a text beside it, as lines."""
     beside = " " * 10
     return textwrap.wrap(
         text,
@@ -97,15 +97,15 @@ def _item(name: str, text: str) -> list[str]:
 
 
 def prepare_run(config: TrainConfig, workers: int | None = None) -> Prepared:
-    """Settle what is run; for one process, which sees the output folder.
+    """Decide on the settings of a run; for one process, which sees the output folder.
 
     Args:
         config: settings of which some were given (``model_fields_set``).
-        workers: number of ranks that there are; None: as many as the settings say.
+        workers: number of ranks; None: the number in the settings.
 
     Raises:
-        ValueError: if there is no text, or a run to resume is not there or has kept other settings
-            or another text.
+        ValueError: if there is no text, or if a run to resume is missing or has other settings or
+            another text.
     """
     kept = _kept(config)
     before = config
@@ -124,7 +124,7 @@ def prepare_run(config: TrainConfig, workers: int | None = None) -> Prepared:
 
 
 def _kept(config: TrainConfig) -> SavedRun | None:
-    """What a run that is to be resumed has kept."""
+    """The saved settings of a run to resume."""
     if not config.resume:
         return None
     kept = SavedRun.read(config.out)
@@ -137,10 +137,10 @@ def _kept(config: TrainConfig) -> SavedRun | None:
 
 
 def check_before_launch(config: TrainConfig) -> None:
-    """Find what would go wrong in the workers while there are none yet.
+    """Find errors of the workers before they start.
 
     Raises:
-        ValueError: if data, levels, fragments or the output folder do not fit.
+        ValueError: if data, levels, fragments or the output folder cannot be used.
     """
     for each in config.runs().values():
         strategy = each.make_strategy()
@@ -161,7 +161,7 @@ def _parameters(config: TrainConfig) -> int:
 
 
 def _warning(config: TrainConfig) -> str | None:
-    """That a run has no step or no synchronization of the kind that its strategy is for."""
+    """A warning for a run without local steps, or without a synchronization before its end."""
     strategy = config.make_strategy()
     first = strategy.schedule(0, config.lr_at(0))
     timeline = Timeline.new(strategy.fragments, first)
@@ -183,10 +183,10 @@ def _warning(config: TrainConfig) -> str | None:
 
 
 def prepare_folder(folder: Path, resumes: bool, overwrite: bool) -> None:
-    """Make the output folder; an earlier run in it is resumed, removed if asked for, or kept.
+    """Make the output folder; an earlier run in it is resumed, replaced or refused.
 
     Raises:
-        ValueError: if it cannot be written, or holds a run that is neither resumed nor to go.
+        ValueError: if it cannot be written, or has a run that is neither resumed nor replaced.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a training run shows while it goes on: a bar on a terminal, short lines elsewhere."""
+"""Progress of a training run: a bar on a terminal, short lines elsewhere."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -18,13 +18,13 @@ _BAR = 40  # columns
 
 
 class ProgressDisplay:
-    """Progress of one run; to be used in a ``with`` block.
+    """Progress of one run; a context manager.
 
     Args:
         console: where to print.
         label: name of the run.
         steps: number of steps of the run.
-        shown: whether to print at all; only rank 0 does.
+        shown: whether to print; only rank 0 does.
     """
 
     def __init__(self, console: Console, label: str, steps: int, shown: bool) -> None:
@@ -52,7 +52,7 @@ class ProgressDisplay:
             self._live.stop()
 
     def start(self, step: int) -> None:
-        """Show that ``step`` steps were done before, and count time from here."""
+        """Show that ``step`` steps were done before, and measure time from here."""
         self._first = self._done = step
         self._began = time.monotonic()
 
@@ -74,11 +74,11 @@ class ProgressDisplay:
             self.note("  ".join(self._head() + self._present(*shown) + self._left()))
 
     def evaluated(self, loss: float) -> None:
-        """Show the latest loss on held-out text."""
+        """Show the newest loss on held-out text."""
         self._fields["held-out"] = f"held-out {loss:.3f}"
 
     def note(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
         if self._shown:
             self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
@@ -89,7 +89,7 @@ class ProgressDisplay:
         return [self._fields[name] for name in names if name in self._fields]
 
     def _left(self) -> list[str]:
-        """Time to go, at the pace so far, evaluations and checkpoints included."""
+        """Time left, at the rate so far, with evaluations and checkpoints."""
         taken, left = self._done - self._first, self._steps - self._done
         if not taken or not left:
             return []
@@ -117,10 +117,10 @@ def human_time(seconds: float) -> str:
 
 
 def results(runs: Mapping[str, Summary]) -> Table:
-    """The closing table: a column a run.
+    """The final table, with a column for each run.
 
     Args:
-        runs: label -> what came out.
+        runs: label -> results.
     """
     table = Table("", *runs)
     if any(run.link for run in runs.values()):
@@ -154,14 +154,14 @@ def verdict(run: Summary, other: Summary) -> str:
 
 
 def race(run: Summary, other: Summary, loss: float, seconds: float, others: float) -> str:
-    """One sentence that compares when two runs came to a loss.
+    """One sentence that compares the times at which two runs reached a loss.
 
     Args:
-        run: what came out of the one.
-        other: what came out of the other.
+        run: results of one run.
+        other: results of the other.
         loss: a held-out loss that both reached.
-        seconds: of training until the one was there.
-        others: of training until the other was there.
+        seconds: training time of ``run`` until then.
+        others: training time of ``other`` until then.
     """
     faster, times = (
         ("sooner", others / seconds) if seconds < others else ("later", seconds / others)
@@ -175,7 +175,7 @@ def race(run: Summary, other: Summary, loss: float, seconds: float, others: floa
 
 
 def _whose(run: Summary, other: Summary) -> str:
-    """Which loss it is that two runs are compared at: the worse of those that they ended at."""
+    """The name of the loss at which two runs are compared: the higher of the final ones."""
     last = run if run.final_val_loss >= other.final_val_loss else other
     return f"the loss that {last.strategy} ended at, the higher of the two"
 

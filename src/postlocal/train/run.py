@@ -49,18 +49,16 @@ def train(config: TrainConfig, announce: bool = True) -> Summary:
     """Train as configured, in the world that the launcher prepared, or alone.
 
     Args:
-        config: the settings, the same on all ranks. Of a run that is resumed they are taken from
-            its folder, but for those given (``model_fields_set``), which must agree or be
-            changeable.
-        announce: whether rank 0 says first what is run.
+        config: the settings, the same on all ranks. A resumed run takes them from its folder. Those
+            that are given (``model_fields_set``) must be equal or changeable.
+        announce: whether rank 0 first prints what is run.
 
     Returns:
-        What came out, on every rank.
+        The results, on every rank.
 
     Raises:
-        ValueError: if data or the output folder do not fit.
-        DisagreementError: if ranks were given different settings or other text, or one of them
-            cannot go on.
+        ValueError: if data or the output folder cannot be used.
+        DisagreementError: if ranks got different settings or text, or one of them cannot continue.
         PeerError: if a rank is lost.
         Interrupted: after SIGINT or SIGTERM to any rank, when a checkpoint is saved.
     """
@@ -85,7 +83,7 @@ def train(config: TrainConfig, announce: bool = True) -> Summary:
 
 
 def _open(config: TrainConfig, everyone: Group) -> Prepared:
-    """What rank 0 settled, on all ranks; each looks at the text where its own data is."""
+    """The prepared run of rank 0, on all ranks; each reads the text from its own data."""
     found = None
     with agreement.together(everyone):
         if everyone.rank == 0:
@@ -102,18 +100,18 @@ def _open(config: TrainConfig, everyone: Group) -> Prepared:
 
 
 def _resumed_by_launcher(config: TrainConfig) -> TrainConfig:
-    """The same, to be resumed if torchrun started the workers anew and the run had begun."""
+    """The same; resumed if torchrun restarted the workers and the run had begun."""
     begun = restarted() and (config.out / CONFIG).exists()
     return config.model_copy(update={"resume": True}) if begun else config
 
 
 def _prepare(prepared: Prepared, workers: int) -> None:
     runs = list(prepared.config.runs().values())
-    for run in reversed(runs):  # the outer folder first: it holds the other one
+    for run in reversed(runs):  # the outer folder first: it contains the other one
         prepare_folder(run.out, run.resume, run.overwrite)
     for run in runs:
         if run.resume and (kept := SavedRun.read(run.out)) is not None:
-            merge_settings(run, kept, workers)  # a run to compare with has kept settings of its own
+            merge_settings(run, kept, workers)  # a compared run has saved settings of its own
         else:
             SavedRun.of(run, prepared.text, workers).write(run.out)
 
@@ -140,7 +138,7 @@ def _print_line(console: Console, text: str) -> None:
 
 
 def _compare(config: TrainConfig, run: Summary, other: Summary) -> list[str]:
-    """What there is to say of two runs: where they ended, and when they were at one loss."""
+    """Sentences about two runs: their final losses, and when they reached the same loss."""
     loss = max(run.final_val_loss, other.final_val_loss)
     seconds = Metrics(config.out).seconds_to(loss)
     others = Metrics(config.compared().out).seconds_to(loss)
@@ -150,7 +148,7 @@ def _compare(config: TrainConfig, run: Summary, other: Summary) -> list[str]:
 
 
 def _draw(config: TrainConfig) -> str:
-    """Where the plot is, or why there is none: a run does not fail for its plot."""
+    """The path of the plot, or why there is none: a run does not fail because of its plot."""
     to = config.out / PLOT
     try:
         plot({label: run.out for label, run in config.runs().items()}, to)
@@ -160,7 +158,7 @@ def _draw(config: TrainConfig) -> str:
 
 
 class _Run:
-    """One run: model, data, clock, and what is logged of them."""
+    """One run: model, data, clock and metrics."""
 
     def __init__(
         self,
@@ -198,7 +196,7 @@ class _Run:
         self.next_eval = 0
 
     def run(self) -> Summary:
-        """Train to the end, from the newest checkpoint if the run is one to resume."""
+        """Train to the end, from the newest checkpoint if the run is resumed."""
         console = Console()
         with progress.ProgressDisplay(
             console, self.label, self.config.steps, self.everyone.rank == 0
@@ -219,7 +217,7 @@ class _Run:
     def _restore(self) -> None:
         restored = None
         if self.config.resume:
-            from postlocal import checkpoint  # takes most of a second, which the command has not
+            from postlocal import checkpoint  # a slow import, which the command does without
 
             restored = checkpoint.restore(self.config.out / CHECKPOINTS, self.sync)
         if restored is None:
@@ -310,7 +308,7 @@ class _Run:
                 self.metrics.add_sync(record)
 
     def _evaluate_if_due(self) -> None:
-        # Replicas agree only now and then; all ranks see the same clock and so the same moment.
+        # Replicas are equal only at some steps, which are the same on all ranks.
         can = self.sync.agreed or self.sync.strategy.streams
         if can and self.next_eval <= self.sync.steps < self.config.steps:
             self._evaluate()
@@ -424,7 +422,7 @@ class _Run:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW of a model's parameters, with no weight decay of vectors."""
+    """AdamW for a model's parameters, without weight decay of vectors."""
     parameters = list(model.parameters())
     groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in parameters if parameter.dim() >= 2]},
@@ -445,11 +443,11 @@ def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def save_weights(model: nn.Module, config: TrainConfig, path: Path) -> None:
-    """Write parameters as safetensors, whole or not at all."""
+    """Write parameters as safetensors, completely or not at all."""
     aside = path.with_name(f".{path.name}.partial")
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     aside.touch()
-    mode = aside.stat().st_mode & 0o777  # what the umask gives; safetensors does not ask it
+    mode = aside.stat().st_mode & 0o777  # mode by the umask, which safetensors ignores
     save_file(
         tensors,
         aside,

@@ -12,7 +12,7 @@ from postlocal.train.preparation import WEIGHTS
 
 
 def load(folder: Path) -> tuple[Transformer, int]:
-    """The model that a run left, and the length of sequence it was trained on.
+    """The trained model of a run, and the sequence length it was trained with.
 
     Raises:
         CheckpointError: if the folder has no weights, or they cannot be read.
@@ -42,14 +42,14 @@ def sample(
 
     Args:
         model: the model.
-        context: number of last bytes that it sees.
+        context: number of last bytes that it is given.
         prompt: not empty.
-        length: bytes to add.
+        length: number of bytes to add.
         temperature: 0 takes the likeliest byte each time; 1 samples as the model predicts.
-        seed: of the sampling.
+        seed: seed of the sampling.
 
     Returns:
-        The prompt and what follows; bytes that are not UTF-8 become replacement characters.
+        The prompt and the added text; bytes that are not UTF-8 become replacement characters.
 
     Raises:
         ValueError: if the prompt is empty, or length or temperature is negative.

@@ -1,10 +1,10 @@
 """Agreement of all ranks on the step to stop at, after a signal to any of them.
 
-Ranks meet seldom, so a signal cannot wait for the next synchronization, and ranks that stop at
-different steps could neither save nor leave. A thread on each rank looks now and then whether any
-rank was told to stop. When one was, each thread leaves word of the steps its rank has completed,
-and all stop one step after the furthest of them: late enough that nobody is past it, and every
-synchronization up to there happens with everybody.
+Ranks synchronize seldom, so a signal cannot wait for the next synchronization. Ranks that stop at
+different steps could neither save nor exit. A thread on each rank checks the store regularly for a
+signal to any rank. After a signal, each thread writes the number of steps that its rank has
+completed, and all stop one step after the greatest number. No rank is past that step, and all ranks
+take part in every synchronization before it.
 """
 
 import signal
@@ -18,17 +18,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Watches for SIGINT and SIGTERM; to be used in a ``with`` block, in the main thread.
+    """Watches for SIGINT and SIGTERM; a context manager for the main thread.
 
     Args:
         rank: this rank.
         world: number of ranks.
-        store: where ranks leave word; None where there is only one.
-        interval: seconds between looks.
+        store: where ranks write their steps; None if there is only one rank.
+        interval: seconds between checks.
         patience: seconds that a rank may take to answer; its thread answers even while it trains.
 
     Attributes:
-        signal: the signal this rank received, or that others did, as far as known; None: none.
+        signal: the signal that this rank or another received, if known; None: none.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class Stop:
         trace: TracebackType | None,
     ) -> None:
         self._closed.set()
-        self._thread.join(self._patience)  # not for ever: a store out of reach never answers
+        self._thread.join(self._patience)  # a limit, because an unreachable store never answers
         for number, handler in self._handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def due(self, steps: int) -> bool:
-        """Whether to stop after ``steps`` completed steps; to be asked after every one.
+        """Whether to stop after ``steps`` completed steps; to be called after every step.
 
         Raises:
             PeerError: if a rank did not answer in time, and so nothing can be saved.

@@ -1,4 +1,4 @@
-"""The ranks of a training run: joining them, and starting them where nobody did."""
+"""The ranks of a training run: joining them, and starting them without a launcher."""
 
 import hashlib
 import logging
@@ -21,7 +21,7 @@ from postlocal.comm.agreement import ranks_named
 from postlocal.errors import PeerError
 from postlocal.torch_versions import PrefixStore, Store, default_store, own_connection
 
-_RUN = "postlocal-"  # what ids of runs that `launch` starts begin with
+_RUN = "postlocal-"  # prefix of the ids of runs that `launch` starts
 
 
 def launched() -> bool:
@@ -30,12 +30,12 @@ def launched() -> bool:
 
 
 def restarted() -> bool:
-    """Whether torchrun started the workers anew after one of them failed."""
+    """Whether torchrun restarted the workers after one of them failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def announced() -> bool:
-    """Whether `launch` started this process: the command has said already what is run."""
+    """Whether `launch` started this process: the command has already printed what is run."""
     return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_RUN)
 
 
@@ -44,14 +44,14 @@ def launch(workers: int, arguments: Sequence[str]) -> int:
 
     Args:
         workers: number of processes.
-        arguments: of the ``postlocal`` command that each runs.
+        arguments: arguments of the ``postlocal`` command that each runs.
 
     Returns:
         The exit code: that of the first worker that failed, 128 and the signal's number after a
         signal, else 0.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    # The agent reports a worker's failure with a traceback of its own; workers say it in a line.
+    # The agent would print a traceback for a failed worker, whose own message is one line.
     for name in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     config = LaunchConfig(
@@ -77,7 +77,7 @@ def launch(workers: int, arguments: Sequence[str]) -> int:
 
 @contextmanager
 def joined(timeout: float) -> Iterator[torch.device]:
-    """Join the process group that the launcher prepared, if any; gives this rank's device.
+    """Join the process group that the launcher prepared, if any; yields this rank's device.
 
     Args:
         timeout: seconds that a collective waits for a missing rank.
@@ -104,10 +104,10 @@ def joined(timeout: float) -> Iterator[torch.device]:
 def _name_of_start(met: Store, rank: int, world: int, timeout: float) -> str:
     """A name that all workers of this start agree on, and no earlier start had.
 
-    torchrun's store outlives the workers: after a restart it still holds the addresses of dead
-    ones, and who reads those cannot connect. So each worker signs in with a word made up anew; rank
-    0 publishes the list of all, each acknowledges a list that has its own word, and rank 0 lets a
-    list pass that all have acknowledged. Words of an earlier start never do.
+    torchrun's store outlives the workers. After a restart it still has the addresses of dead
+    workers, and a worker that reads these cannot connect. Each worker therefore writes a random
+    word. Rank 0 publishes the list of words, and each worker acknowledges a list with its own word.
+    Rank 0 accepts a list that all have acknowledged, so it has no word of an earlier start.
     """
     word = uuid.uuid4().hex[:12]
     met.set(f"word/{rank}", word)
@@ -131,13 +131,13 @@ def _name_of_start(met: Store, rank: int, world: int, timeout: float) -> str:
 
 
 def _read(met: Store, what: str, world: int) -> list[str]:
-    """What each rank wrote, or nothing while one has not."""
+    """The values that ranks wrote; empty until all have."""
     keys = [f"{what}/{rank}" for rank in range(world)]
     return [met.get(key).decode() for key in keys] if met.check(keys) else []
 
 
 def store() -> Store | None:
-    """A connection of its own to the store that ranks met at; None for a rank alone."""
+    """A separate connection to the store of the ranks; None for a single rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return own_connection(default_store())
