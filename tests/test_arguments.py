@@ -252,7 +252,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "parameters that meet nobody": (
         lambda: schedule.periodic(4, parameters="rank"),
-        "parameters must be a level at which ranks meet, such as 'world', got 'rank'",
+        "parameters must be a level at which ranks communicate, such as 'world', got 'rank'",
     ),
     "the world before a narrower level": (
         lambda: schedule.hierarchical({"world": 4, "node": 16}),

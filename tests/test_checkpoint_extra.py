@@ -148,7 +148,7 @@ def test_what_cannot_be_stored_is_named_and_nothing_written(tmp_path: Path, name
 def test_what_holds_itself_is_refused(tmp_path: Path) -> None:
     extra: dict[str, Any] = {}
     extra["self"] = extra
-    with pytest.raises(ValueError, match="extra must not hold itself"):
+    with pytest.raises(ValueError, match="extra must not contain itself"):
         checkpoint.save(tmp_path, clock(), extra)
 
 

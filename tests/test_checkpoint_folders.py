@@ -122,7 +122,8 @@ def test_where_nothing_is_training_starts_anew_and_says_so(
     state = {"missing": "does not exist", "empty": "is empty"}[name]
     sync = trained(steps=0)
     assert checkpoint.restore(tmp_path / name, sync) is None
-    assert f"no checkpoint in {tmp_path / name}, which {state}: training starts anew" in caplog.text
+    message = f"no checkpoint in {tmp_path / name}, which {state}: training starts at step 0"
+    assert message in caplog.text
     with pytest.raises(CheckpointError, match=f"no checkpoint in .*{name}, which {state}"):
         checkpoint.restore(tmp_path / name, sync, missing="raise")
 
@@ -433,7 +434,7 @@ def test_the_folder_of_one_ranks_own_checkpoints_is_recognised(
     ranks: Ranks, tmp_path: Path
 ) -> None:
     ranks(2, three_steps_apart, tmp_path)
-    with pytest.raises(CheckpointError, match="saved with layout 'per-rank' and does not lie"):
+    with pytest.raises(CheckpointError, match="layout 'per-rank' and is not in the place"):
         checkpoint.restore(tmp_path / "host0" / "rank-00000", trained(steps=0))
 
 

@@ -524,7 +524,7 @@ def test_the_command_says_what_it_assumed(
         "node 100 Gbit/s, 0 ms one way; world 200 Mbit/s, 20 ms one way",
         "1,000,000,000 parameters in bf16 with 8 bytes of optimizer state each",
         "200 steps of 1 s computing",
-        "behind 67% of a step; peak learning rate 0.003",
+        "overlap 67% of a step; peak learning rate 0.003",
         "diloco(outer_lr=0.3, wire=int4(), gradient_wire=bf16())",
         "docs/strategies.md",
     ):

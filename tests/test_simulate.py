@@ -304,7 +304,7 @@ def test_the_command_shows_every_strategy_and_draws(
     code, out, _ = command(capsys, monkeypatch, *words)
     assert code == 0
     assert all(out.count(name) >= 2 for name in strategies.NAMED)
-    assert "of 400 workers" in out
+    assert "with 400 workers" in out
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
 
 

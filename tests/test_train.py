@@ -533,7 +533,7 @@ def test_a_run_says_first_what_it_is(tmp_path: Path) -> None:
     assert "1 file skipped for NUL bytes, the first is " in together
     assert f"strategy  diloco(period=4, {BOTH_BF16}) " in together
     assert "with ddp(wire=fp32(), gradient_wire=fp32()), trained first" in together
-    assert "it does not take: period" in together
+    assert "it does not use: period" in together
     assert not [line for line in lines if len(line) >= 80 and str(tmp_path) not in line]
 
 

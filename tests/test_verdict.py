@@ -53,11 +53,11 @@ def test_a_verdict_says_bytes_losses_and_times() -> None:
         "held-out loss of 2.0400 against 2.0000 (+2.0 %) after the same 1,000 tokens."
     )
     assert race(run, other, 2.04, seconds=60.0, others=210.0) == (
-        "ddp was at a held-out loss of 2.040 after 210 s, post_local_sgd after 60 s: "
-        "3.5 times sooner (the loss that post_local_sgd ended at, the higher of the two)."
+        "ddp reached a held-out loss of 2.040 after 210 s, post_local_sgd after 60 s: "
+        "3.5 times sooner (the final loss of post_local_sgd, the higher of the two)."
     )
     assert "2.0 times later" in race(run, other, 2.04, seconds=60.0, others=30.0)
-    assert "has nobody to send to" in verdict(summary("ddp", 2.0, 0), other)
+    assert "A single worker sends nothing" in verdict(summary("ddp", 2.0, 0), other)
 
 
 def test_an_emulated_link_is_said_to_be_one() -> None:

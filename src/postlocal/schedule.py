@@ -593,8 +593,8 @@ def _meeting(name: str, value: Any) -> str:
     level = text(name, value)
     if level == RANK:
         raise ValueError(
-            f"{name} must be a level at which ranks meet, such as {WORLD!r}, got {RANK!r}, which "
-            "is a rank alone"
+            f"{name} must be a level at which ranks communicate, such as {WORLD!r}, got {RANK!r}, "
+            "which is a rank alone"
         )
     return level
 

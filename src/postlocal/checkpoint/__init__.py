@@ -205,7 +205,7 @@ def _check_choices(group: Group, keep: object, layout: object) -> None:
     choice("layout", layout, get_args(Sharing))
     if not isinstance(group, Alone | Processes):
         raise ValueError(
-            "sync must be of processes or of one rank alone to be saved, got one of threads"
+            "sync must be of processes or of a single rank to be saved, got one of threads"
         )
 
 

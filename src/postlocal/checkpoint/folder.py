@@ -245,7 +245,7 @@ def read_index(place: Place, rank: int) -> dict[str, Any]:
         )
     if index["layout"] != place.layout:
         raise CheckpointError(
-            f"it was saved with layout {index['layout']!r} and does not lie where such a one does: "
+            f"it was saved with layout {index['layout']!r} and is not in the place of such a one: "
             "give the folder that was given to save"
         )
     return index
@@ -286,6 +286,6 @@ def _set_aside(later: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     later.rename(aside)
     logger.warning(
-        "checkpoint %s is of a later step than the one now saved: training went back and took "
-        "another way; renamed to %s", later, aside.name,
+        "checkpoint %s is of a later step than the one now saved, because training was resumed "
+        "from an earlier one; renamed to %s", later, aside.name,
     )  # fmt: skip

@@ -61,7 +61,7 @@ def pack(state: Any, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
         return _pack(state, name, tensors), tensors
     except RecursionError:
         raise ValueError(
-            f"{name} must not hold itself, nor be nested too deeply to store"
+            f"{name} must not contain itself, nor be nested too deeply to store"
         ) from None
 
 

@@ -231,7 +231,7 @@ def _check_start(base: Path, everyones: Sequence[Seen], group: Group, must_exist
     if others:
         raise CheckpointError(
             f"no checkpoint in {base}, which {by_ranks(others, group.size)}: give the folder that "
-            "checkpoints were saved to, or an empty one to start anew",
+            "checkpoints were saved to, or an empty one to start at step 0",
             path=base,
             ranks=others,
         )
@@ -240,7 +240,7 @@ def _check_start(base: Path, everyones: Sequence[Seen], group: Group, must_exist
         raise CheckpointError(f"no checkpoint in {base.absolute()}, which {state}", path=base)
     if group.rank == 0:
         logger.warning(
-            "no checkpoint in %s, which %s: training starts anew", base.absolute(), state
+            "no checkpoint in %s, which %s: training starts at step 0", base.absolute(), state
         )
 
 
@@ -323,8 +323,8 @@ def _log(sync: Sync, saved: Saved, words: str | None, values: Sequence[str]) -> 
         saved.place, " and ".join(how),
         "the anchor" if anchored else "the mean of the saved replicas",
         "" if words is None or not anchored
-        else "; outer state is taken over" if _same_outer(sync, saved)
-        else "; outer state starts anew",
+        else "; outer state is loaded" if _same_outer(sync, saved)
+        else "; outer state is reset",
     )  # fmt: skip
 
 

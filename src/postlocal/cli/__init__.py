@@ -59,7 +59,7 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except (ValueError, DisagreementError, CheckpointError) as error:
-        # All ranks raise these together, with the same words or rank 0 quoting another one's.
+        # All ranks raise these together; rank 0's message is complete.
         _say(f"error: {error}", everywhere=False)
         code = 2
     except PostlocalError as error:
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _instead(option: str) -> str:
-    """How to give a strategy what is no option."""
+    """How to write an argument of a strategy that is no option."""
     name = option.removeprefix("--").replace("-", "_")
     having = next((each for each in NAMED if name in parameters_of(each)), None)
     if having is None:
@@ -84,7 +84,7 @@ def _instead(option: str) -> str:
 
 
 def _command(error: typer.TyperException) -> str:
-    """The command whose help tells what is right."""
+    """The command whose help is relevant."""
     context = getattr(error, "ctx", None)
     return f"postlocal {context.info_name}" if context and context.parent else "postlocal"
 

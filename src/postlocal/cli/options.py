@@ -24,7 +24,7 @@ _DRAWINGS = (".png", ".pdf", ".svg")
 
 
 def option(panel: str, text: str, *names: str, **settings: Any) -> Any:
-    """An option that help shows in a panel."""
+    """An option that the help shows in a panel."""
     return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
 
 
@@ -34,18 +34,18 @@ of_output = partial(option, "Output")
 
 
 def _having(parameter: str) -> str:
-    """The strategies that have a parameter, for help."""
+    """The strategies that have a parameter, for the help."""
     return ", ".join(name for name in NAMED if parameter in parameters_of(name))
 
 
 _EXAMPLE = "diloco, or 'diloco(period=32, wire=int4())'"
 _SEE = "`postlocal strategies` lists them"
 
-PeakLr = Annotated[float, of_job("Peak learning rate; the rounds of qsr follow it.")]
-Dtype = Annotated[str, of_job(f"Dtype of parameters: {', '.join(DTYPES)}.")]
+PeakLr = Annotated[float, of_job("Peak learning rate, on which the rounds of qsr depend.")]
+Dtype = Annotated[str, of_job(f"Data type of parameters: {', '.join(DTYPES)}.")]
 StrategyText = Annotated[str, of_strategy(f"The strategy, such as {_EXAMPLE}; {_SEE}.")]
 Strategies = Annotated[
-    str, of_strategy(f"{ALL}, or one or more with commas between, such as {_EXAMPLE}; {_SEE}.")
+    str, of_strategy(f"{ALL}, or one or more separated by commas, such as {_EXAMPLE}; {_SEE}.")
 ]
 Period = Annotated[
     int | None,
@@ -57,7 +57,7 @@ Period = Annotated[
 Warmup = Annotated[
     int | None,
     of_strategy(
-        f"Steps with averaged gradients before the first round ({_having('warmup')}).",
+        f"Steps of plain data-parallel training before the first round ({_having('warmup')}).",
         show_default="three tenths of the run; edit: 0",
     ),
 ]
@@ -75,14 +75,15 @@ OuterMomentum = Annotated[
 WireName = Annotated[
     str | None,
     of_strategy(
-        f"How parameters are encoded on the network: {', '.join(WIRES)}, or a call of one.",
+        f"Encoding of parameters on the network: {', '.join(WIRES)}; arguments as in "
+        "'top_k(k=32)'.",
         show_default="the strategy's own, or bf16",
     ),
 ]
 GradientWire = Annotated[
     str | None,
     of_strategy(
-        "How gradients are encoded on the network, as above.",
+        "Encoding of gradients on the network, as for --wire.",
         show_default="the strategy's own, or bf16",
     ),
 ]
@@ -100,7 +101,7 @@ def parse_dtype(text: str) -> torch.dtype:
 
 
 def check_size(name: str, value: int, most: int) -> None:
-    """Check that a number of things that are followed one by one comes to an end.
+    """Check a number of things that are simulated one by one.
 
     Raises:
         ValueError: if it is too great.
@@ -110,10 +111,10 @@ def check_size(name: str, value: int, most: int) -> None:
 
 
 def check_plot(plot: Path | None) -> None:
-    """Check, before anything is computed, that a plot that was asked for can be drawn.
+    """Check that the plot can be drawn, before anything is computed.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if it cannot be drawn.
     """
     if plot is None:
         return
@@ -134,10 +135,10 @@ def configure(text: str, base: Mapping[str, Any], given: Mapping[str, Any]) -> l
     """Settings of the trainer for some strategies.
 
     Args:
-        text: `ALL`, or expressions with commas between.
-        base: settings of all.
-        given: options of strategies; None: not given. One strategy alone has to take them all; of
-            several, each takes those that it has.
+        text: `ALL`, or expressions separated by commas.
+        base: settings that all have in common.
+        given: options of strategies; None: not given. A single strategy must have all of them; of
+            several, each uses those that it has.
     """
     options = {name: value for name, value in given.items() if value is not None}
     if text == ALL:
@@ -166,7 +167,7 @@ def _only(call: Call, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fitting(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A named strategy with the options that it takes; the period under other names too."""
+    """A named strategy with the options that it has; the period under other names too."""
     strategy = name
     if "period" in options and name == "hierarchical":
         inner = max(1, options["period"] // 4)

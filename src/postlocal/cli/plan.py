@@ -53,24 +53,25 @@ from postlocal.train.progress import human_rate
 from postlocal.train.world import launched
 
 _where = partial(option, "The cluster")
-_LOSS = "What a strategy costs in loss is not planned: docs/strategies.md has what was measured."
+_LOSS = "The plan does not predict loss: docs/strategies.md has measurements."
 
 
 def plan(
-    workers: Annotated[int, _where("Number of workers; torchrun sets its own.")] = 8,
+    workers: Annotated[int, _where("Number of workers; with --measure, that of torchrun.")] = 8,
     node_size: Annotated[int, _where("Workers per node; they share its link to other nodes.")] = 1,
     bandwidth: Annotated[
-        str, _where("Bandwidth between nodes, or of each level: node=100Gbit,world=1Gbit.")
+        str, _where("Bandwidth between nodes, or of each level, as in node=100Gbit,world=1Gbit.")
     ] = "1Gbit",
     latency: Annotated[
         str | None,
         _where(
-            "One-way latency between nodes, or of each level: 20ms, or node=10us,world=20ms.",
+            "One-way latency between nodes, such as 20ms, or of each level, as in "
+            "node=10us,world=20ms.",
             show_default="0",
         ),
     ] = None,
     measured: Annotated[
-        bool, _where("Under torchrun: measure links and steps instead.", "--measure")
+        bool, _where("Under torchrun: measure bandwidth, latency and step time.", "--measure")
     ] = False,
     parameters: Annotated[
         str | None, of_job("Number of parameters, such as 350M or 1e9.", show_default="1e9")
@@ -88,9 +89,13 @@ def plan(
     dtype: Dtype = "fp32",
     optimizer_bytes: Annotated[float, of_job("Bytes of optimizer state for each parameter.")] = 8.0,
     overlap: Annotated[
-        float, of_job("Share of a step that the reduction of gradients can overlap with.")
+        float,
+        of_job(
+            "Share of a step that the reduction of gradients can overlap.",
+            show_default="two thirds",
+        ),
     ] = 2 / 3,
-    model: Annotated[str, of_job("Size of the trainer's model that --measure times.")] = "tiny",
+    model: Annotated[str, of_job("Size of the trainer's model, for --measure.")] = "tiny",
     strategy: Strategies = ALL,
     period: Period = None,
     warmup: Warmup = None,
@@ -107,7 +112,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, of_output("Print JSON instead of a table.", "--json")] = False,
 ) -> None:
-    """Tell how long training takes on a network that is not at hand.
+    """Predict time, bytes and memory of training on a given network.
 
     Rounds, bytes and memory are those of `postlocal train` with the same
     options; seconds come from the cost model in docs/plan.md.
@@ -142,19 +147,19 @@ def plan(
     links = _links(bandwidth, latency) if seen is None else seen.links
     cluster = Cluster(base["workers"], links, nodes(node_size))
     if int(os.environ.get("RANK", "0")):
-        return  # all ranks measure, one speaks
+        return  # all ranks measure, one prints
     _Answer(configs, job, cluster, share).give(as_json, plot)
 
 
 @dataclass
 class _Answer:
-    """What the command has to say.
+    """The output of the command.
 
     Attributes:
         configs: settings of the trainer, for each strategy.
-        job: what is trained.
-        cluster: where.
-        share: of time computing that the proposed strategy has to reach.
+        job: the job.
+        cluster: the cluster.
+        share: share of time computing that the proposed strategy has to reach.
     """
 
     configs: Sequence[TrainConfig]
@@ -181,7 +186,7 @@ class _Answer:
             console.print(f"Drawn in {plot}.", markup=False, highlight=False, soft_wrap=True)
 
     def _assumed(self) -> Iterator[str]:
-        """What the answer rests on, given or not."""
+        """All assumptions, given or default."""
         workers, node_size = self.cluster.workers, self.configs[0].node_size
         links = "; ".join(
             f"{level} {human_rate(link.bandwidth)}, {link.latency * 1000:g} ms one way"
@@ -198,8 +203,8 @@ class _Answer:
             f"s on the slowest of {workers:,};"
         )
         yield (
-            f"gradients hidden behind {self.job.gradient_overlap:.0%} of a step; peak learning "
-            f"rate {self.configs[0].lr:g}; and"
+            f"gradients can overlap {self.job.gradient_overlap:.0%} of a step; peak learning rate "
+            f"{self.configs[0].lr:g}; and"
         )
         for config in self.configs:
             yield f"  {config.call}"
@@ -230,7 +235,7 @@ class _Answer:
 
     def _sentence(self, found: tuple[Strategy, Plan] | None) -> str:
         if found is None:
-            return f"Nothing that was looked at computes {self.share:.0%} of the time."
+            return f"No strategy that was tried computes {self.share:.0%} of the time."
         strategy, planned = found
         return (
             f"The smallest change that computes {self.share:.0%} of the time: {_flags(strategy)}\n"
@@ -243,7 +248,7 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _flags(strategy: Strategy) -> str:
-    """Options of `postlocal train`, which takes bf16 where no wire is given, for a strategy."""
+    """Options of `postlocal train` for a strategy; its default wire is bf16."""
     name = "gradient_wire" if strategy.name == "ddp" else "wire"
     exact = "" if getattr(strategy, name).lossy else f" --{name.replace('_', '-')} fp32"
     return f"--strategy {shlex.quote(str(strategy))}{exact}"
@@ -274,7 +279,9 @@ def _steps(steps: int | None, tokens_a_step: str | None, token_budget: str | Non
     if tokens_a_step is None or token_budget is None:
         return 10_000 if steps is None else steps
     if steps is not None:
-        raise ValueError("steps must not be given beside token-budget, which they follow from")
+        raise ValueError(
+            "steps must not be given together with token-budget, which determines them"
+        )
     a_step = parse_count(tokens_a_step, "tokens-a-step")
     if not a_step:
         raise ValueError(f"tokens-a-step must be at least 1, got {tokens_a_step!r}")

@@ -60,28 +60,29 @@ _who = partial(option, "The fleet")
 def simulate(
     workers: Annotated[
         str,
-        _who(
-            "Numbers of workers, such as 8,64,512: each a multiple of the node size, or below it."
-        ),
+        _who("Numbers of workers, such as 8,64,512: each a multiple of the node size, or less."),
     ] = "1,10,100,1000,10000",
     node_size: Annotated[int, _who("Workers per node; they share its link and fail together.")] = 1,
     bandwidth: Annotated[
         str,
-        _who("Bandwidth of a node's link, or bandwidths with shares: 10Mbit:0.1,100Mbit:0.9."),
+        _who("Bandwidth of a node's link, or several with shares, as in 10Mbit:0.1,100Mbit:0.9."),
     ] = "1Gbit",
-    latency: Annotated[str, _who("One-way latency between nodes.")] = "0",
+    latency: Annotated[str, _who("One-way latency between nodes, such as 20ms.")] = "0",
     node_bandwidth: Annotated[str, _who("Bandwidth between workers of a node.")] = "400Gbit",
     speed_deviation: Annotated[
         float, _who("Standard deviation of relative speeds between workers, fixed for the run.")
     ] = 0.0,
     mtbf: Annotated[
-        str | None, _who("Mean time between failures of a node: 30d.", show_default="no failures")
+        str | None,
+        _who("Mean time between failures of a node, such as 30d.", show_default="no failures"),
     ] = None,
-    away: Annotated[str, _who("Time until a failed node is back.")] = "30m",
+    away: Annotated[str, _who("Time until a failed node returns.")] = "30m",
     restart: Annotated[
-        str, _who("Time to load a checkpoint after a failure that stops all.")
+        str, _who("Time to load a checkpoint after a failure that stops all workers.")
     ] = "2m",
-    saving: Annotated[str, _who("Time for which saving a checkpoint stops all workers.")] = "10s",
+    saving: Annotated[
+        str, _who("Time to save a checkpoint, during which all workers stop.")
+    ] = "10s",
     parameters: Annotated[str, of_job("Number of parameters, such as 350M or 1e9.")] = "1e9",
     step_seconds: Annotated[float, of_job("Compute time of a step, in seconds.")] = 1.0,
     step_deviation: Annotated[
@@ -98,16 +99,16 @@ def simulate(
     outer_momentum: OuterMomentum = None,
     wire: WireName = None,
     gradient_wire: GradientWire = None,
-    seed: Annotated[int, of_output("Seed of speeds, steps and failures.")] = 0,
+    seed: Annotated[int, of_output("Random seed of speeds, steps and failures.")] = 0,
     plot: Annotated[
         Path | None, of_output("File (png, pdf, svg) for a plot of efficiency over workers.")
     ] = None,
     as_json: Annotated[bool, of_output("Print JSON instead of tables.", "--json")] = False,
 ) -> None:
-    """Tell how each strategy scales to thousands of uneven workers that fail.
+    """Simulate how strategies scale to thousands of uneven workers that fail.
 
-    Rounds and bytes are those of `postlocal plan`; docs/scale.md tells what is
-    drawn, what a failure costs, and what is left out.
+    Rounds and bytes are those of `postlocal plan`. docs/scale.md describes the
+    model of speeds, links and failures, and what it leaves out.
     """
     check_plot(plot)
     check_size("steps", steps, MOST_STEPS)
@@ -155,11 +156,11 @@ def simulate(
 
 @dataclass(frozen=True)
 class _Answer:
-    """What the command has to say.
+    """The output of the command.
 
     Attributes:
-        results: strategy by strategy.
-        tokens: of a worker in a step.
+        results: label and result, strategy by strategy.
+        tokens: number of tokens of a worker's step.
     """
 
     results: Sequence[tuple[str, Simulated]]
@@ -174,7 +175,7 @@ class _Answer:
         console = Console()
         console.print("Efficiency, by workers", style="bold")
         console.print(self._efficiencies())
-        console.print(f"What time goes into, of {self._most:,} workers", style="bold")
+        console.print(f"Share of time by cause, with {self._most:,} workers", style="bold")
         console.print(self._causes())
         if plot is not None:
             console.print(f"Drawn in {plot}.", markup=False, highlight=False, soft_wrap=True)

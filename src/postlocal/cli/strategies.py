@@ -17,13 +17,14 @@ from postlocal.strategies import AXIS, NAMED, parameters_of
 
 def strategies(
     name: Annotated[
-        str | None, typer.Argument(help="One strategy, to show in full.", show_default="all")
+        str | None,
+        typer.Argument(help="Name of one strategy, to explain in full.", show_default="all"),
     ] = None,
 ) -> None:
-    """List the strategies: their arguments and defaults, source, and when to take each.
+    """List the strategies with their arguments, and when to use each.
 
-    What is listed can be written as --strategy takes it:
-    'diloco(period=32, wire=int4(), outer=nesterov(0.7, 0.5))'.
+    A strategy is given as listed, with the arguments to change, as in
+    --strategy 'diloco(period=32, wire=int4(), outer=nesterov(0.7, 0.5))'.
     """
     console = Console()
     if name is not None:
@@ -39,7 +40,7 @@ def strategies(
 
 @dataclass(frozen=True)
 class Described:
-    """What a strategy's function says of itself.
+    """The documentation of a strategy's function.
 
     Attributes:
         name: as `postlocal.strategies.NAMED` has it.
@@ -48,7 +49,7 @@ class Described:
         source: the paper; empty: there is none.
         when: when to take it.
         more: the paragraphs after that.
-        arguments: each argument of its own, with what it means.
+        arguments: its own arguments and their meaning.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Described:
 
     @classmethod
     def of(cls, name: str) -> "Described":
-        """What is known of a named strategy."""
+        """The documentation of a named strategy."""
         text = inspect.getdoc(NAMED[name]) or ""
         prose, _, listed = text.partition("\nArgs:\n")
         what, when, *more = (_plain(part) for part in prose.strip().split("\n\n"))
@@ -79,7 +80,7 @@ class Described:
 
 
 def _own(name: str) -> Mapping[str, inspect.Parameter]:
-    """The arguments that are not axes of all strategies."""
+    """The arguments that not all strategies have."""
     return {
         key: each for key, each in parameters_of(name).items() if each.kind is not each.KEYWORD_ONLY
     }
@@ -125,7 +126,7 @@ def _show(console: Console, described: Described) -> None:
 
 
 def _axes(name: str) -> Iterator[tuple[str, list[str]]]:
-    """What the axes of a strategy can be."""
+    """The values that the axes of a strategy can have."""
     for key, parameter in parameters_of(name).items():
         axis = axis_of(parameter, AXIS)
         if axis is not None:

@@ -34,9 +34,11 @@ _D = TrainConfig()
 def train(
     ctx: typer.Context,
     workers: Annotated[
-        int, _run("Number of workers to start on this machine; torchrun sets its own.")
+        int, _run("Number of workers to start on this machine; not used under torchrun.")
     ] = _D.workers,
-    node_size: Annotated[int, _run("Workers per node.")] = _D.node_size,
+    node_size: Annotated[
+        int, _run("Workers per node, for strategies that use nodes.")
+    ] = _D.node_size,
     data: Annotated[
         list[str] | None,
         _run(
@@ -49,8 +51,8 @@ def train(
     compare: Annotated[
         str | None,
         _run(
-            "Train under this strategy first, and compare: a name or an expression, as for "
-            "--strategy. It takes those of the given options that it has; ddp takes fp32 wires.",
+            "Strategy to train first, for comparison, such as ddp. It uses the given options that "
+            "it has; ddp uses fp32 wires.",
             show_default="none",
         ),
     ] = None,
@@ -77,7 +79,7 @@ def train(
     lr: Annotated[float, _fit("Peak learning rate of AdamW.")] = _D.lr,
     lr_warmup: Annotated[
         int | None,
-        _fit("Learning rate warm-up, in steps.", show_default="a tenth"),
+        _fit("Learning rate warm-up, in steps.", show_default="a tenth of the run"),
     ] = None,
     weight_decay: Annotated[float, _fit("Weight decay of AdamW.")] = _D.weight_decay,
     clip: Annotated[float, _fit("Maximum gradient norm.")] = _D.clip,
@@ -94,27 +96,27 @@ def train(
         ),
     ] = False,
     overwrite: Annotated[
-        bool, _kept("Replace an earlier run in the folder.", "--overwrite")
+        bool, _kept("Replace an earlier run in the output folder.", "--overwrite")
     ] = False,
     checkpoint_every: Annotated[int, _kept("Steps between checkpoints.")] = _D.checkpoint_every,
     keep: Annotated[int, _kept("Number of checkpoints to keep.")] = _D.keep,
     log_every: Annotated[int, _kept("Steps between log lines.")] = _D.log_every,
     eval_every: Annotated[
-        int | None, _kept("Steps between evaluations.", show_default="a tenth")
+        int | None, _kept("Steps between evaluations.", show_default="a tenth of the run")
     ] = None,
     eval_sequences: Annotated[int, _kept("Held-out sequences per evaluation.")] = _D.eval_sequences,
 ) -> None:
     """Train a language model on bytes of text, with workers that communicate seldom.
 
-    Alone it starts its own workers; under torchrun it joins that world. It
-    leaves config.json, metrics.jsonl, summary.json, loss.png, checkpoints and
-    model.safetensors in the output folder.
+    Without torchrun, the command starts its own workers; under torchrun, each
+    process is one. It writes config.json, metrics.jsonl, summary.json,
+    loss.png, checkpoints and model.safetensors to the output folder.
     """
     if not out:
         raise ValueError("out must name a folder, got ''")
     if resume and overwrite:
         raise ValueError("resume and overwrite must not be given together: one keeps what is there")
-    # Only what was given is passed on, so that a resumed run knows it from defaults.
+    # Only given options are passed on, so that a resumed run can tell them from defaults.
     given = {name: value for name, value in ctx.params.items() if _was_given(ctx, name)}
     if link is not None:
         given["link"] = parse_bandwidth(link, "link")

@@ -1,4 +1,4 @@
-"""Quantities with units, as people write them on a command line."""
+"""Quantities with units, as written on a command line."""
 
 import math
 import re
@@ -67,7 +67,7 @@ def parse_latency(text: str) -> float:
 
 
 def parse_duration(text: str, name: str) -> float:
-    """Seconds, of a time that people wait.
+    """Seconds, from a time of seconds, minutes, hours or days.
 
     Raises:
         ValueError: naming the option, what it got and what it takes.
@@ -83,7 +83,7 @@ def parse_duration(text: str, name: str) -> float:
 
 
 def parse_shares(text: str, parse: Callable[[str], float]) -> list[tuple[float, float]]:
-    """``value:share`` pairs, or one value that all have.
+    """``value:share`` pairs, or one value with a share of 1.
 
     Raises:
         ValueError: if a part is neither, or of no value that ``parse`` takes.

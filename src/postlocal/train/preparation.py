@@ -64,7 +64,7 @@ class Prepared:
         if config.compare is not None:
             yield from _item("compared", f"with {config.compared().call}, trained first")
         if config.not_compared:
-            yield from _item("", f"it does not take: {', '.join(config.not_compared)}")
+            yield from _item("", f"it does not use: {', '.join(config.not_compared)}")
         if config.link is not None:
             yield from _item("link", f"emulated, {human_rate(config.link)} a worker")
         yield from _item("out", str(config.out))

@@ -142,7 +142,7 @@ def results(runs: Mapping[str, Summary]) -> Table:
 def verdict(run: Summary, other: Summary) -> str:
     """One sentence that compares bytes and final losses of a run with those of another one."""
     if not run.payload_bytes:
-        return f"One worker has nobody to send to: held-out loss {run.final_val_loss:.4f}."
+        return f"A single worker sends nothing: held-out loss {run.final_val_loss:.4f}."
     ratio = other.payload_bytes / run.payload_bytes
     return (
         f"{run.strategy} sent {human_bytes(run.payload_bytes)} a worker, {ratio:.1f} times less "
@@ -168,7 +168,7 @@ def race(run: Summary, other: Summary, loss: float, seconds: float, others: floa
     )
     over = f" over an emulated link of {human_rate(run.link)} a worker" if run.link else ""
     return (
-        f"{other.strategy} was at a held-out loss of {loss:.3f} after {others:.0f} s, "
+        f"{other.strategy} reached a held-out loss of {loss:.3f} after {others:.0f} s, "
         f"{run.strategy} after {seconds:.0f} s: {times:.1f} times {faster}{over} "
         f"({_whose(run, other)})."
     )
@@ -177,7 +177,7 @@ def race(run: Summary, other: Summary, loss: float, seconds: float, others: floa
 def _whose(run: Summary, other: Summary) -> str:
     """The name of the loss at which two runs are compared: the higher of the final ones."""
     last = run if run.final_val_loss >= other.final_val_loss else other
-    return f"the loss that {last.strategy} ended at, the higher of the two"
+    return f"the final loss of {last.strategy}, the higher of the two"
 
 
 def human_rate(rate: float | None) -> str:

@@ -41,7 +41,9 @@ class Interrupted(Exception):
     """A signal ended the run; all ranks have saved a checkpoint of the same step."""
 
     def __init__(self, step: int, signal: int, folder: Path) -> None:
-        super().__init__(f"stopped after step {step}; checkpoint in {folder}; go on with --resume")
+        super().__init__(
+            f"stopped after step {step}; checkpoint in {folder}; continue with --resume"
+        )
         self.signal = signal
 
 

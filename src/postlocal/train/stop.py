@@ -85,7 +85,8 @@ class Stop:
         self._decided.wait()
         if self._target is None:
             raise PeerError(
-                "told to stop, and left without a checkpoint: a rank did not answer", step=steps
+                "stopped by a signal without a checkpoint, because a rank did not answer",
+                step=steps,
             )
         return steps >= self._target
 
