@@ -320,7 +320,7 @@ class quadratic:
 class growing:
     """The period is multiplied by a factor after a number of rounds, at any learning rate.
 
-    A growing period goes with a learning rate that falls in stages (STL-SGD, arXiv 2006.06377);
+    A growing period suits a learning rate that falls in stages (STL-SGD, arXiv 2006.06377);
     arXiv 1910.13598 has a condition on periods that change from round to round.
 
     The ends of rounds depend only on the arguments, also after an early synchronization.

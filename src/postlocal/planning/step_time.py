@@ -23,7 +23,7 @@ _POINTS = 4096  # of the integral over a normal distribution's quantiles
 
 
 class StepTime(Protocol):
-    """The time of a step, drawn anew for each rank and step."""
+    """The time of a step, drawn for each rank and step."""
 
     @property
     def mean(self) -> float:
