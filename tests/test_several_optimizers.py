@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, StepLR
 import postlocal
 from postlocal import CheckpointError, Strategy, checkpoint, schedule, strategies, virtual
 from postlocal.comm.group import Group
+from postlocal.sync.clock import Sync
 from tests.models import batches, equal, mlp, values
 
 Ranks = Callable[..., list[Any]]
@@ -231,6 +233,40 @@ def test_a_parameter_that_joins_an_optimizer_is_not_taken_for_one_that_was_writt
     for _ in range(6):  # as where a GradScaler skips all steps
         sync.step()
     assert "took no step" not in caplog.text
+
+
+def load(model: nn.Module, sync: Sync) -> None:
+    state, saved = deepcopy(sync.state_dict()), deepcopy(model.state_dict())
+    model.load_state_dict(saved)
+    sync.load_state_dict(state)
+
+
+def evaluate(model: nn.Module, sync: Sync) -> None:
+    with sync.agreed_parameters():
+        pass
+
+
+@pytest.mark.parametrize("last", [load, evaluate, lambda model, sync: None])
+def test_what_is_written_between_two_steps_is_no_sign_of_another_optimizer(
+    caplog: pytest.LogCaptureFixture, last: Callable[[nn.Module, Sync], None]
+) -> None:
+    def work(group: Group) -> None:
+        for steps in (2, 3, 6):
+            model = mlp()
+            optimizers = two_of_a_kind(model)
+            strategy = strategies.streaming_diloco(4, fragments=2, delay=0)
+            sync = postlocal.attach(model, optimizers, strategy, process_group=group)
+            for x, y in batches(group.rank, steps):
+                nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+                for optimizer in optimizers:
+                    optimizer.step()
+                sync.step()
+            last(model, sync)
+            sync.finish()
+            sync.close()
+
+    virtual.run(2, work)
+    assert not [message for message in caplog.messages if "took no step" in message]
 
 
 def test_both_optimizers_of_a_gan_count_as_one_step(alone: None, caplog: Any) -> None:

@@ -124,13 +124,17 @@ class InnerOptimizers:
 
     @contextmanager
     def own_writes(self) -> Iterator[None]:
-        """A ``with`` block in which a synchronization writes to parameters, and no optimizer."""
+        """A ``with`` block in which this clock writes to parameters, and no optimizer."""
         before = self._versions()
         try:
             yield
         finally:
             now = self._versions()
             self._written = {n: noted + now[n] - before[n] for n, noted in self._written.items()}
+
+    def disregard(self) -> None:
+        """Let nothing count that was written so far; see `warn_of_idle`."""
+        self._written = self._versions()
 
     def _idle(self) -> list[str]:
         """What messages call the optimizers that took no step while their parameters changed."""
