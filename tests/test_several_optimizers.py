@@ -157,6 +157,8 @@ def bad(case: str, model: nn.Module) -> Any:
     return {
         "none": [],
         "a number": [sgd(first), 7],
+        "a list": [[sgd(first), sgd(second)]],
+        "a generator": (sgd(each) for each in (first, second)),
         "shared": [sgd(first), sgd([*second, first[1]])],
         "twice": [sgd(first)] * 2,
         "a stranger": [sgd(first), sgd([*second, nn.Parameter(torch.ones(3))])],
@@ -167,6 +169,8 @@ def bad(case: str, model: nn.Module) -> Any:
 REFUSED = {
     "none": r"optimizer must be one, or a list of at least one, got \[\]",
     "a number": r"optimizer\[1\] must be a torch.optim.Optimizer, got 7",
+    "a list": r"optimizer\[0\] must be .*Optimizer, got .* list: for several, pass a list of them",
+    "a generator": r"optimizer must be .*Optimizer, got .*: for several, pass a list of them",
     "shared": r"optimizer\[0\] and optimizer\[1\] both hold '2.weight': give each parameter to one",
     "twice": r"optimizer\[0\] and optimizer\[1\] both hold '0.weight'",
     "a stranger": r"optimizer\[1\] must hold parameters of model only, got 1 that it lacks",

@@ -43,8 +43,8 @@ def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
         return (cast(Optimizer, given),)
     if not given:
         raise ValueError(f"optimizer must be one, or a list of at least one, got {shown(given)}")
-    for name, optimizer in zip(_names(given), given, strict=True):
-        check_optimizer(optimizer, name)
+    for number, optimizer in enumerate(given):
+        check_optimizer(optimizer, f"optimizer[{number}]")
     return tuple(given)
 
 
