@@ -349,9 +349,10 @@ class _Reader:
                 return ast.parse(self._text, mode="eval").body
         except SyntaxError as error:
             start = self._index(error.lineno or 1, max(0, (error.offset or 1) - 1))
+            problem = error.msg if self._text else "there is no text"
             hint = f"; {_OWN_VALUES}" if "<" in self._text else ""
             raise ExpressionError(
-                f"this must be {self._what}: {error.msg if self._text else 'there is no text'}{hint}",
+                f"this must be {self._what}: {problem}{hint}",
                 self._text, start, start + 1,
             ) from None  # fmt: skip
         except (ValueError, RecursionError, MemoryError) as error:
