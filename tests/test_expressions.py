@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -243,6 +244,12 @@ def test_what_has_no_expression_is_shown_without_addresses_and_not_read_back(
     assert " at 0x" not in text
     with pytest.raises(ExpressionError, match="values of your own have no expression"):
         strategies.parse(text)
+
+
+def test_strings_of_numpy_are_written_as_strings() -> None:
+    strategy = strategies.hierarchical({np.str_("node"): 2, "world": 4})
+    assert str(strategy) == 'hierarchical(periods={"node": 2, "world": 4})'
+    assert strategies.parse(str(strategy)) == strategy
 
 
 def test_a_value_of_a_class_of_the_same_name_is_not_written_as_ours() -> None:

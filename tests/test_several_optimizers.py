@@ -14,7 +14,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 
 import postlocal
-from postlocal import CheckpointError, Strategy, checkpoint, schedule, strategies, virtual
+from postlocal import (
+    CheckpointError,
+    DisagreementError,
+    Strategy,
+    checkpoint,
+    schedule,
+    strategies,
+    virtual,
+)
 from postlocal.comm.group import Group
 from postlocal.sync.clock import Sync
 from tests.models import batches, equal, mlp, values
@@ -185,6 +193,18 @@ def test_a_list_that_does_not_fit_is_refused_with_the_number_of_the_optimizer(
     model = mlp()
     with pytest.raises((ValueError, TypeError), match=REFUSED[case]):
         postlocal.attach(model, bad(case, model), AVERAGED)
+
+
+def test_ranks_whose_optimizers_differ_cannot_average_their_state() -> None:
+    def work(group: Group) -> str:
+        model = mlp()
+        optimizers = unlike(model) if group.rank else two_of_a_kind(model)
+        with pytest.raises(DisagreementError) as error:
+            postlocal.attach(model, optimizers, AVERAGED, process_group=group)
+        return str(error.value)
+
+    said = "ranks differ in optimizers: rank 0 has 'SGD of 0.bias', rank 1 has 'AdamW of 0.bias'"
+    assert virtual.run(2, work) == [said] * 2
 
 
 def test_an_optimizer_that_comes_to_share_a_parameter_is_told_of(alone: None) -> None:

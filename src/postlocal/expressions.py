@@ -608,7 +608,7 @@ def _text(value: Any, axis: Axis | None) -> str:
     if isinstance(value, torch.dtype):
         return str(value)
     if isinstance(value, str):
-        words = repr(value)
+        words = str.__repr__(value)  # also of a subclass, such as numpy's
         return f'"{words[1:-1]}"' if words[0] == "'" and '"' not in words else words
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{_text(k, None)}: {_text(v, None)}' for k, v in value.items())}}}"

@@ -169,6 +169,11 @@ class InnerOptimizers:
         ]
         return f"{' and '.join(each)} of the {total} parameters"
 
+    def kinds(self) -> list[str]:
+        """One line for each parameter that an optimizer holds, with the optimizer's class."""
+        held = self._parameters.items()
+        return [f"{type(optimizer).__name__} of {name}" for name, (_, optimizer) in held]
+
     def refresh(self) -> str | None:
         """Follow parameters that were added to an optimizer, if the model has them.
 
