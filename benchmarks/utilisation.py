@@ -9,6 +9,7 @@ step. Nothing is run; the planner is asked for the bandwidth.
 from collections.abc import Mapping
 from dataclasses import replace
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -65,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

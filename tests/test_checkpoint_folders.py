@@ -165,6 +165,18 @@ def test_an_older_format_is_refused_and_not_skipped(tmp_path: Path) -> None:
         checkpoint.restore(tmp_path, trained(steps=0))
 
 
+@pytest.mark.parametrize("index", ["[]", "3", '{"format": 3}'])
+def test_an_index_of_something_else_is_damaged_and_the_one_before_is_loaded(
+    tmp_path: Path, index: str
+) -> None:
+    save_steps(tmp_path, 2, 3)
+    (tmp_path / "step-00000003" / "checkpoint.json").write_text(index)
+    with pytest.warns(UserWarning, match="step-00000003: checkpoint.json is damaged"):
+        found = checkpoint.restore(tmp_path, trained(steps=0))
+    assert found is not None
+    assert found.step == 2
+
+
 def test_what_others_put_beside_checkpoints_stays(tmp_path: Path) -> None:
     (tmp_path / "step-by-step.txt").touch()
     (tmp_path / "step-00000001").mkdir()

@@ -240,6 +240,7 @@ BAD = {
     ),
     "old flag": (["--mix", "0.5"], "as in --strategy 'streaming_diloco(mix=...)'"),
     "unknown flag": (["--foo"], "No such option: --foo"),
+    "flag of all strategies": (["--guard", "x"], "as in --strategy 'diloco(guard=...)'"),
     "no number": (["--steps", "x"], "Invalid value for '--steps'"),
     "missing data": (["--data", "/nowhere"], "data must be files, folders or globs that exist"),
     "folder below a file": (["--out", "/dev/null/x"], "out must be a folder that can be written"),

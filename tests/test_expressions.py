@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -245,6 +246,12 @@ def test_what_has_no_expression_is_shown_without_addresses_and_not_read_back(
         strategies.parse(text)
 
 
+def test_strings_of_numpy_are_written_as_strings() -> None:
+    strategy = strategies.hierarchical({np.str_("node"): 2, "world": 4})
+    assert str(strategy) == 'hierarchical(periods={"node": 2, "world": 4})'
+    assert strategies.parse(str(strategy)) == strategy
+
+
 def test_a_value_of_a_class_of_the_same_name_is_not_written_as_ours() -> None:
     class nesterov(outer.nesterov):
         pass
@@ -254,6 +261,7 @@ def test_a_value_of_a_class_of_the_same_name_is_not_written_as_ours() -> None:
 
 WRONG = {
     "dilco": ("there is no strategy dilco: did you mean diloco? There are Strategy, ddp,", "dilco"),
+    "DiLoCo(3)": ("there is no strategy DiLoCo: did you mean diloco?", "DiLoCo"),
     "diloco(perod=3)": ("diloco has no argument perod: did you mean period? It takes ", "perod=3"),
     "diloco(period=0)": ("period must be at least 1 step, got 0", "0"),
     "diloco(outer=nesterov(0.7, 1))": ("momentum must be at least 0 and below 1, got 1", "1"),
@@ -272,7 +280,7 @@ WRONG = {
     "qsr": ("qsr needs the argument alpha", "qsr"),
     "hierarchical({'a': 1, 'a': 2})": ("must have each key once, got 'a' again", "'a'"),
     "diloco, ddp": ("there must be one expression, got several", "diloco, ddp"),
-    "diloco(": ("'(' was never closed", "("),
+    "diloco(": ("this must be a strategy, such as ddp(): '(' was never closed", "("),
     "5": ("text must be a strategy, such as ddp()", "5"),
     "wire.powersgd()": ("this must be a strategy, and powersgd is a wire.", "wire.powersgd"),
 }  # fmt: skip
@@ -338,6 +346,11 @@ def test_any_text_is_a_strategy_or_an_expression_error(text: str) -> None:
         assert strategies.parse(str(strategy)) == strategy
         return
     assert len(said.splitlines()) == 3
+
+
+def test_nothing_is_no_expression_and_the_axis_says_what_would_do() -> None:
+    with pytest.raises(ExpressionError, match=r"must be a wire, such as \w+\(\): there is no text"):
+        parse(" ", "wire")
 
 
 @pytest.mark.parametrize("given_instead", [None, 3, b"ddp", strategies.ddp()])

@@ -608,6 +608,17 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("name", ["[red]x", "[/]"])
+def test_a_strategy_is_shown_as_it_is_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ["--strategy", f'Strategy(periodic(4), name="{name}")', "--steps", "8"]
+    code, output, _ = command(capsys, monkeypatch, *words)
+    assert code == 0
+    assert output.count(f'name="{name}"') == 2
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_bad_options_are_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str

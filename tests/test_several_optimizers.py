@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 
 import postlocal
-from postlocal import CheckpointError, Strategy, checkpoint, schedule, strategies, virtual
+from postlocal import (
+    CheckpointError,
+    DisagreementError,
+    Strategy,
+    checkpoint,
+    schedule,
+    strategies,
+    virtual,
+)
 from postlocal.comm.group import Group
+from postlocal.sync.clock import Sync
 from tests.models import batches, equal, mlp, values
 
 Ranks = Callable[..., list[Any]]
@@ -155,6 +165,8 @@ def bad(case: str, model: nn.Module) -> Any:
     return {
         "none": [],
         "a number": [sgd(first), 7],
+        "a list": [[sgd(first), sgd(second)]],
+        "a generator": (sgd(each) for each in (first, second)),
         "shared": [sgd(first), sgd([*second, first[1]])],
         "twice": [sgd(first)] * 2,
         "a stranger": [sgd(first), sgd([*second, nn.Parameter(torch.ones(3))])],
@@ -165,6 +177,8 @@ def bad(case: str, model: nn.Module) -> Any:
 REFUSED = {
     "none": r"optimizer must be one, or a list of at least one, got \[\]",
     "a number": r"optimizer\[1\] must be a torch.optim.Optimizer, got 7",
+    "a list": r"optimizer\[0\] must be .*Optimizer, got .* list: for several, pass a list of them",
+    "a generator": r"optimizer must be .*Optimizer, got .*: for several, pass a list of them",
     "shared": r"optimizer\[0\] and optimizer\[1\] both hold '2.weight': give each parameter to one",
     "twice": r"optimizer\[0\] and optimizer\[1\] both hold '0.weight'",
     "a stranger": r"optimizer\[1\] must hold parameters of model only, got 1 that it lacks",
@@ -179,6 +193,18 @@ def test_a_list_that_does_not_fit_is_refused_with_the_number_of_the_optimizer(
     model = mlp()
     with pytest.raises((ValueError, TypeError), match=REFUSED[case]):
         postlocal.attach(model, bad(case, model), AVERAGED)
+
+
+def test_ranks_whose_optimizers_differ_cannot_average_their_state() -> None:
+    def work(group: Group) -> str:
+        model = mlp()
+        optimizers = unlike(model) if group.rank else two_of_a_kind(model)
+        with pytest.raises(DisagreementError) as error:
+            postlocal.attach(model, optimizers, AVERAGED, process_group=group)
+        return str(error.value)
+
+    said = "ranks differ in optimizers: rank 0 has 'SGD of 0.bias', rank 1 has 'AdamW of 0.bias'"
+    assert virtual.run(2, work) == [said] * 2
 
 
 def test_an_optimizer_that_comes_to_share_a_parameter_is_told_of(alone: None) -> None:
@@ -231,6 +257,40 @@ def test_a_parameter_that_joins_an_optimizer_is_not_taken_for_one_that_was_writt
     for _ in range(6):  # as where a GradScaler skips all steps
         sync.step()
     assert "took no step" not in caplog.text
+
+
+def load(model: nn.Module, sync: Sync) -> None:
+    state, saved = deepcopy(sync.state_dict()), deepcopy(model.state_dict())
+    model.load_state_dict(saved)
+    sync.load_state_dict(state)
+
+
+def evaluate(model: nn.Module, sync: Sync) -> None:
+    with sync.agreed_parameters():
+        pass
+
+
+@pytest.mark.parametrize("last", [load, evaluate, lambda model, sync: None])
+def test_what_is_written_between_two_steps_is_no_sign_of_another_optimizer(
+    caplog: pytest.LogCaptureFixture, last: Callable[[nn.Module, Sync], None]
+) -> None:
+    def work(group: Group) -> None:
+        for steps in (2, 3, 6):
+            model = mlp()
+            optimizers = two_of_a_kind(model)
+            strategy = strategies.streaming_diloco(4, fragments=2, delay=0)
+            sync = postlocal.attach(model, optimizers, strategy, process_group=group)
+            for x, y in batches(group.rank, steps):
+                nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+                for optimizer in optimizers:
+                    optimizer.step()
+                sync.step()
+            last(model, sync)
+            sync.finish()
+            sync.close()
+
+    virtual.run(2, work)
+    assert not [message for message in caplog.messages if "took no step" in message]
 
 
 def test_both_optimizers_of_a_gan_count_as_one_step(alone: None, caplog: Any) -> None:

@@ -69,6 +69,15 @@ def test_the_check_of_a_device_runs_on_the_cpu(tmp_path: Path, only: str, count:
     assert found["not checked"]
 
 
+def test_a_device_that_does_not_exist_is_refused_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["device_check.py", "--device", "nope"])
+    with pytest.raises(SystemExit, match="2"):
+        device_check.main()
+    assert "argument --device: there is no device 'nope'" in capsys.readouterr().err
+
+
 def test_a_check_that_fails_is_shown_with_its_reason() -> None:
     def wrong(device: object) -> str:
         raise AssertionError("apart by 1.0\nand more")

@@ -271,7 +271,7 @@ BAD_SETTINGS = [
     ({"parameters": {"period": 4}}, "parameters must be written in the strategy, as in"),
     ({"optimizer_state": "reset"}, "optimizer_state must be written in the strategy, as in"),
     ({"lr_warmup": 101}, "lr-warmup must be at most the 100 steps of the run, got 101"),
-    ({"colour": 1}, "colour must be .*"),
+    ({"colour": 1}, "colour: extra inputs are not permitted"),
     ({"workers": 10**30}, "workers must be less than or equal to 1000000, got 1"),
     ({"seed": 2**63}, "seed must be less than 9223372036854775808, got 9"),
     ({"timeout": math.inf}, "timeout must be less than or equal to 10000000, got inf"),
@@ -513,9 +513,51 @@ def test_other_text_under_the_same_path_is_named(tmp_path: Path) -> None:
 def test_a_folder_without_a_run_is_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"out must hold a run to resume, got .*none"):
         prepare_run(make_config(out=tmp_path / "none", resume=True))
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"out must hold a config.json that can be read"):
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{", "EOF while parsing"),
+        ('{"strategy": "diloco("}', r"settings.strategy: this must be a strategy, .*\n +diloco\("),
+        ('{"steps": 0}', r"settings.steps must be greater than or equal to 1, got 0"),
+        ('{"strategy": null}', r"settings.strategy must be a valid string, got None"),
+        ('{"colour": 1}', "settings.colour: extra inputs are not permitted"),
+    ],
+)
+def test_a_config_file_that_was_damaged_is_told_with_the_setting(
+    tmp_path: Path, settings: str, message: str
+) -> None:
+    (tmp_path / "config.json").write_text(f'{{"settings": {settings}')
+    if settings != "{":
+        with (tmp_path / "config.json").open("a") as file:
+            file.write(', "text": {"files": 1, "bytes": 1, "digest": ""}}')
+    with pytest.raises(
+        ValueError, match=rf"out must hold a config.json that can be read, .*{message}"
+    ):
         prepare_run(make_config(out=tmp_path, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"outer_lr": 0.5}, "outer must not be given to diloco beside outer_lr"),
+        ({"warmup": 3}, "warmup must not be given to diloco, which has no such argument"),
+    ],
+)
+def test_a_flag_that_does_not_go_with_what_was_kept_is_told_as_such(
+    tmp_path: Path, given: dict[str, Any], words: str
+) -> None:
+    saved_run(tmp_path, strategy="diloco(outer=nesterov(0.7, 0.5))")
+    with pytest.raises(ValueError, match=f"kept, and of what is given: {words}"):
+        prepare_run(make_config(out=tmp_path / "out", resume=True, **given))
+
+
+def test_a_label_says_what_settings_made_of_the_strategy() -> None:
+    assert make_config(strategy="diloco", period=7).label == "diloco"
+    assert make_config(strategy="diloco(32, wire=int4)", period=7).label == (
+        "diloco(period=7, wire=int4())"
+    )
 
 
 def lines_of(folder: Path, **settings: Any) -> list[str]:

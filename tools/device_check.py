@@ -510,10 +510,18 @@ def show(result: Result) -> str:
     return f"| {result.group} | {result.check} | {result.outcome} | {result.detail} | {seconds} |"
 
 
+def device_of(text: str) -> torch.device:
+    """A device by name."""
+    try:
+        return torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"there is no device {text!r}") from None
+
+
 def main() -> int:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--device", default="cuda:0", help="such as cuda:0 or cpu")
+    parser.add_argument("--device", type=device_of, default="cuda:0", help="such as cuda:0 or cpu")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--limit", type=float, default=230.0, help="seconds that it may take")
     parser.add_argument(
@@ -523,7 +531,7 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.rank:
         return run_rank(Launch(**json.loads(asked.rank)))
-    device = torch.device(asked.device)
+    device = asked.device
     if device.type == "cuda" and not torch.cuda.is_available():
         print("there is no CUDA device: pass --device cpu to try the checks on the CPU")
         return 2

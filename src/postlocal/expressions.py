@@ -255,11 +255,12 @@ def read_all(text: str, axis: str | Axis) -> list[Call]:
         ['periodic(4)', 'every_step()']
     """
     chosen = AXES[axis] if isinstance(axis, str) else axis
-    reader = _Reader(_normal(text))
+    what = f"{_a(chosen.noun)}, such as {next(iter(chosen.names))}()"
+    reader = _Reader(_normal(text), what)
     node = reader.tree()
     nodes = node.elts if isinstance(node, ast.Tuple) else [node]
     if not nodes:
-        raise reader.error(node, f"there must be {chosen.noun}, such as {next(iter(chosen.names))}")
+        raise reader.error(node, f"there must be {what}")
     return [reader.call(each, chosen, "text") for each in nodes]
 
 
@@ -329,8 +330,9 @@ def axis_of(parameter: inspect.Parameter, within: Axis) -> Axis | None:
 class _Reader:
     """Turns the nodes of one text into values; nothing in the text is run."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, what: str = "an expression") -> None:
         self._text = text
+        self._what = what
         self._lines = text.split("\n")
         self._depth = 0
 
@@ -347,9 +349,10 @@ class _Reader:
                 return ast.parse(self._text, mode="eval").body
         except SyntaxError as error:
             start = self._index(error.lineno or 1, max(0, (error.offset or 1) - 1))
+            problem = error.msg if self._text else "there is no text"
             hint = f"; {_OWN_VALUES}" if "<" in self._text else ""
             raise ExpressionError(
-                f"this must be an expression such as diloco(period=32): {error.msg}{hint}",
+                f"this must be {self._what}: {problem}{hint}",
                 self._text, start, start + 1,
             ) from None  # fmt: skip
         except (ValueError, RecursionError, MemoryError) as error:
@@ -510,8 +513,9 @@ def _no_such_argument(
 
 
 def _closest(name: str, names: Mapping[str, Any]) -> str:
-    found = get_close_matches(name, names, n=1)
-    return f": did you mean {found[0]}?" if found else ""
+    plain = {each.lower(): each for each in names}
+    found = get_close_matches(name.lower(), plain, n=1)
+    return f": did you mean {plain[found[0]]}?" if found else ""
 
 
 def _shortened(text: str) -> str:
@@ -604,7 +608,7 @@ def _text(value: Any, axis: Axis | None) -> str:
     if isinstance(value, torch.dtype):
         return str(value)
     if isinstance(value, str):
-        words = repr(value)
+        words = str.__repr__(value)  # also of a subclass, such as numpy's
         return f'"{words[1:-1]}"' if words[0] == "'" and '"' not in words else words
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{_text(k, None)}: {_text(v, None)}' for k, v in value.items())}}}"

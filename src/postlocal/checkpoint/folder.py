@@ -220,9 +220,11 @@ def read_json(path: Path, digests: Mapping[str, str] | None = None) -> dict[str,
     if digests is not None and digests.get(path.name) != digest(content):
         raise Damaged(f"{path.name} is damaged", path=path)
     try:
-        read: dict[str, Any] = json.loads(content)
+        read = json.loads(content)
     except ValueError:
-        raise Damaged(f"{path.name} is damaged", path=path) from None
+        read = None
+    if not isinstance(read, dict):
+        raise Damaged(f"{path.name} is damaged", path=path)
     return read
 
 
@@ -243,6 +245,8 @@ def read_index(place: Place, rank: int) -> dict[str, Any]:
             f"its format is {index.get('format')!r}, of postlocal {saved}; this version reads "
             f"format {FORMAT}: resume with the version that saved it"
         )
+    if not {"id", "world", "layout", "files"} <= index.keys():
+        raise Damaged(f"{INDEX} is damaged", path=path)
     if index["layout"] != place.layout:
         raise CheckpointError(
             f"it was saved with layout {index['layout']!r} and is not in the place of such a one: "

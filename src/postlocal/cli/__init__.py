@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from inspect import Parameter
 
 import typer
 
@@ -77,10 +78,12 @@ def main() -> None:
 def _instead(option: str) -> str:
     """How to write an argument of a strategy that is no option."""
     name = option.removeprefix("--").replace("-", "_")
-    having = next((each for each in NAMED if name in parameters_of(each)), None)
-    if having is None:
+    having = [each for each in NAMED if name in parameters_of(each)]
+    if not having:
         return ""
-    return f": it is written in the strategy, as in --strategy '{having}({name}=...)'"
+    own = [each for each in having if parameters_of(each)[name].kind is not Parameter.KEYWORD_ONLY]
+    example = own[0] if own else "diloco"
+    return f": it is written in the strategy, as in --strategy '{example}({name}=...)'"
 
 
 def _command(error: typer.TyperException) -> str:

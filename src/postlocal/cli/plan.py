@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from postlocal.cli.options import (
@@ -261,7 +262,7 @@ def _table(plans: Mapping[str, Plan]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for label, each in plans.items():
         table.add_row(
-            label,
+            escape(label),
             f"{each.share_computing:.1%}",
             f"{each.seconds_a_step:.3g} s",
             human_bytes(each.payload_bytes_a_step),

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -196,14 +197,14 @@ class _Answer:
         for name, group in groupby(self.results, key=lambda pair: pair[0]):
             row = [done for _, done in group]
             shares = [f"{done.efficiency:.1%}" for done in row]
-            table.add_row(name, *shares, f"{max(map(self._speed, row)):,.0f}")
+            table.add_row(escape(name), *shares, f"{max(map(self._speed, row)):,.0f}")
         return table
 
     def _causes(self) -> Table:
         table = _table(*(field.name for field in fields(Spent)))
         for name, done in self.results:
             if done.replicas == self._most:
-                table.add_row(name, *(f"{share:.1%}" for share in done.shares.values()))
+                table.add_row(escape(name), *(f"{share:.1%}" for share in done.shares.values()))
         return table
 
 

@@ -164,6 +164,7 @@ class _Loop:
 
     def described(self) -> dict[str, agreement.Lines]:
         """What has to be the same on all ranks."""
+        averages = self.strategy.optimizer_state == "average"
         return {
             "version of postlocal": [__version__],
             "strategy": [str(self.strategy)],
@@ -172,6 +173,7 @@ class _Loop:
             "wrapper of the model": [_describe(self.ddp)],
             "parameters and buffers": self.replica.describe(),
             "fragments": [", ".join(names) for names in self.fragments],
+            "optimizers": self.inner.kinds() if averages else [],
         }
 
 

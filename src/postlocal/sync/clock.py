@@ -219,7 +219,7 @@ class Sync:
         parameters = [parameter.detach() for parameter in self.replica.parameters.values()]
         averaged = self.replica.averaged
         buffers = [averaged[name] for name in self._agreed.buffers]
-        with put_back([*parameters, *buffers]):
+        with self.inner.own_writes(), put_back([*parameters, *buffers]):
             self._executor.restore(*self._executor.fragments)
             copy_(buffers, list(self._agreed.buffers.values()))
             self._lent += 1
@@ -322,6 +322,7 @@ class Sync:
         self._agreed.keep(state["agreed_buffers"])
         self._agreed.note(self._timeline.agreed_at)
         self._lr = state["lr"]
+        self.inner.disregard()
 
     def restart(self, state: Mapping[str, Any]) -> None:
         """Start a new round at the step of a state that another number of ranks saved.
@@ -349,6 +350,7 @@ class Sync:
             self._executor.restore(*self._executor.fragments)
         self._agreed.keep(self.replica.averaged)
         self._agreed.note(self.steps)
+        self.inner.disregard()
         self._begin(self._adapt(self._plan(), math.nan))
 
     def _check_state(self, state: Any) -> None:

@@ -113,7 +113,8 @@ class Executor:
             case Average(level):
                 self._synchronize(self.narrow[level], 0.0, now)
             case Restore(number):
-                self.restore(self.fragments[number])
+                with self._inner.own_writes():
+                    self.restore(self.fragments[number])
 
     def restore(self, *fragments: Fragment) -> None:
         """Give parameters their anchors, where there are any."""

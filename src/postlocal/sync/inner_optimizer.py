@@ -43,8 +43,8 @@ def as_optimizers(given: Any) -> tuple[Optimizer, ...]:
         return (cast(Optimizer, given),)
     if not given:
         raise ValueError(f"optimizer must be one, or a list of at least one, got {shown(given)}")
-    for name, optimizer in zip(_names(given), given, strict=True):
-        check_optimizer(optimizer, name)
+    for number, optimizer in enumerate(given):
+        check_optimizer(optimizer, f"optimizer[{number}]")
     return tuple(given)
 
 
@@ -124,13 +124,17 @@ class InnerOptimizers:
 
     @contextmanager
     def own_writes(self) -> Iterator[None]:
-        """A ``with`` block in which a synchronization writes to parameters, and no optimizer."""
+        """A ``with`` block in which this clock writes to parameters, and no optimizer."""
         before = self._versions()
         try:
             yield
         finally:
             now = self._versions()
             self._written = {n: noted + now[n] - before[n] for n, noted in self._written.items()}
+
+    def disregard(self) -> None:
+        """Let nothing count that was written so far; see `warn_of_idle`."""
+        self._written = self._versions()
 
     def _idle(self) -> list[str]:
         """What messages call the optimizers that took no step while their parameters changed."""
@@ -164,6 +168,11 @@ class InnerOptimizers:
             for optimizer, held in zip(self.optimizers, self._held, strict=True)
         ]
         return f"{' and '.join(each)} of the {total} parameters"
+
+    def kinds(self) -> list[str]:
+        """One line for each parameter that an optimizer holds, with the optimizer's class."""
+        held = self._parameters.items()
+        return [f"{type(optimizer).__name__} of {name}" for name, (_, optimizer) in held]
 
     def refresh(self) -> str | None:
         """Follow parameters that were added to an optimizer, if the model has them.

@@ -175,6 +175,8 @@ def check_optimizer(optimizer: object, name: str = "optimizer") -> None:
             hint = ": model comes first, then optimizer"
         elif hasattr(optimizer, "optimizer"):
             hint = ": pass its optimizer"
+        elif isinstance(optimizer, Iterable):
+            hint = ": for several, pass a list of them"
         raise TypeError(f"{name} must be a torch.optim.Optimizer, got {shown(optimizer)}{hint}")
 
 

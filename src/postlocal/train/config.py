@@ -116,8 +116,13 @@ class TrainConfig(BaseModel):
 
     @property
     def label(self) -> str:
-        """Name of the strategy in tables: its expression, without the brackets of a bare name."""
-        return self.strategy.removesuffix("()")
+        """Name of the strategy in tables: its expression, without the brackets of a bare name.
+
+        Arguments in it that settings override have their values.
+        """
+        call = read(self.strategy, strategies.AXIS)
+        own = {name: value for name, value in self._overriding.items() if name in call.arguments}
+        return str(call.with_arguments(own)).removesuffix("()")
 
     @property
     def given_call(self) -> Call:
@@ -126,10 +131,14 @@ class TrainConfig(BaseModel):
         Raises:
             ValueError: if the strategy does not take a setting, with those that it takes.
         """
+        return read(self.strategy, strategies.AXIS).with_arguments(self._overriding)
+
+    @property
+    def _overriding(self) -> dict[str, Any]:
+        """Settings that take the place of the strategy's own arguments."""
         flags = {name: getattr(self, name) for name in _FLAGS}
         flags |= {name: text and parse(text, "wire") for name, text in self._wires()}
-        given = {name: value for name, value in flags.items() if value is not None}
-        return read(self.strategy, strategies.AXIS).with_arguments(given)
+        return {name: value for name, value in flags.items() if value is not None}
 
     @property
     def call(self) -> Call:
@@ -251,17 +260,24 @@ def make_config(**settings: Any) -> TrainConfig:
     try:
         config = TrainConfig(**settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])).replace("_", "-")
-        cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, ExpressionError):
-            raise cause.of(name) from None
-        if cause is not None:
-            raise ValueError(str(cause)) from None
-        rule = first["msg"].removeprefix("Input should be ")
-        raise ValueError(f"{name} must be {rule}, got {first['input']!r}") from None
+        raise first_problem(error) from None
     _check(config)
     return config
+
+
+def first_problem(error: ValidationError) -> ValueError:
+    """The first of the settings that are refused, with its value and the rule."""
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"])).replace("_", "-")
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ExpressionError):
+        return cause.of(name)
+    if cause is not None:
+        return ValueError(str(cause))
+    rule = first["msg"].removeprefix("Input should be ")
+    if rule == first["msg"]:
+        return ValueError(f"{name}: {rule[0].lower()}{rule[1:]}")
+    return ValueError(f"{name} must be {rule}, got {first['input']!r}")
 
 
 def _check(config: TrainConfig) -> None:

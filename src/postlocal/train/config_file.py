@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from postlocal.expressions import difference, read
+from postlocal.expressions import ExpressionError, difference, read
 from postlocal.strategies import AXIS
-from postlocal.train.config import TrainConfig
+from postlocal.train.config import TrainConfig, first_problem
 from postlocal.train.data import Corpus, find_files
 from postlocal.train.metrics import write_whole
 
@@ -103,9 +103,9 @@ class SavedRun(BaseModel):
         except FileNotFoundError:
             return None
         except (OSError, ValidationError) as error:
-            words = str(error).splitlines()[0]
+            problem = first_problem(error) if isinstance(error, ValidationError) else error
             raise ValueError(
-                f"out must hold a {CONFIG} that can be read, got {path}: {words}"
+                f"out must hold a {CONFIG} that can be read, got {path}: {problem}"
             ) from None
 
     @classmethod
@@ -180,11 +180,11 @@ def _strategy_contradictions(kept: TrainConfig, merged: TrainConfig) -> list[str
     try:
         if kept.make_strategy() == merged.make_strategy():
             return []
-        given = str(merged.call)
-    except ValueError:  # given and saved settings do not match
-        given = merged.strategy
-    words = difference(str(kept.call), given)
-    return [f"strategy: {kept.call} kept, {given} given" + (f" ({words})" if words else "")]
+    except ValueError as error:  # given and saved settings do not match
+        problem = error.problem if isinstance(error, ExpressionError) else error
+        return [f"strategy: {kept.call} kept, and of what is given: {problem}"]
+    words = difference(str(kept.call), str(merged.call))
+    return [f"strategy: {kept.call} kept, {merged.call} given" + (f" ({words})" if words else "")]
 
 
 def _differing(one: TrainConfig, other: TrainConfig) -> set[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -122,7 +123,7 @@ def results(runs: Mapping[str, Summary]) -> Table:
     Args:
         runs: label -> results.
     """
-    table = Table("", *runs)
+    table = Table("", *map(escape, runs))
     if any(run.link for run in runs.values()):
         table.add_row("emulated link of a worker", *(human_rate(run.link) for run in runs.values()))
     rows: dict[str, Callable[[Summary], str]] = {
