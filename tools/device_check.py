@@ -234,7 +234,7 @@ def replicas_are_equal(parameters: list[Tensor]) -> bool:
 
 
 def check_twice(strategy: Strategy, device: torch.device) -> str:
-    """Two runs end with the same bits: what travels beside the backward pass is not mixed up."""
+    """Two runs end with the same bits: what is sent beside the backward pass is not mixed up."""
     first, second = train(strategy, device), train(strategy, device)
     assert all(map(torch.equal, first, second)), f"apart by {relative(second, first):.1e}"
     return "two runs equal to the bit"

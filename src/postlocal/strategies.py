@@ -31,7 +31,7 @@ OptimizerState = Literal["keep", "average", "reset"]
 
 @dataclass(frozen=True)
 class Strategy:
-    """When replicas communicate, how values travel, and what is done with their mean.
+    """When replicas communicate, how values are sent, and what is done with their mean.
 
     ``outer``, ``wire``, ``fragments`` and ``guard.scale`` act at level ``"world"``.
     Synchronizations of narrower levels, over the fast links, are plain fp32 averages.
@@ -39,8 +39,8 @@ class Strategy:
     Args:
         schedule: when, and with whom.
         outer: what is done with the mean at level ``"world"``.
-        wire: how parameters travel at level ``"world"``.
-        gradient_wire: how gradients travel.
+        wire: how parameters are sent at level ``"world"``.
+        gradient_wire: how gradients are sent.
         fragments: which parameters are synchronized together, and how long after they were sent
             the result is applied.
         guard: weighs contributions and limits their mean.

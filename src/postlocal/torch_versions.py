@@ -261,7 +261,7 @@ def own_hook(model: DistributedDataParallel) -> str | None:
 
 
 def register_hook(model: DistributedDataParallel, state: object, hook: Any) -> None:
-    """Register a communication hook that does not travel with copies of the model.
+    """Register a communication hook that copies of the model do not have.
 
     Where torch keeps hooks elsewhere, copies have it too.
     """

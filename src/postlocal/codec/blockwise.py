@@ -124,7 +124,7 @@ class Blockwise(ABC):
 
         Returns:
             fp32, shape ``(n, parameters)``, and uint8, shape ``(n, block / packed)``. Parameters
-            that are not finite travel as NaN.
+            that are not finite are sent as NaN.
         """
         ...
 

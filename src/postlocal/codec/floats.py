@@ -15,7 +15,7 @@ from postlocal.codec.rounding import noise
 class fp8(Blockwise):
     """Numbers of 8 bits, 4 of them exponent (e4m3: arXiv 2209.05433), with one scale a block.
 
-    The scale is the greatest magnitude of the block, which travels as fp32, over 448.
+    The scale is the greatest magnitude of the block, which is sent as fp32, over 448.
     Values down to 2^-15 of the greatest keep a relative precision of 2^-4. A block that holds an
     infinity or NaN, or what fp32 cannot hold, decodes to NaN throughout.
 

@@ -21,7 +21,7 @@ from postlocal.codec.rounding import noise, rounded_by_chance
 class int8(Blockwise):
     """Integers of 8 bits with one scale a block: a value is ``scale * code``, -127 <= code <= 127.
 
-    The scale is the greatest magnitude of the block, which travels as fp32, over 127. A
+    The scale is the greatest magnitude of the block, which is sent as fp32, over 127. A
     block that holds an infinity or NaN, or what fp32 cannot hold, decodes to NaN throughout.
 
     Args:
@@ -59,7 +59,7 @@ class int8(Blockwise):
 class int4(Blockwise):
     """Integers of 4 bits with one scale a block: a value is ``scale * code``, -7 <= code <= 7.
 
-    The scale is the greatest magnitude of the block, which travels as fp32, over 7. The low
+    The scale is the greatest magnitude of the block, which is sent as fp32, over 7. The low
     halves of bytes hold the first half of the block, the high halves the second. A block that holds
     an infinity or NaN, or what fp32 cannot hold, decodes to NaN throughout.
 

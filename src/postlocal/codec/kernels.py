@@ -1,7 +1,7 @@
 """Runs the arithmetic of blocks over whole tensors: compiled where that pays, else tile by tile.
 
 Both ways give the same bits. Compiled is several times faster; it needs a C++ compiler, and half a
-minute when a machine meets a codec for the first time.
+minute when a machine uses a codec for the first time.
 
 The environment variable ``POSTLOCAL_KERNELS`` or `use` chooses:
 

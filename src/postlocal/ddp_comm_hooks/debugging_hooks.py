@@ -33,7 +33,7 @@ __all__ = ["BucketReport", "MeasureState", "Report", "measure_hook", "noop_hook"
 
 
 def noop_hook(_: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Leave gradients as they are: no communication, and replicas that part ways.
+    """Leave gradients as they are: no communication, and replicas that diverge.
 
     For finding out how fast training would be without communication, and for nothing else.
     `measure_hook` estimates it while training goes on.

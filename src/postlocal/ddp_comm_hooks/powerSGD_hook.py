@@ -1,6 +1,6 @@
 """PowerSGD: gradients by low-rank approximation with error feedback (arXiv 1905.13727).
 
-Each gradient matrix of shape ``(n, m)`` travels as two factors of ``r (n + m)`` values in all, and
+Each gradient matrix of shape ``(n, m)`` is sent as two factors of ``r (n + m)`` values in all, and
 what the approximation lost is added to the next gradients. One all-reduce a step carries the first
 factors of all matrices with all that is not compressed, a second one the other factors.
 
@@ -58,7 +58,7 @@ class PowerSGDState:
             starts. The start of training is sensitive: about a tenth of all steps, and no fewer
             than the learning rate's warm-up.
         min_compression_rate: matrices are compressed where
-            ``(n + m) * r * min_compression_rate < n * m``; what is not travels as it is.
+            ``(n + m) * r * min_compression_rate < n * m``; what is not is sent as it is.
         use_error_feedback: keep what was lost and add it to the next gradients. It needs memory
             for one copy of the gradients.
         warm_start: start each step's power iteration where the last one ended.
@@ -237,7 +237,7 @@ class _Batch:
 
 @dataclass
 class _Work:
-    """What travels in one step, of one dtype."""
+    """What is sent in one step, of one dtype."""
 
     batches: list[_Batch]
     exact: list[Tensor]
@@ -249,7 +249,7 @@ _Plan = Callable[[PowerSGDState, "_Bucket", _Work], None]
 def powerSGD_hook(state: PowerSGDState, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Mean of gradients by low-rank approximation, matrix by matrix.
 
-    Nothing travels before the last bucket is there: then two all-reduces carry all of them. Tensors
+    Nothing is sent before the last bucket is there: then two all-reduces send all of them. Tensors
     of one dimension, and matrices that would not gain, are averaged as they are.
 
     Args:
@@ -271,7 +271,7 @@ def batched_powerSGD_hook(
     Faster than `powerSGD_hook` where there are many small matrices, and less accurate: a bucket has
     no low-rank structure of its own. Rows and columns are those of the buckets, so a resume is
     exact only where buckets stay as they are from the start (``find_unused_parameters=True``);
-    elsewhere errors are kept and ``Q`` starts anew.
+    elsewhere errors are kept and ``Q`` is drawn again.
 
     Args:
         state: settings and residuals; any rank works.

@@ -1,10 +1,11 @@
 """Gradients of 8 bits on the wire, on every backend.
 
-Each rank owns a part of the bucket: all send it their codes, it takes the mean in higher precision
-and sends codes of the mean back. A rank so sends ``2 (W - 1) / W`` bytes a value, however many
-ranks ``W`` there are; torch's hooks of these names gather everything and send ``W - 1``.
+Each rank reduces one shard of the bucket. All ranks send it their codes; it takes the mean in
+higher precision and sends codes of the mean back. So a rank sends ``2 (W - 1) / W`` bytes a value,
+however many ranks ``W`` there are. torch's hooks of these names gather everything and send
+``W - 1``.
 
-The exchange runs beside the backward pass, on a process group of its own that the first call makes.
+The reduction runs beside the backward pass, on a process group that the first call makes.
 
 Example:
     >>> import torch
@@ -33,7 +34,7 @@ from postlocal.comm.group import torch_group
 from postlocal.ddp_comm_hooks._background import background
 from postlocal.ddp_comm_hooks._residuals import Residuals
 from postlocal.torch_versions import GradBucket
-from postlocal.wire import quantised, travels_as
+from postlocal.wire import quantised, sent_as
 
 __all__ = [
     "QuantizationState",
@@ -46,9 +47,9 @@ __all__ = [
 def quantization_pertensor_hook(
     process_group: dist.ProcessGroup | None, bucket: GradBucket
 ) -> torch.futures.Future[torch.Tensor]:
-    """Mean of gradients as codes of 8 bits, one scale and zero point for each part that is sent.
+    """Mean of gradients as codes of 8 bits, one scale and zero point for each shard that is sent.
 
-    A part is what one rank owns of at most 2 Mi elements of a bucket, so that scales are never
+    A shard is what one rank reduces of at most 2 Mi elements of a bucket, so that scales are never
     coarser than the one of torch's hook for a whole bucket. The mean is rounded once more on its
     way back: each way loses at most half a step of the scale used.
 
@@ -143,5 +144,5 @@ def quantization_blockwise_hook(
     """
     errors = None
     if state.error_feedback:
-        errors = state._residuals.flat(bucket, travels_as(bucket.buffer().dtype))
+        errors = state._residuals.flat(bucket, sent_as(bucket.buffer().dtype))
     return background(torch_group(state.process_group)).mean(bucket, state.wire, errors)

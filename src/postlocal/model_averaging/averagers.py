@@ -207,7 +207,7 @@ class PeriodicModelAverager(ModelAverager):
 def warn_of_period_one(stacklevel: int) -> None:
     """Say that averaging at every step is plain DDP for more bytes."""
     warnings.warn(
-        "with a period of 1 parameters travel at every step, which costs no less than the "
+        "with a period of 1 parameters are sent at every step, which costs no less than the "
         "gradients that DistributedDataParallel reduces: use it alone, or a longer period",
         stacklevel=stacklevel + 1,
     )

@@ -38,7 +38,7 @@ from postlocal.sync.supported_wrappers import check_model, find_ddp
 from postlocal.topology import Partition, Topology, default, is_topology, unknown_level
 from postlocal.torch_versions import buffers_option
 from postlocal.version import __version__
-from postlocal.wire import Staging, fp32, travels_as
+from postlocal.wire import Staging, fp32, sent_as
 
 logger = logging.getLogger("postlocal")
 
@@ -317,7 +317,7 @@ def _warm_up(strategy: Strategy, replica: Replica) -> None:
         return
     for wire in (strategy.wire, strategy.gradient_wire):
         for codec in wire.codecs:
-            for dtype in {travels_as(parameter.dtype) for parameter in parameters}:
+            for dtype in {sent_as(parameter.dtype) for parameter in parameters}:
                 kernels.warm_up(codec, dtype, parameters[0].device)
 
 

@@ -134,7 +134,7 @@ class Sync:
                 as much as the work since the last one.
 
         Raises:
-            PeerError: if a rank does not come to the synchronization within the timeout.
+            PeerError: if a rank does not take part in the synchronization within the timeout.
             DisagreementError: if ranks are not at the same step, or plan different rounds.
             ModelChangedError: if the model or the optimizer was changed so that it cannot be
                 synchronized any more.

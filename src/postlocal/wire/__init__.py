@@ -1,4 +1,4 @@
-"""How tensors travel: means of many tensors over a group, in place, with bounded memory.
+"""How tensors are sent: means of many tensors over a group, in place, with bounded memory.
 
 A `Wire` is a recipe, such as `bf16` or `int8`, and a frozen value. Opened over a group it is a
 `Reducer`, which keeps residuals and other state of each tensor. Stateless wires that take means
@@ -18,7 +18,7 @@ Example:
 """
 
 from postlocal.wire.api import Divisor, Leg, Reducer, Wire, ring_bytes, sent_bytes
-from postlocal.wire.chunks import CHUNK, STAGING_BYTES, Chunk, Staging, travels_as
+from postlocal.wire.chunks import CHUNK, STAGING_BYTES, Chunk, Staging, sent_as
 from postlocal.wire.error_feedback import error_feedback
 from postlocal.wire.exact import Repair, exact, fp32
 from postlocal.wire.gathered import gathered
@@ -71,9 +71,9 @@ __all__ = [
     "quantised",
     "random_k",
     "ring_bytes",
+    "sent_as",
     "sent_bytes",
     "sign",
     "top_k",
-    "travels_as",
     "two_level",
 ]

@@ -171,9 +171,9 @@ class Wire(Protocol):
 
     @property
     def by_bucket(self) -> bool:
-        """Whether gradients may travel bucket by bucket, beside the backward pass.
+        """Whether gradients may be sent bucket by bucket, beside the backward pass.
 
-        Else they wait for the last bucket and travel together: buckets change during a run.
+        Else they wait for the last bucket and are sent together: buckets change during a run.
         """
         return False
 
@@ -208,7 +208,7 @@ class Wire(Protocol):
         Args:
             groups: the groups.
             level: one of theirs.
-            staging: memory for what travels, which several reducers can share.
+            staging: memory for what is sent, which several reducers can share.
         """
 
 

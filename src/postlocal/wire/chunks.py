@@ -1,4 +1,4 @@
-"""Tensors as flat chunks: how large chunks are, what they hold, and the memory they travel in."""
+"""Tensors as flat chunks: the size of chunks, their content, and the memory for them."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ def chunk_size(numel: int, value_bytes: float = 4.0, most: int = CHUNK) -> int:
 
 
 def coded_chunk_size(numel: int, codec: Codec) -> int:
-    """The same where codes travel, for which whole chunks are copied."""
+    """The same where codes are sent, for which whole chunks are copied."""
     most = CHUNK // 2
     return chunk_size(numel, codec.nbytes(most) / most, most)
 
@@ -55,11 +55,11 @@ def gathered_chunk_size(size: int, codec: Codec) -> int:
     return max(1, min(most, fitting) // codec.block) * codec.block
 
 
-def travels_as(dtype: torch.dtype) -> torch.dtype:
+def sent_as(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which means of tensors of ``dtype`` are taken.
 
     Example:
-        >>> travels_as(torch.bfloat16)
+        >>> sent_as(torch.bfloat16)
         torch.float32
     """
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -70,7 +70,7 @@ class Weighting:
     """How a contribution counts, and what becomes of its residual.
 
     Attributes:
-        weight: that the tensor is multiplied by; 0: zeros travel, and the residual is kept.
+        weight: that the tensor is multiplied by; 0: zeros are sent, and the residual is kept.
         decay: share of the residual that is kept from one mean to the next.
         drop_residual: whether the residual of this rank's values is dropped first; that of means
             which this rank encoded is kept.
@@ -90,7 +90,7 @@ class WeightedTensor:
 
     Attributes:
         tensor: takes the mean.
-        residual: what a lossy wire lost of it, in the dtype that it travels in: of the tensor's
+        residual: what a lossy wire lost of it, in the dtype that it is sent in: of the tensor's
             shape and strides, or contiguous where that has gaps. None: no residual is kept.
         weighting: its weight, and what becomes of its residual.
     """
@@ -101,7 +101,7 @@ class WeightedTensor:
 
 
 class Staging:
-    """Buffers that are used again: what one chunk travelled in serves the next.
+    """Buffers that are used again: the memory of one chunk serves the next.
 
     It holds no more than what was in use at once: a buffer that has become too small is dropped
     where a larger one is made.
@@ -142,11 +142,11 @@ class Staging:
 
 
 class Chunk:
-    """Values that travel together.
+    """Values that are sent together.
 
     Attributes:
         numel: how many there are.
-        dtype: what they travel as, before any coding: fp32, or fp64 for fp64 tensors.
+        dtype: what they are sent as, before any coding: fp32, or fp64 for fp64 tensors.
         copied: how many have to be copied, at the least, since they are no large flat tensors.
         packed: how many `pack` copies at most, those of residuals included.
         weightings: numbers of values and their weightings, in the order of the values.
@@ -245,7 +245,7 @@ def chunks(tensors: Iterable[WeightedTensor], limit: int, staging: Staging) -> I
     """Tensors in chunks of one dtype, cut where a chunk is full; in one order on all ranks.
 
     Args:
-        tensors: what travels.
+        tensors: what is sent.
         limit: greatest number of fp32 elements of a chunk; it holds half as many of fp64.
         staging: where memory for copies comes from.
     """
@@ -255,7 +255,7 @@ def chunks(tensors: Iterable[WeightedTensor], limit: int, staging: Staging) -> I
         together: list[WeightedTensor] = []
         room = most
         for each in known:
-            if travels_as(each.tensor.dtype) != dtype:
+            if sent_as(each.tensor.dtype) != dtype:
                 continue
             for piece in _cut(each, room, most):
                 if together and piece.tensor.numel() > room:

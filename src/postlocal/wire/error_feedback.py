@@ -24,8 +24,8 @@ decay_of = partial(number, above=0, most=1)
 class error_feedback(Wire):
     """Keep what a wire loses of this rank's values, and add it to the next ones.
 
-    What a codec rounds away in one synchronization travels in a later one: over many, the mean is
-    exact. It costs memory for one fp32 copy of what travels, on each rank. Residuals are stored
+    What a codec rounds away in one synchronization is sent in a later one: over many, the mean is
+    exact. It costs memory for one fp32 copy of what is sent, on each rank. Residuals are stored
     unweighted, so they stay valid when weights change. What a rank loses when it encodes the mean
     of its shard is added to the next mean. The legs are those of the wire within.
 
@@ -89,7 +89,7 @@ class ErrorFeedbackReducer(StatelessReducer):
         self._decay = decay
         self._residuals = Residuals()
         # Marked and dropped later: what this rank lost of means stays, and which shards of a tensor
-        # it reduces is known where the tensor travels.
+        # it reduces is known where the tensor is sent.
         self._dropped: set[str] = set()
 
     def mean_(

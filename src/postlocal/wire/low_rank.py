@@ -124,7 +124,7 @@ def factors_numel(n: int, m: int, rank: int) -> int:
 
 
 def is_compressed(n: int, m: int, rank: int, min_compression: float) -> bool:
-    """Whether a matrix travels as factors: where they are so many times smaller than it.
+    """Whether a matrix is sent as factors: where they are so many times smaller than it.
 
     Example:
         >>> is_compressed(1000, 100, rank=4, min_compression=2.0)

@@ -35,7 +35,7 @@ from postlocal.wire.chunks import (
 
 
 class Exchange(Protocol):
-    """A mean of a chunk under way: contributions travel, are reduced, and means come back."""
+    """A mean of a chunk under way: contributions are sent and reduced, and means are gathered."""
 
     def reduce(self) -> None:
         """Block until all contributions are here, take the mean, and send it on its way back.
@@ -94,7 +94,7 @@ class ChunkWire(Wire):
             chunk: the values with this rank's weights, of the same sizes on all ranks.
             group: who takes part.
             divisor: gives the sum of the weights of all contributions.
-            staging: where memory for what travels comes from.
+            staging: where memory for what is sent comes from.
         """
 
     def messages(self, tensors: Tensors, groups: LevelGroups, level: str) -> Sequence[Leg]:
@@ -111,9 +111,9 @@ class StatelessReducer:
     """A reducer that takes means chunk by chunk, and keeps nothing.
 
     Args:
-        wire: how values travel.
+        wire: how values are sent.
         group: whose mean is taken.
-        staging: memory for what travels.
+        staging: memory for what is sent.
     """
 
     def __init__(self, wire: ChunkWire, group: Group, staging: Staging | None = None) -> None:
@@ -162,9 +162,9 @@ def mean_(
         tensors: floating point, of the same shapes, dtypes and strides on all ranks; no two
             overlap in memory.
         group: who takes part.
-        wire: how values travel.
+        wire: how values are sent.
         divisor: gives the sum of the weights; None: the size of the group.
-        residuals: error feedback: what a lossy wire lost, added to what travels next, and then
+        residuals: error feedback: what a lossy wire lost, added to what is sent next, and then
             replaced by what is lost this time; see `WeightedTensor`.
         staging: memory to use; give the same one again to save its allocation.
 

@@ -1,4 +1,4 @@
-"""PowerSGD as a wire: matrices travel as two factors, with error feedback."""
+"""PowerSGD as a wire: matrices are sent as two factors, with error feedback."""
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from postlocal.tensors import flat_view, weigh_
 from postlocal.topology import WORLD
 from postlocal.wire import low_rank as mathematics
 from postlocal.wire.api import Divisor, Leg, Reducer, Tensors, Weights, Wire, ring_bytes, sent_bytes
-from postlocal.wire.chunks import Staging, WeightedTensor, Weighting, travels_as
+from postlocal.wire.chunks import Staging, WeightedTensor, Weighting, sent_as
 from postlocal.wire.exact import exact
 from postlocal.wire.mean import weight_of, weighted_mean_
 from postlocal.wire.residuals import Residuals
@@ -24,9 +24,9 @@ from postlocal.wire.residuals import Residuals
 
 @dataclass(frozen=True)
 class powersgd(Wire):
-    """Matrices as two factors of low rank, with error feedback; all else travels exactly.
+    """Matrices as two factors of low rank, with error feedback; all else is sent exactly.
 
-    A matrix of shape ``(n, m)`` travels as ``rank * (n + m)`` values, in two all-reduces for all of
+    A matrix of shape ``(n, m)`` is sent as ``rank * (n + m)`` values, in two all-reduces for all of
     them together. Each rank keeps the second factor, from where the next mean starts, and what the
     mean lacks of its own matrices, for a weight of 1: one fp32 copy. Means of matrices of 16 bits
     take another one, of all of them at once, until they have come.
@@ -35,7 +35,7 @@ class powersgd(Wire):
 
     Args:
         rank: columns of a factor; 1 to 4 is usual, 32 for some language models.
-        min_compression: matrices travel as factors where these are so many times smaller.
+        min_compression: matrices are sent as factors where these are so many times smaller.
         seed: of the first factors, the same on all ranks.
 
     Raises:
@@ -67,7 +67,7 @@ class powersgd(Wire):
             shapes = [
                 mathematics.matrix_shape(tensor)
                 for tensor in tensors.values()
-                if travels_as(tensor.dtype) == dtype and self.compresses(tensor)
+                if sent_as(tensor.dtype) == dtype and self.compresses(tensor)
             ]
             legs += self.factor_legs(shapes, groups[level].size, dtype, level)
         return legs
@@ -76,13 +76,13 @@ class powersgd(Wire):
         side = round(numel**0.5)
         if not self.compresses(torch.empty(side, side, device="meta")):
             return exact().payload_bytes(numel, size, dtype)
-        return sent_bytes(self.factor_legs([(side, side)], size, travels_as(dtype)))
+        return sent_bytes(self.factor_legs([(side, side)], size, sent_as(dtype)))
 
     def open(self, groups: LevelGroups, level: str, staging: Staging | None = None) -> Reducer:
         return LowRankReducer(self, groups[level], staging)
 
     def compresses(self, tensor: Tensor) -> bool:
-        """Whether a tensor travels as factors."""
+        """Whether a tensor is sent as factors."""
         n, m = mathematics.matrix_shape(tensor)
         fits = mathematics.is_compressed(n, m, self.rank, self.min_compression)
         return fits and flat_view(tensor) is not None
@@ -105,7 +105,7 @@ class _Matrix:
         name: the tensor's.
         tensor: takes the mean.
         output: where the mean comes to, shape ``(1, n, m)``: the tensor's own memory, if it is of
-            the dtype in which it travels.
+            the dtype in which it is sent.
         values: contribution and what was lost before; then what is lost now, if its weight is
             above 0.
         weight: of the contribution.
@@ -131,7 +131,7 @@ class LowRankReducer:
     Args:
         wire: the recipe.
         group: whose mean is taken.
-        staging: memory for what travels exactly.
+        staging: memory for what is sent exactly.
     """
 
     def __init__(self, wire: powersgd, group: Group, staging: Staging | None) -> None:
@@ -175,7 +175,7 @@ class LowRankReducer:
         return [
             self._matrix(name, tensor, dtype, weight_of(name, weights))
             for name, tensor in tensors.items()
-            if travels_as(tensor.dtype) == dtype and self._wire.compresses(tensor)
+            if sent_as(tensor.dtype) == dtype and self._wire.compresses(tensor)
         ]
 
     def _matrix(self, name: str, tensor: Tensor, dtype: torch.dtype, weight: float) -> _Matrix:

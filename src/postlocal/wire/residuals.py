@@ -8,11 +8,11 @@ from torch import Tensor
 
 from postlocal.codec import Codec
 from postlocal.tensors import flat_view, weigh_
-from postlocal.wire.chunks import Chunk, Weighting, travels_as
+from postlocal.wire.chunks import Chunk, Weighting, sent_as
 
 
 class CompensatedValues:
-    """Flat values of a chunk that travel as codes, and a flat residual, if one is kept.
+    """Flat values of a chunk that are sent as codes, and a flat residual, if one is kept.
 
     A shard that another rank reduces is sent as ``(value + residual) * weight``, and its residual
     is then what was lost over ``weight``, so that it stays valid when the weight changes. The shard
@@ -106,7 +106,7 @@ class Residuals:
         self._loaded: dict[str, Tensor] = {}
 
     def of(self, name: str, like: Tensor) -> Tensor:
-        """The residual of a tensor, of its shape, in the dtype that it travels in.
+        """The residual of a tensor, of its shape, in the dtype that it is sent in.
 
         It has the tensor's strides, or is contiguous where the tensor has gaps in memory.
 
@@ -117,7 +117,7 @@ class Residuals:
         if known is None:
             gaps = flat_view(like.detach()) is None
             layout = torch.contiguous_format if gaps else torch.preserve_format
-            known = torch.zeros_like(like, dtype=travels_as(like.dtype), memory_format=layout)
+            known = torch.zeros_like(like, dtype=sent_as(like.dtype), memory_format=layout)
             if name in self._loaded:
                 _check_shape(name, self._loaded[name], like)
                 known.copy_(self._loaded.pop(name))

@@ -13,7 +13,7 @@ from postlocal.comm.group import Group, Work
 from postlocal.comm.groups import LevelGroups
 from postlocal.tensors import weigh_
 from postlocal.wire.api import Divisor, Leg, Reducer, Tensors, Weights, Wire, is_wire
-from postlocal.wire.chunks import Chunk, Staging, WeightedTensor, Weighting, travels_as
+from postlocal.wire.chunks import Chunk, Staging, WeightedTensor, Weighting, sent_as
 from postlocal.wire.exact import ExactExchange, exact, shard_numel
 from postlocal.wire.mean import Exchange, StatelessReducer, chunk_legs, weight_of, weighted_mean_
 
@@ -36,7 +36,7 @@ class two_level(Wire):
     `payload_bytes` is what a first rank sends between nodes, where each rank is a node.
 
     Args:
-        between: how values travel between the first ranks of groups.
+        between: how values are sent between the first ranks of groups.
         level: whose groups are summed in fp32.
 
     Raises:
@@ -105,8 +105,8 @@ class TwoLevelReducer:
         group: whose mean is taken.
         inside: this rank's part of it, whose first rank leads.
         between: reduces between leaders.
-        staging: memory for what travels.
-        weighs: whether nodes' weights travel too, so that residuals between are for a weight of 1.
+        staging: memory for what is sent.
+        weighs: whether nodes' weights are sent too: residuals between are for a weight of 1.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class TwoLevelReducer:
     def mean_(
         self, tensors: Tensors, divisor: Divisor | None = None, weights: Weights | None = None
     ) -> int:
-        wide = {name: tensor.to(travels_as(tensor.dtype)) for name, tensor in tensors.items()}
+        wide = {name: tensor.to(sent_as(tensor.dtype)) for name, tensor in tensors.items()}
         sent, node = self._reduce_to_leader(wide, weights)
         # Asked on all ranks: what it may raise, such as a disagreement, all have to hear.
         total = float(self.group.size) if divisor is None else divisor()
@@ -170,8 +170,8 @@ class TwoLevelReducer:
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """A tensor as it will travel, without content where it has to be copied."""
-    dtype = travels_as(tensor.dtype)
+    """A tensor as it will be sent, without content where it has to be copied."""
+    dtype = sent_as(tensor.dtype)
     if tensor.dtype == dtype:
         return tensor
     return torch.empty_like(tensor, dtype=dtype, device="meta")
