@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -128,6 +129,46 @@ def test_a_wire_that_tells_no_messages_is_refused() -> None:
 
     with pytest.raises(TypeError, match=r"wire must be a value such as .* which has no messages"):
         replace(strategies.diloco(2), wire=silent())  # type: ignore[arg-type]
+
+
+class plain(star):
+    """A wire whose repr is an address, whatever it holds."""
+
+    __repr__ = object.__repr__
+
+
+class aggregate:
+    """An outer optimizer likewise."""
+
+    def __call__(self, anchor: Sequence[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(anchor, lr=0.7)
+
+
+def averaging(anchor: Sequence[Tensor], lr: float = 0.7) -> torch.optim.Optimizer:
+    return torch.optim.SGD(anchor, lr=lr)
+
+
+def attach(**axes: Any) -> None:
+    model = layers()
+    postlocal.attach(model, sgd(model), replace(strategies.local_sgd(2), **axes)).close()
+
+
+@pytest.mark.parametrize(
+    ("axis", "value"),
+    [("wire", plain()), ("wire", wire.two_level(plain())), ("outer", aggregate())],
+)
+def test_an_object_that_ranks_cannot_compare_is_refused(axis: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{axis} must be .*(plain|aggregate), .*frozen=True"):
+        attach(**{axis: value})
+
+
+@pytest.mark.parametrize(
+    "outer",
+    [averaging, partial(averaging, lr=0.5), lambda anchor: torch.optim.SGD(anchor, lr=0.7)],
+    ids=["function", "partial", "lambda"],
+)
+def test_functions_have_names_to_compare(outer: Any) -> None:
+    attach(outer=outer)
 
 
 def test_a_mean_is_a_reduce_scatter_and_an_all_gather() -> None:

@@ -14,7 +14,7 @@ from postlocal.checkpoint.packing import pack, unpack
 from postlocal.comm.group import Group
 from postlocal.comm.groups import LevelGroups
 from postlocal.topology import WORLD, Partition
-from postlocal.wire import Reducer, Staging, Wire, sent_bytes
+from postlocal.wire import Reducer, Staging, Wire, mean_, sent_bytes
 
 Ranks = Callable[..., list[Any]]
 
@@ -344,6 +344,87 @@ def test_feedback_makes_the_sum_of_many_rounds_exact(name: str) -> None:
     assert with_feedback < 20 / ROUNDS * without
     if name in ("sign", "top_k", "quantised top_k"):
         assert without > 0.2
+
+
+@dataclass(frozen=True)
+class halves(wire.ChunkWire):
+    """A user's own wire: values go to all ranks as fp16."""
+
+    lossy = True
+
+    def legs(self, numel: int, rank: int, size: int, dtype: torch.dtype) -> list[wire.Leg]:
+        return [wire.Leg((size - 1) * 2 * numel, size)]
+
+    def limit(self, size: int, numel: int) -> int:
+        return 64
+
+    def staged(self, chunk: wire.Chunk, size: int) -> wire.Staged:
+        return wire.Staged(2 * size * chunk.numel, 0)
+
+    def start(
+        self, chunk: wire.Chunk, group: Group, divisor: wire.Divisor, staging: Staging
+    ) -> wire.Exchange:
+        return Halves(chunk.pieces(), group, divisor)
+
+
+class Halves:
+    """Halves under way to all ranks."""
+
+    def __init__(self, pieces: list[Tensor], group: Group, divisor: wire.Divisor) -> None:
+        self._pieces = pieces
+        self._divisor = divisor
+        own = [piece.half() for piece in pieces]
+        self._received = [[torch.empty_like(half) for half in own] for _ in range(group.size)]
+        self._received[group.rank] = own
+        self._work = group.all_to_all([own] * group.size, self._received)
+
+    def reduce(self) -> None:
+        self._work.wait()
+        for piece, *received in zip(self._pieces, *self._received, strict=True):
+            piece.copy_(torch.stack(received).float().sum(0) / self._divisor())
+
+    def wait(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class careless(halves):
+    """One that claims to send residuals, and leaves them out."""
+
+    takes_residuals = True
+
+
+@dataclass(frozen=True)
+class careful(halves):
+    """One that sends them."""
+
+    takes_residuals = True
+
+    def start(
+        self, chunk: wire.Chunk, group: Group, divisor: wire.Divisor, staging: Staging
+    ) -> wire.Exchange:
+        values, half = wire.CompensatedValues(chunk), codec.cast(torch.float16)
+        payload = torch.empty(half.nbytes(chunk.numel, chunk.dtype), dtype=torch.uint8)
+        values.encode(slice(0, chunk.numel), payload, half)
+        half.decode(payload, values.values)
+        return Halves([values.values], group, divisor)
+
+
+def test_feedback_over_a_users_wire_that_takes_residuals_makes_sums_exact() -> None:
+    assert far_off(wire.error_feedback(careful())) < 20 / ROUNDS * far_off(careful())
+    assert far_off(careful()) == far_off(halves())
+
+
+def test_feedback_over_a_users_wire_that_would_drop_residuals_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"takes residuals, got halves\(\): .*CompensatedValues"):
+        wire.error_feedback(halves())
+    with pytest.raises(ValueError, match=r"wire must be a wire that takes residuals"):
+        virtual.run(2, lambda group: mean_([torch.ones(2)], group, halves(), None, [torch.ones(2)]))
+
+
+def test_a_users_wire_that_drops_residuals_after_all_is_refused_at_its_first_mean() -> None:
+    with pytest.raises(RuntimeError, match=r"careless\(\) has takes_residuals = True, but"):
+        far_off(wire.error_feedback(careless()))
 
 
 def test_low_rank_means_are_exact_over_many_rounds() -> None:

@@ -2,10 +2,11 @@
 
 import logging
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from threading import Lock
 from typing import Literal
@@ -89,9 +90,9 @@ def attach(
     Raises:
         ValueError: if an argument is bad, the strategy names a level that the topology lacks, or
             it follows a learning rate that no optimizer has.
-        TypeError: if an argument is of another type, a parameter or a buffer is of a kind that
-            cannot be averaged, or something else than DistributedDataParallel shards or manages
-            parameters.
+        TypeError: if an argument is of another type, an object of the strategy has no repr of its
+            own, a parameter or a buffer is of a kind that cannot be averaged, or something else
+            than DistributedDataParallel shards or manages parameters.
         DisagreementError: if ranks were given different versions, strategies, topologies or
             models.
         PeerError: if a rank does not come in time.
@@ -119,6 +120,7 @@ def attach(
         optional(checks.timeout)("timeout", timeout)
         choice("initial", initial, ("broadcast", "refuse"))
         is_strategy("strategy", strategy)
+        check_comparable(strategy)
         if topology is None:
             topology = default(strategy.levels, machines, everyone.rank)
         is_topology("topology", topology)
@@ -217,6 +219,24 @@ def _fragments(loop: _Loop, groups: LevelGroups) -> list[Fragment]:
         )
         for index, names in enumerate(loop.fragments)
     ]
+
+
+def check_comparable(strategy: Strategy) -> None:
+    """Refuse an object whose repr is only its address: ranks compare strategies as text.
+
+    Functions have names, and partials show their arguments; both pass.
+
+    Raises:
+        TypeError: naming the axis and the object's class.
+    """
+    for axis in fields(strategy):
+        hidden = re.search(r"<([\w.<>]+) object at 0x", repr(getattr(strategy, axis.name)))
+        if hidden:
+            raise TypeError(
+                f"{axis.name} must be a value that ranks can compare by its repr, got an object of "
+                f"class {hidden[1]}, whose repr shows only an address: make the class a frozen "
+                "dataclass, @dataclass(frozen=True)"
+            )
 
 
 def check_levels(strategy: Strategy, partitions: Mapping[str, Partition]) -> None:

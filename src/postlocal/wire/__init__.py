@@ -38,6 +38,7 @@ from postlocal.wire.named import (
 )
 from postlocal.wire.power_sgd import powersgd
 from postlocal.wire.quantised import quantised
+from postlocal.wire.residuals import CompensatedValues
 from postlocal.wire.two_level import two_level
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "STAGING_BYTES",
     "Chunk",
     "ChunkWire",
+    "CompensatedValues",
     "Divisor",
     "Exchange",
     "Leg",

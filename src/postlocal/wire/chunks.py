@@ -150,6 +150,7 @@ class Chunk:
         copied: how many have to be copied, at the least, since they are no large flat tensors.
         packed: how many `pack` copies at most, those of residuals included.
         weightings: numbers of values and their weightings, in the order of the values.
+        residual_left: whether it has a residual that the wire has not replaced yet.
     """
 
     def __init__(
@@ -163,9 +164,13 @@ class Chunk:
         self._residual = _Packed(residuals, dtype, staging) if residuals else None
         self.copied = self._values.copied(_IN_PLACE)
         self.packed = self.numel * (2 if residuals else 1)
+        self.residual_left = bool(residuals)
 
     def pieces(self) -> list[Tensor]:
-        """The values times their weights, flat: large ones where they lie, small ones packed."""
+        """The values times their weights, flat: large ones where they lie, small ones packed.
+
+        Residuals are left out, so this is for wires that lose nothing.
+        """
         pieces = self._values.pack(_IN_PLACE)
         for (_, weighting), values in zip(self.weightings, self._values.placed, strict=True):
             weigh_([values], weighting.weight)

@@ -13,7 +13,13 @@ from postlocal.comm.group import Group
 from postlocal.comm.groups import LevelGroups
 from postlocal.wire.api import Divisor, Leg, Reducer, Tensors, Weights, Wire, is_wire
 from postlocal.wire.chunks import Staging, WeightedTensor, Weighting
-from postlocal.wire.mean import ChunkWire, StatelessReducer, weight_of, weighted_mean_
+from postlocal.wire.mean import (
+    ChunkWire,
+    StatelessReducer,
+    check_takes_residuals,
+    weight_of,
+    weighted_mean_,
+)
 from postlocal.wire.residuals import Residuals, zero_nonfinite_
 
 decay_of = partial(number, above=0, most=1)
@@ -31,12 +37,13 @@ class error_feedback(Wire):
 
     Args:
         inner: a stateless wire that sends codes, such as ``quantised(codec.int8())`` or ``bf16()``.
+            One of your own needs `ChunkWire.takes_residuals`.
         decay: share of what was lost that is kept, above 0 and at most 1.
 
     Raises:
         TypeError: if ``inner`` is no wire, or ``decay`` no number.
-        ValueError: if ``decay`` is out of its range, or ``inner`` loses nothing, or keeps residuals
-            itself.
+        ValueError: if ``decay`` is out of its range, or ``inner`` loses nothing, keeps residuals
+            itself, or would not send them.
 
     Example:
         >>> from postlocal.wire import bf16
@@ -63,6 +70,7 @@ class error_feedback(Wire):
                 f"inner must be a stateless wire, which takes means chunk by chunk, got "
                 f"{self.inner!r}: use it as it is, or wrap the wire within"
             )
+        check_takes_residuals("inner", self.inner)
 
     @property
     def codecs(self) -> Sequence[Codec]:

@@ -37,6 +37,7 @@ class gathered(ChunkWire):
 
     codec: Codec
     lossy = True
+    takes_residuals = True
 
     def __post_init__(self) -> None:
         settle(self, codec=is_codec)
@@ -74,8 +75,7 @@ class GatheredExchange:
         codec: Codec,
         staging: Staging,
     ) -> None:
-        whole = slice(0, compensated.values.numel())
-        values = compensated.compensate(whole)
+        values = compensated.values
         self._values = values
         self._divisor = divisor
         self._codec = codec
@@ -84,8 +84,7 @@ class GatheredExchange:
         self._received = staging.allocate(group.size * nbytes, values, torch.uint8)
         self._payloads = self._received.view(group.size, nbytes)
         own = self._payloads[group.rank]
-        codec.encode(values, own)
-        compensated.keep_loss(whole, own, codec)
+        compensated.encode(slice(0, values.numel()), own, codec)
         places = [[payload] for payload in self._payloads]
         self._work: Work = group.all_to_all([[own]] * group.size, places)
 

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -64,10 +64,16 @@ class Staged(NamedTuple):
 class ChunkWire(Wire):
     """A wire that takes the mean of values chunk by chunk, and is stateless.
 
-    One of one's own implements `lossy`, `legs`, `limit`, `staged` and `start`.
+    One of one's own is a frozen dataclass that implements `lossy`, `legs`, `limit`, `staged` and
+    `start`. For error feedback it encodes by `CompensatedValues`, and sets `takes_residuals`.
+
+    Attributes:
+        takes_residuals: whether `start` encodes values by ``CompensatedValues(chunk).encode``,
+            which adds residuals and keeps what is lost. `error_feedback` refuses other wires.
     """
 
     by_bucket = True
+    takes_residuals: ClassVar[bool] = False
 
     @abstractmethod
     def legs(self, numel: int, rank: int, size: int, dtype: torch.dtype) -> Sequence[Leg]:
@@ -145,6 +151,20 @@ def weight_of(name: str, weights: Weights | None) -> float:
     return 1.0 if weights is None else weights[name]
 
 
+def check_takes_residuals(name: str, wire: ChunkWire) -> None:
+    """Refuse a wire that would not send residuals.
+
+    Raises:
+        ValueError: naming what it has to implement.
+    """
+    if not wire.takes_residuals:
+        raise ValueError(
+            f"{name} must be a wire that takes residuals, got {wire!r}: encode values by "
+            "wire.CompensatedValues(chunk).encode in its start, and set takes_residuals = True in "
+            "its class"
+        )
+
+
 def mean_(
     tensors: Sequence[Tensor],
     group: Group,
@@ -165,15 +185,18 @@ def mean_(
         wire: how values are sent.
         divisor: gives the sum of the weights; None: the size of the group.
         residuals: error feedback: what a lossy wire lost, added to what is sent next, and then
-            replaced by what is lost this time; see `WeightedTensor`.
+            replaced by what is lost this time; see `WeightedTensor`. The wire has to take them.
         staging: memory to use; give the same one again to save its allocation.
 
     Returns:
         Bytes of payload that this rank sent.
 
     Raises:
+        ValueError: if there are residuals, and the wire would not send them.
         PeerError: if a rank did not take part in time.
     """
+    if residuals is not None:
+        check_takes_residuals("wire", wire)
     kept = [None] * len(tensors) if residuals is None else residuals
     weighted = [WeightedTensor(*pair) for pair in zip(tensors, kept, strict=True)]
     return weighted_mean_(weighted, group, wire, divisor, staging)
@@ -294,6 +317,11 @@ class _Pipeline:
         chunk, exchange = self._gathered.popleft()
         exchange.wait()
         chunk.unpack()
+        if chunk.residual_left:
+            raise RuntimeError(
+                f"{self._wire!r} has takes_residuals = True, but its start left the residuals of a "
+                "chunk out: encode all values by wire.CompensatedValues(chunk).encode"
+            )
 
 
 def maximum_(tensors: Sequence[Tensor], group: Group, device: torch.device | None = None) -> int:

@@ -38,6 +38,7 @@ class quantised(ChunkWire):
 
     codec: Codec
     lossy = True
+    takes_residuals = True
 
     def __post_init__(self) -> None:
         settle(self, codec=is_codec)
@@ -122,8 +123,7 @@ class QuantisedExchange:
         if rank == self._group.rank:
             self._compensated.weigh(shard)
         else:
-            self._codec.encode(self._compensated.compensate(shard), payload)
-            self._compensated.keep_loss(shard, payload, self._codec)
+            self._compensated.encode(shard, payload, self._codec)
 
 
 def _single(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -31,6 +31,7 @@ class CompensatedValues:
     """
 
     def __init__(self, chunk: Chunk) -> None:
+        self._chunk = chunk
         self.values, self._residual = chunk.pack()
         self._runs: list[tuple[int, int, Weighting]] = []
         start = 0
@@ -45,8 +46,21 @@ class CompensatedValues:
             weigh_([self.values[span]], weighting.weight)
         return self.values[shard]
 
-    def compensate(self, shard: slice) -> Tensor:
-        """Values of a shard plus their residual, times their weights: what is encoded."""
+    def encode(self, shard: slice, payload: Tensor, codec: Codec) -> None:
+        """Encode values of a shard plus their residual, times their weights; keep what is lost.
+
+        Each value that another rank reduces is encoded once.
+
+        Args:
+            shard: which values.
+            payload: uint8, shape ``(codec.nbytes(n, values.dtype),)`` for ``n`` values.
+            codec: encodes them.
+        """
+        codec.encode(self._compensate(shard), payload)
+        self._keep_loss(shard, payload, codec)
+        self._chunk.residual_left = False
+
+    def _compensate(self, shard: slice) -> Tensor:
         if self._residual is not None:
             for span, weighting in self._within(shard):
                 if weighting.drop_residual:
@@ -56,7 +70,7 @@ class CompensatedValues:
                     self.values[span].add_(self._residual[span])
         return self.weigh(shard)
 
-    def keep_loss(self, shard: slice, payload: Tensor, codec: Codec) -> None:
+    def _keep_loss(self, shard: slice, payload: Tensor, codec: Codec) -> None:
         """Keep what the payload of a compensated shard lacks of it, for a weight of 1."""
         if self._residual is None:
             return
