@@ -408,3 +408,30 @@ def test_an_unknown_argument_is_named_in_python_too() -> None:
         strategies.sparse_loco(top_k=3, wire=wire.bf16())
     with pytest.raises(ValueError, match="fragments must be a number where order, delay, mix or"):
         strategies.streaming_diloco(fragments=fragments.whole(), delay=3)
+
+
+@pytest.mark.parametrize(
+    ("written", "normal"),
+    [
+        ("diloco(outer=nesterov(0.7, 0.5))", "diloco(outer_momentum=0.5)"),
+        ("diloco(100, outer=nesterov, wire=fp32)", "diloco(period=100, wire=fp32())"),
+        ("diloco(outer=average)", "diloco(outer=average())"),
+        ("edit(guard=outliers(3, max_norm=2))", "edit(max_norm=2.0)"),
+        (
+            "streaming_diloco(fragments=streaming(2, delay=5))",
+            "streaming_diloco(fragments=2, delay=5)",
+        ),
+        ("Strategy(periodic(4))", "Strategy(schedule=periodic(4))"),
+    ],
+)
+def test_a_strategy_that_is_written_in_two_ways_has_one_spelling(written: str, normal: str) -> None:
+    call = read(written, AXIS)
+    assert str(call.normal()) == normal
+    assert call.normal().make() == call.make()
+    assert str(call.normal().normal()) == normal
+
+
+def test_a_default_is_not_added_beside_what_it_is_part_of() -> None:
+    whole, part = "diloco(outer=nesterov(momentum=0.5))", "diloco(outer_momentum=0.5)"
+    for one, other in ((whole, part), (part, whole)):
+        assert str(read(one, AXIS).with_defaults(read(other, AXIS).arguments)) == one

@@ -491,6 +491,16 @@ def test_settings_given_again_agree_if_they_come_to_the_same(tmp_path: Path) -> 
     assert changes(saved.settings, settled) == ["keep: 3 -> 7", "workers: 2 -> 3"]
 
 
+def test_the_same_strategy_in_another_spelling_is_the_one_kept(tmp_path: Path) -> None:
+    whole, part = "diloco(outer=nesterov(momentum=0.5))", "diloco(outer_momentum=0.5)"
+    saved = saved_run(tmp_path, strategy=whole)
+    assert saved.settings.strategy == part
+    for again in ({"strategy": whole}, {"strategy": part}, {"outer_momentum": 0.5}):
+        config = make_config(out=tmp_path / "out", resume=True, **({"strategy": "diloco"} | again))
+        assert merge_settings(config, saved).make_strategy() == saved.settings.make_strategy()
+        assert str(config.call) == f"diloco(outer_momentum=0.5, {BOTH_BF16})"
+
+
 def test_a_longer_run_keeps_its_warm_ups(tmp_path: Path) -> None:
     saved = saved_run(tmp_path, strategy="post_local_sgd")
     longer = merge_settings(make_config(out=tmp_path / "out", resume=True, steps=24), saved)
@@ -548,7 +558,7 @@ def test_a_config_file_that_was_damaged_is_told_with_the_setting(
 def test_a_flag_that_does_not_go_with_what_was_kept_is_told_as_such(
     tmp_path: Path, given: dict[str, Any], words: str
 ) -> None:
-    saved_run(tmp_path, strategy="diloco(outer=nesterov(0.7, 0.5))")
+    saved_run(tmp_path, strategy="diloco(outer=slow_momentum(0.7, 0.5))")
     with pytest.raises(ValueError, match=f"kept, and of what is given: {words}"):
         prepare_run(make_config(out=tmp_path / "out", resume=True, **given))
 

@@ -20,7 +20,7 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -167,7 +167,7 @@ class Call:
         """
         for name in arguments:
             if name not in self.parameters:
-                close = _closest(name, self.parameters)
+                close = did_you_mean(name, self.parameters)
                 raise ValueError(
                     f"{name} must not be given to {self.name}, which has no such argument"
                     f"{close or '.'} It has {', '.join(self.parameters) or 'none'}"
@@ -176,9 +176,49 @@ class Call:
         return replace(self, arguments={**self.arguments, **arguments}, spans=spans)
 
     def with_defaults(self, arguments: Mapping[str, Any]) -> "Call":
-        """The same with values for those arguments that it takes and that are not given."""
-        known = {name: value for name, value in arguments.items() if name in self.parameters}
+        """The same with values for those arguments that it takes and that are not given.
+
+        What is part of a given argument counts as given, as ``outer_lr`` beside ``outer``; so does
+        the argument that a given one is part of.
+        """
+        parts = self._parts
+        given = {*self.arguments, *(parts.get(name) for name in self.arguments)}
+        known = {
+            name: value
+            for name, value in arguments.items()
+            if name in self.parameters and parts.get(name) not in self.arguments
+            and name not in given
+        }  # fmt: skip
         return replace(self, arguments={**known, **self.arguments})
+
+    def normal(self) -> "Call":
+        """The same in the spelling of `expression`, with all arguments that were given.
+
+        Raises:
+            ValueError: as `make` does.
+
+        Example:
+            >>> from postlocal.strategies import AXIS
+            >>> str(read("diloco(100, outer=nesterov(0.7, 0.5), wire=fp32)", AXIS).normal())
+            'diloco(period=100, outer_momentum=0.5, wire=fp32())'
+        """
+        invert = getattr(self.axis.names[self.name], "arguments_of", None)
+        found = invert(self.make()) if invert else None
+        if found is None:
+            return self
+        written = {self._parts.get(name) for name in found}
+        kept = {name: value for name, value in self.arguments.items() if name not in written}
+        changed = {
+            name: value
+            for name, value in found.items()
+            if name in self.arguments or not _is_default(value, self.parameters[name])
+        }
+        return replace(self, arguments={**kept, **changed})
+
+    @property
+    def _parts(self) -> Mapping[str, str]:
+        """Arguments that are part of another one."""
+        return getattr(self.axis.names[self.name], "parts", {})
 
     def make(self) -> Any:
         """The value.
@@ -496,7 +536,7 @@ def _no_such_name(name: str, prefix: str, axis: Axis) -> str:
                       and (prefix in (axis.prefix, each.prefix))), None)  # fmt: skip
     if elsewhere is not None and (prefix != axis.prefix or name not in axis.names):
         return f"this must be {_a(axis.noun)}, and {name} is {_a(elsewhere.noun)}. {there}"
-    close = _closest(name, axis.names)
+    close = did_you_mean(name, axis.names)
     reason = close or f": {_OWN_VALUES}"
     return f"there is no {axis.noun} {name}{reason}{'' if close else '.'} {there}"
 
@@ -506,13 +546,14 @@ def _no_such_argument(
 ) -> str:
     if argument is None:
         return f"arguments of {name} must be given one by one, got **"
-    close = _closest(argument, taken)
+    close = did_you_mean(argument, taken)
     return (
         f"{name} has no argument {argument}{close or '.'} It takes {', '.join(taken) or 'nothing'}"
     )
 
 
-def _closest(name: str, names: Mapping[str, Any]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of a message with the name that was probably meant; empty: none is close."""
     plain = {each.lower(): each for each in names}
     found = get_close_matches(name.lower(), plain, n=1)
     return f": did you mean {plain[found[0]]}?" if found else ""

@@ -166,6 +166,10 @@ def _named(**paths: str) -> Callable[[Callable[_P, Strategy]], Callable[_P, Stra
 
         made.__signature__ = signature  # type: ignore[attr-defined]
         made.arguments_of = partial(_arguments_of, made, paths)  # type: ignore[attr-defined]
+        axes = {key: path.split(".")[0] for key, path in paths.items()}
+        made.parts = {  # type: ignore[attr-defined]
+            key: axis for key, axis in axes.items() if axis not in own
+        }
         _NAMED[name] = made
         return made
 
@@ -533,17 +537,22 @@ def is_strategy(name: str, value: Any) -> Any:
     Example:
         >>> is_strategy("strategy", "diloco")
         Traceback (most recent call last):
-        TypeError: strategy must be a Strategy, got 'diloco': pass strategies.diloco(period=...)...
+        TypeError: strategy must be a Strategy, got 'diloco': pass strategies.parse('diloco')...
     """
     if isinstance(value, Strategy):
         return value
-    called = value if isinstance(value, str) and value in NAMED else None
-    called = called or next((key for key, made in NAMED.items() if made is value), "local_sgd")
-    example = "" if called == "ddp" else "period=..."
     raise TypeError(
-        f"{name} must be a Strategy, got {shown(value)}: pass strategies.{called}({example}); "
+        f"{name} must be a Strategy, got {shown(value)}: pass strategies.{_instead_of(value)}; "
         f"there are {', '.join(NAMED)}"
     )
+
+
+def _instead_of(value: Any) -> str:
+    """The call that makes a strategy, from what was given in its place."""
+    if isinstance(value, str):
+        return f"parse({shown(value) if len(value) < 70 else 'text'})"
+    called = next((key for key, made in NAMED.items() if made is value), "local_sgd")
+    return f"{called}({'' if called == 'ddp' else 'period=...'})"
 
 
 def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:

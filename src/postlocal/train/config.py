@@ -144,13 +144,13 @@ class TrainConfig(BaseModel):
     def call(self) -> Call:
         """The same, with the trainer's defaults for arguments that are not given.
 
-        Lossless wires become bf16.
+        Lossless wires become bf16. The spelling is that of ``str(strategy)``.
         """
         call = self.given_call
         call = call.with_defaults(self._suited(call.name))
         own = call.make()
         exact = [name for name in _WIRES if not getattr(own, name).lossy]
-        return call.with_defaults(dict.fromkeys(exact, wire.bf16()))
+        return call.with_defaults(dict.fromkeys(exact, wire.bf16())).normal()
 
     def _wires(self) -> Iterator[tuple[str, str | None]]:
         return ((name, getattr(self, name)) for name in _WIRES)
@@ -236,7 +236,7 @@ class TrainConfig(BaseModel):
         call = self.given_call
         fixed = {k: v for k, v in self._suited(call.name).items() if k != "total"}
         changes: dict[str, Any] = dict.fromkeys((*_FLAGS, *_WIRES))
-        changes |= {"strategy": str(call.with_defaults(fixed))}
+        changes |= {"strategy": str(call.with_defaults(fixed).normal())}
         return self.model_copy(update=changes | {"lr_warmup": self.rising_steps})
 
     def describe(self) -> list[str]:
