@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import is_dataclass, replace
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -375,8 +376,12 @@ class Broken:
 ODD: dict[str, tuple[tuple[str, Any], str]] = {
     "strategy": (
         ("strategy", "diloco"),
-        r"TypeError: strategy must be a Strategy, got 'diloco': pass strategies.diloco\(period=..."
-        r"\); there are ddp, local_sgd, post_local_sgd",
+        r"TypeError: strategy must be a Strategy, got 'diloco': pass strategies.parse\('diloco'\)"
+        r"; there are ddp, local_sgd, post_local_sgd",
+    ),
+    "expression": (
+        ("strategy", "diloco(period=3)"),
+        r"TypeError: strategy must be a Strategy, .*pass strategies.parse\('diloco\(period=3\)'\)",
     ),
     "function": (
         ("strategy", strategies.slowmo),
@@ -389,6 +394,10 @@ ODD: dict[str, tuple[tuple[str, Any], str]] = {
     "timeout": (("timeout", "5"), "TypeError: timeout must be a number above 0 seconds, got '5'"),
     "endless": (("timeout", math.inf), "ValueError: timeout must be a finite number above 0 sec"),
     "ages": (("timeout", 1e18), r"ValueError: timeout must be at most 1e\+07 seconds, got 1e\+18"),
+    "days": (
+        ("timeout", timedelta(days=1000)),
+        r"ValueError: timeout must be at most 1e\+07 seconds, got 86400000.0",
+    ),
     "initial": (("initial", ["refuse"]), "TypeError: initial must be one of broadcast, refuse"),
     "swapped": (("", None), "TypeError: model must be a torch.nn.Module, got a value of type SGD"),
     "outer": (("", None), "TypeError: outer must make a torch.optim.Optimizer .* got 3"),
@@ -402,6 +411,21 @@ def test_what_one_rank_gives_attach_wrongly_is_an_error_on_all(case: str) -> Non
     said = virtual.run(2, lambda group: attach_with(group, case, group.rank == 1))
     assert re.match(ODD[case][1], said[1]), said
     assert said[0] == f"DisagreementError: another rank cannot go on: {said[1]} (rank 1)"
+
+
+def test_a_timeout_is_seconds_or_a_timedelta() -> None:
+    assert checks.timeout("timeout", timedelta(seconds=8)) == checks.timeout("timeout", 8) == 8.0
+    with pytest.raises(ValueError, match="above 0 seconds, got 0"):
+        checks.timeout("timeout", timedelta())
+    attached: list[postlocal.Sync] = virtual.run(
+        2,
+        lambda group: postlocal.attach(
+            model := mlp(), sgd(model), strategies.local_sgd(2), process_group=group,
+            timeout=timedelta(seconds=8),
+        ),
+        timeout=timedelta(seconds=20),
+    )  # fmt: skip
+    assert len(attached) == 2
 
 
 class Plain(Optimizer):

@@ -17,11 +17,14 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Collection, Mapping
+from datetime import timedelta
 from functools import partial
 from numbers import Real
 from typing import Any
 
 Rule = Callable[[str, Any], Any]
+Timeout = float | timedelta
+"""Seconds, or a `datetime.timedelta`, as torch takes them."""
 _LONGEST_SECONDS = 1e7
 
 
@@ -236,16 +239,20 @@ def shown(value: Any) -> str:
 def timeout(name: str, value: Any) -> float:
     """The seconds that a rank waits for another: above 0, and at most 1e7, about 16 weeks.
 
-    Longer ones overflow in torch or in Python, on the ranks that come to wait.
+    A `datetime.timedelta` becomes its seconds. Longer ones overflow in torch or in Python, on the
+    ranks that come to wait.
 
     Example:
+        >>> timeout("timeout", timedelta(minutes=2))
+        120.0
         >>> timeout("timeout", float("inf"))
         Traceback (most recent call last):
         ValueError: timeout must be a finite number above 0 seconds, got inf
     """
-    given: float = seconds(name, value)
+    real = value.total_seconds() if isinstance(value, timedelta) else value
+    given: float = seconds(name, real)
     if given > _LONGEST_SECONDS:
-        raise ValueError(f"{name} must be at most {_LONGEST_SECONDS:g} seconds, got {value}")
+        raise ValueError(f"{name} must be at most {_LONGEST_SECONDS:g} seconds, got {real}")
     return given
 
 

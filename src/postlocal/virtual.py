@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from postlocal.checks import count
+from postlocal.checks import Timeout, count
 from postlocal.checks import timeout as checked_timeout
 from postlocal.comm.group import Alone, Done, Group, Operation, TensorsByRank, Work
 from postlocal.errors import PeerError
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 Value = TypeVar("Value")
 
 
-def run(workers: int, function: Callable[[Group], Result], timeout: float = 60.0) -> list[Result]:
+def run(workers: int, function: Callable[[Group], Result], timeout: Timeout = 60.0) -> list[Result]:
     """Call ``function(group)`` in ``workers`` threads that form one group.
 
     Pass ``group`` to `postlocal.attach` as ``process_group``.
@@ -39,7 +39,8 @@ def run(workers: int, function: Callable[[Group], Result], timeout: float = 60.0
     Args:
         workers: number of threads, at least 1.
         function: what each worker does.
-        timeout: seconds that a collective waits for the other workers, at most 1e7.
+        timeout: seconds, or a `datetime.timedelta`, that a collective waits for the other workers,
+            at most 1e7 seconds.
 
     Returns:
         What the workers returned, in the order of ranks.

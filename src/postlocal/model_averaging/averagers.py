@@ -45,9 +45,9 @@ class ModelAverager(ABC):
         warmup_steps: steps at the start without averaging, at least 0.
         buffers: averaged along with the parameters: those of floating point by their mean, others
             by their maximum. For BatchNorm statistics, where DDP does not broadcast them.
-        timeout: seconds that an averaging waits for a missing rank, at most 1e7; a process group
-            with this timeout is made for it, by all ranks together. None: as long as
-            ``process_group`` does.
+        timeout: seconds, or a `datetime.timedelta`, that an averaging waits for a missing rank, at
+            most 1e7 seconds; a process group with this timeout is made for it, by all ranks
+            together. None: as long as ``process_group`` does.
 
     Attributes:
         step: calls of `average_parameters` so far.
@@ -64,7 +64,7 @@ class ModelAverager(ABC):
         warmup_steps: int = 0,
         *,
         buffers: Iterable[Tensor] | None = None,
-        timeout: float | None = None,
+        timeout: checks.Timeout | None = None,
     ) -> None:
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
@@ -72,18 +72,18 @@ class ModelAverager(ABC):
         self.warmup_steps = warmup_steps
         self.step = 0
         self.buffers = list(buffers or ())
-        self.timeout = timeout
-        self._check_timeout()
+        self.timeout = self._checked(timeout)
         self._averaged_at = -1
         self._averagings: dict[dist.ProcessGroup, Averaging] = {}
         self._prepare(self.process_group)
 
-    def _check_timeout(self) -> None:
-        """Refuse a bad timeout on all ranks that are given one, before a group is made with it."""
+    def _checked(self, timeout: checks.Timeout | None) -> float | None:
+        """Seconds; a bad timeout is refused on all ranks, before a group is made with it."""
         group = torch_group(self.process_group)
-        if self.timeout is not None and dist.get_rank(group) >= 0:
-            with together(Processes(group)):
-                checks.timeout("timeout", self.timeout)
+        if timeout is None or dist.get_rank(group) < 0:
+            return None
+        with together(Processes(group)):
+            return checks.timeout("timeout", timeout)
 
     @abstractmethod
     def average_parameters(self, params: Parameters) -> None:
@@ -178,7 +178,7 @@ class PeriodicModelAverager(ModelAverager):
         process_group: dist.ProcessGroup | None = None,
         *,
         buffers: Iterable[Tensor] | None = None,
-        timeout: float | None = None,
+        timeout: checks.Timeout | None = None,
     ) -> None:
         if period < 1:
             raise ValueError(f"period must be at least 1 step, got {period}")

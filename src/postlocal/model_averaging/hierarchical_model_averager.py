@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from postlocal.checks import Timeout
 from postlocal.comm.group import Processes, torch_group
 from postlocal.model_averaging.averagers import ModelAverager, warn_of_period_one
 from postlocal.model_averaging.utils import Parameters
@@ -57,7 +58,7 @@ class HierarchicalModelAverager(ModelAverager):
         process_group: dist.ProcessGroup | None = None,
         *,
         buffers: Iterable[Tensor] | None = None,
-        timeout: float | None = None,
+        timeout: Timeout | None = None,
     ) -> None:
         sizes = dict(period_group_size_dict or {})
         _check_levels(sizes, dist.get_world_size(torch_group(process_group)))

@@ -56,7 +56,7 @@ def attach(
     topology: Topology | None = None,
     process_group: dist.ProcessGroup | Group | None = None,
     initial: Literal["broadcast", "refuse"] = "broadcast",
-    timeout: float | None = None,
+    timeout: checks.Timeout | None = None,
 ) -> Sync:
     """Put a training loop under a strategy; collective, to be called by all ranks.
 
@@ -81,8 +81,9 @@ def attach(
         initial: what to do with parameters and buffers that differ between ranks: take rank 0's,
             or raise. The same holds for the optimizer's state where gradients are averaged over
             all ranks from the first step on.
-        timeout: seconds that a synchronization waits for a missing rank, at most 1e7; None: as
-            long as ``process_group`` does. `attach` itself always waits as long as that.
+        timeout: seconds, or a `datetime.timedelta`, that a synchronization waits for a missing
+            rank, at most 1e7 seconds; None: as long as ``process_group`` does. `attach` itself
+            always waits as long as that.
 
     Returns:
         The clock to call ``step()`` on, once for each optimizer step.
@@ -279,7 +280,7 @@ def _warn_of_averages_in_state(strategy: Strategy, inner: InnerOptimizers) -> No
             )  # fmt: skip
 
 
-def _span(given: float | None) -> timedelta | None:
+def _span(given: checks.Timeout | None) -> timedelta | None:
     """What a timeout comes to; None for none, and for one that all ranks refuse together."""
     try:
         limit = optional(checks.timeout)("timeout", given)
