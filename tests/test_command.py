@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from safetensors import safe_open
 
 from postlocal import strategies
 from postlocal.cli import main
+from postlocal.expressions import AXES
 from tests.calling import calling
 
 POSTLOCAL = (sys.executable, "-m", "postlocal")
@@ -322,7 +324,34 @@ def test_the_strategies_are_listed_with_their_arguments_and_sources(
     assert "  outer_lr: outer learning rate.\n" in out
     assert "  outer: average, nesterov, scheduled, slow_momentum\n" in out
     code, _, error = calling("strategies", "sgd")(capsys, monkeypatch)
-    assert (code, "strategy must be one of ddp, " in error) == (2, True)
+    assert (code, "name must be a strategy (ddp, " in error) == (2, True)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_the_values_of_an_axis_are_listed_with_their_arguments(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, axis: str
+) -> None:
+    code, out, _ = calling("strategies", axis)(capsys, monkeypatch)
+    assert code == 0
+    names = set(AXES[axis].names) - {"from_mesh"}  # a mesh has no expression
+    assert set(re.findall(r"^(?:codec\.)?(\w+)\(", out, re.MULTILINE)) == names
+
+
+def test_a_value_of_an_axis_is_explained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = calling("strategies", "wire")(capsys, monkeypatch)
+    assert "int4(block=256)\n  4 bits a value and one scale a block, with error feedback.\n" in out
+    code, out, _ = calling("strategies", "clip")(capsys, monkeypatch)
+    assert (code, out.startswith("Guard:\nclip(max_norm, inner=non_finite())\n")) == (0, True)
+    assert "  max_norm: greatest Euclidean norm" in out
+    code, out, _ = calling("strategies", "int4")(capsys, monkeypatch)
+    assert "Wire:\nint4(block=256)\n" in out
+    assert "\nCodec:\ncodec.int4(block=256, stochastic=False)\n" in out
+    code, out, _ = calling("strategies")(capsys, monkeypatch)
+    assert "`postlocal strategies AXIS` lists" in out.splitlines()[-1]
+    code, _, error = calling("strategies", "int5")(capsys, monkeypatch)
+    assert (code, "got 'int5': did you mean int" in error) == (2, True)
 
 
 def test_empty_data_is_one_line(

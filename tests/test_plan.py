@@ -591,8 +591,12 @@ WRONG = {
     "no such dtype": (["--dtype", "int1"], "dtype must be one of fp32, bf16, got 'int1'"),
     "no folder": (["--plot", "/dev/null/x.png"], "plot must be a file in a folder that exists"),
     "no drawing": (["--plot", "x.foo"], "plot must be a file ending in .png, .pdf, .svg"),
-    "no such level": (["--bandwidth", "rack=1Gbit"], "links must be of levels of the topology"),
-    "no link": (["--node-size", "2"], "got none for 'node'"),
+    "no such level": (["--bandwidth", "rack=1Gbit"], "bandwidth must be of levels of the topology"),
+    "no link": (["--node-size", "2"], "bandwidth must have every level that is communicated at"),
+    "nowhere to say": (
+        ["--strategy", "ddp,local_sgd", "--outer-lr", "1"],
+        "outer-lr must not be given to ddp, local_sgd",
+    ),
     "latency of no link": (["--latency", "node=1ms"], "bandwidth must be given for each level"),
     "share": (["--share", "2"], "share must be above 0 and below 1, got 2"),
     "steps": (["--steps", "0"], "steps must be greater than or equal to 1, got 0"),
@@ -617,6 +621,31 @@ def test_a_strategy_is_shown_as_it_is_written(
     code, output, _ = command(capsys, monkeypatch, *words)
     assert code == 0
     assert output.count(f'name="{name}"') == 2
+
+
+def test_numbers_are_whole_however_long_a_strategy_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    written = "diloco(period=200, outer=average(), wire=int4())"
+    code, out, _ = command(capsys, monkeypatch, "--strategy", f"{written},sparse_loco")
+    assert code == 0
+    assert "…" not in out
+    row = next(line for line in out.splitlines() if line.startswith(written))
+    assert row.removeprefix(written).count("%") == 1
+
+
+def test_an_option_that_some_strategies_lack_is_said_to_not_concern_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--strategy", "diloco,local_sgd,ddp", "--outer-lr", "1.0", "--period", "8"]
+    code, _, error = command(capsys, monkeypatch, *words)
+    assert code == 0
+    assert error == (
+        "postlocal: --period does not concern ddp; --outer-lr does not concern local_sgd, ddp\n"
+    )
+    code, _, error = command(capsys, monkeypatch, "--period", "8")
+    assert (code, error) == (0, "postlocal: --period does not concern ddp\n")
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -347,8 +347,26 @@ WRONG = {
         ["--strategy", "ddp", "--period", "4"],
         "period must not be given to ddp",
     ),
-    "nodes": (["--node-size", "8", "--workers", "12"], "multiple of the node size 8, got 12"),
+    "nodes": (
+        ["--node-size", "8", "--workers", "12"],
+        "workers must be a multiple of the node-size 8, or less",
+    ),
+    "no node": (["--node-size", "0"], "node-size must be at least 1, got 0"),
 }
+
+
+def test_numbers_are_whole_however_long_a_strategy_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    written = "diloco(period=200, outer=average(), wire=int4())"
+    code, out, _ = command(
+        capsys, monkeypatch, "--strategy", f"{written},sparse_loco", "--workers", "1,4"
+    )
+    assert code == 0
+    assert "…" not in out
+    row = next(line for line in out.splitlines() if line.startswith(written))
+    assert row.removeprefix(written).count("%") == 2
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -1,15 +1,19 @@
 """What is said of two runs at the end: where they ended, and when each was at one loss."""
 
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from postlocal.train import make_config
 from postlocal.train.metrics import Metrics, Summary
 from postlocal.train.progress import race, results, verdict
 from postlocal.train.run import _compare
+from postlocal.train.tables import print_table
 
 
 def summary(strategy: str, loss: float, sent: int, link: float | None = None) -> Summary:
@@ -56,6 +60,9 @@ def test_a_verdict_says_bytes_losses_and_times() -> None:
         "ddp reached a held-out loss of 2.040 after 210 s, post_local_sgd after 60 s: "
         "3.5 times sooner (the final loss of post_local_sgd, the higher of the two)."
     )
+    assert "after 0.40 s, post_local_sgd after 1.2 s: 3.0 times later" in race(
+        run, other, 2.04, seconds=1.2, others=0.4
+    )
     assert "2.0 times later" in race(run, other, 2.04, seconds=60.0, others=30.0)
     assert "A single worker sends nothing" in verdict(summary("ddp", 2.0, 0), other)
 
@@ -70,6 +77,22 @@ def test_an_emulated_link_is_said_to_be_one() -> None:
         console.print(results({"ddp": other}))
     assert "emulated link of a worker" in shown.get()
     assert "40 Mbit/s" in shown.get()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_table_of_results_is_never_cut(terminal: bool) -> None:
+    labels = [f"diloco(period={period}, outer=average(), wire=int4())" for period in (40, 80)]
+    file = io.StringIO()
+    table = results({label: summary(label, 2.0, 123_456_789) for label in labels})
+    print_table(Console(file=file, width=79, force_terminal=terminal), table)
+    lines = file.getvalue().splitlines()
+    assert "…" not in file.getvalue()
+    assert file.getvalue().count("123 MB") == 2
+    assert (max(map(cell_len, map(uncoloured, lines))) <= 79) is terminal
+
+
+def uncoloured(line: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", line)
 
 
 def test_runs_are_compared_at_the_higher_of_the_losses_they_ended_at(tmp_path: Path) -> None:

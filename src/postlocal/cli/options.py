@@ -1,7 +1,7 @@
 """Options that several commands take, and settings of the trainer made from them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_STEPS = 10_000_000
 MOST_FRAGMENTS = 10_000
 MOST_WORKERS = 1_000_000
+_PERIODS = ("hierarchical", "qsr")  # they have a period under another name
 _DRAWINGS = (".png", ".pdf", ".svg")
 
 
@@ -138,18 +139,16 @@ def configure(text: str, base: Mapping[str, Any], given: Mapping[str, Any]) -> l
         text: `ALL`, or expressions separated by commas.
         base: settings that all have in common.
         given: options of strategies; None: not given. A single strategy must have all of them; of
-            several, each uses those that it has.
+            several, each uses those that it has, and one line on standard error has the others.
     """
     options = {name: value for name, value in given.items() if value is not None}
-    if text == ALL:
-        configs = [make_config(**base, **_fitting(name, options)) for name in NAMED]
-    else:
-        calls = _read(text)
-        few = [_only(call, options) if len(calls) > 1 else options for call in calls]
-        configs = [
-            make_config(**base, strategy=str(call), **taken)
-            for call, taken in zip(calls, few, strict=True)
-        ]
+    calls = _all(options) if text == ALL else _read(text)
+    few = [_only(call, options) if len(calls) > 1 else options for call in calls]
+    _say_unused(calls, options, {"period": _PERIODS} if text == ALL else {})
+    configs = [
+        make_config(**base, strategy=str(call), **taken)
+        for call, taken in zip(calls, few, strict=True)
+    ]
     for config in configs:
         check_size("fragments", config.make_strategy().fragments.count, MOST_FRAGMENTS)
     return configs
@@ -166,13 +165,40 @@ def _only(call: Call, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in call.parameters}
 
 
-def _fitting(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A named strategy with the options that it has; the period under other names too."""
-    strategy = name
-    if "period" in options and name == "hierarchical":
+def _all(options: Mapping[str, Any]) -> list[Call]:
+    """All named strategies, with a given period under other names too."""
+    written = {name: name for name in NAMED}
+    if "period" in options:
         inner = max(1, options["period"] // 4)
-        strategy = f'hierarchical(periods={{"node": {inner}, "world": {4 * inner}}})'
-    if "period" in options and name == "qsr":
-        strategy = f"qsr(base={options['period']})"
-    call = read(strategy, AXIS)
-    return {"strategy": strategy} | _only(call, options)
+        written["hierarchical"] = f'hierarchical(periods={{"node": {inner}, "world": {4 * inner}}})'
+        written["qsr"] = f"qsr(base={options['period']})"
+    return [read(each, AXIS) for each in written.values()]
+
+
+def _say_unused(
+    calls: Sequence[Call], options: Mapping[str, Any], renamed: Mapping[str, Collection[str]]
+) -> None:
+    """Say which strategies do not have an option, where others do.
+
+    Args:
+        calls: the strategies; a single one is refused by its settings.
+        options: that were given.
+        renamed: strategies that use an option under another name.
+
+    Raises:
+        ValueError: if none of several has an option.
+    """
+    said = []
+    for option in options if len(calls) > 1 else ():
+        without = [
+            call.name
+            for call in calls
+            if option not in call.parameters and call.name not in renamed.get(option, ())
+        ]
+        names, flag = ", ".join(dict.fromkeys(without)), option.replace("_", "-")
+        if len(without) == len(calls):
+            raise ValueError(f"{flag} must not be given to {names}, which have no such argument")
+        if without:
+            said.append(f"--{flag} does not concern {names}")
+    if said and os.environ.get("RANK", "0") == "0":
+        typer.echo(f"postlocal: {'; '.join(said)}", err=True)

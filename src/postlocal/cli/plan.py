@@ -44,13 +44,14 @@ from postlocal.cli.units import (
     parse_latency,
 )
 from postlocal.meter import human_bytes
-from postlocal.planning import Cluster, Job, Link, Plan, best, draw, normal, quantiles
+from postlocal.planning import Cluster, Job, Link, LinksError, Plan, best, draw, normal, quantiles
 from postlocal.planning import plan as plan_strategy
 from postlocal.strategies import Strategy
 from postlocal.topology import nodes
 from postlocal.train.config import TrainConfig, make_config
 from postlocal.train.measure import Measured, measure
 from postlocal.train.progress import human_rate
+from postlocal.train.tables import print_table
 from postlocal.train.world import launched
 
 _where = partial(option, "The cluster")
@@ -146,10 +147,15 @@ def plan(
         overlap,
     )
     links = _links(bandwidth, latency) if seen is None else seen.links
-    cluster = Cluster(base["workers"], links, nodes(node_size))
     if int(os.environ.get("RANK", "0")):
         return  # all ranks measure, one prints
-    _Answer(configs, job, cluster, share).give(as_json, plot)
+    try:
+        cluster = Cluster(base["workers"], links, nodes(node_size))
+        _Answer(configs, job, cluster, share).give(as_json, plot)
+    except LinksError as error:
+        raise ValueError(
+            f"bandwidth {error.problem}; all levels are written as in node=100Gbit,world=1Gbit"
+        ) from None
 
 
 @dataclass
@@ -180,7 +186,7 @@ class _Answer:
         console = Console()
         for line in self._assumed():
             console.print(line, highlight=False, soft_wrap=True, markup=False)
-        console.print(_table(dict(zip(chosen, plans, strict=True))))
+        print_table(console, _table(dict(zip(chosen, plans, strict=True))))
         console.print(self._sentence(found), highlight=False, soft_wrap=True)
         console.print(_LOSS, highlight=False, soft_wrap=True)
         if plot is not None:
@@ -257,7 +263,7 @@ def _flags(strategy: Strategy) -> str:
 
 def _table(plans: Mapping[str, Plan]) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("strategy", no_wrap=True)
+    table.add_column("strategy", overflow="fold")
     for heading in ("computes", "a step", "sent/step", "sent/day", "hours", "memory", "syncs"):
         table.add_column(heading, justify="right", no_wrap=True)
     for label, each in plans.items():

@@ -54,6 +54,7 @@ from postlocal.planning import (
     normal,
     sweep,
 )
+from postlocal.train.tables import print_table
 
 _who = partial(option, "The fleet")
 
@@ -117,6 +118,7 @@ def simulate(
     check_size("workers", max(counts), MOST_WORKERS)
     if min(counts) < 1:
         raise ValueError(f"workers must be at least 1, got {workers!r}")
+    _check_nodes(counts, node_size)
     given = {
         "period": period, "warmup": warmup, "outer_lr": outer_lr, "outer_momentum": outer_momentum,
         "wire": wire, "gradient_wire": gradient_wire,
@@ -155,6 +157,16 @@ def simulate(
     _Answer(list(results), parse_count(tokens_a_worker, "tokens-a-worker")).give(as_json, plot)
 
 
+def _check_nodes(counts: Sequence[int], node_size: int) -> None:
+    if node_size < 1:
+        raise ValueError(f"node-size must be at least 1, got {node_size}")
+    for count in counts:
+        if count > node_size and count % node_size:
+            raise ValueError(
+                f"workers must be a multiple of the node-size {node_size}, or less, got {count}"
+            )
+
+
 @dataclass(frozen=True)
 class _Answer:
     """The output of the command.
@@ -175,9 +187,9 @@ class _Answer:
             return
         console = Console()
         console.print("Efficiency, by workers", style="bold")
-        console.print(self._efficiencies())
+        print_table(console, self._efficiencies())
         console.print(f"Share of time by cause, with {self._most:,} workers", style="bold")
-        console.print(self._causes())
+        print_table(console, self._causes())
         if plot is not None:
             console.print(f"Drawn in {plot}.", markup=False, highlight=False, soft_wrap=True)
 
@@ -210,7 +222,7 @@ class _Answer:
 
 def _table(*headings: str) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("strategy", no_wrap=True)
+    table.add_column("strategy", overflow="fold")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table

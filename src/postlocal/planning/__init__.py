@@ -17,7 +17,7 @@ Example:
     sparse_loco 97.5%
 """
 
-from postlocal.planning.cluster import Cluster, Link
+from postlocal.planning.cluster import Cluster, Link, LinksError
 from postlocal.planning.figure import draw
 from postlocal.planning.fleet import Failures, Fleet
 from postlocal.planning.job import Job
@@ -35,6 +35,7 @@ __all__ = [
     "Fleet",
     "Job",
     "Link",
+    "LinksError",
     "Memory",
     "Plan",
     "Simulated",

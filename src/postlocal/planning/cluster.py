@@ -9,6 +9,18 @@ from postlocal.comm.groups import LevelGroups
 from postlocal.topology import RANK, WORLD, Topology, world
 
 
+class LinksError(ValueError):
+    """Links that do not suit the levels.
+
+    Attributes:
+        problem: what is wrong, for messages that name an option instead.
+    """
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"links {problem}")
+        self.problem = problem
+
+
 @dataclass(frozen=True)
 class Link:
     """The link that joins the groups of one level.
@@ -77,9 +89,7 @@ class Cluster:
         for level in links:
             if level == RANK or level not in self.groups.levels:
                 known = ", ".join(self.groups.levels[1:])
-                raise ValueError(
-                    f"links must be of levels of the topology ({known}), got {level!r}"
-                )
+                raise LinksError(f"must be of levels of the topology ({known}), got {level!r}")
 
     @cached_property
     def groups(self) -> LevelGroups:
@@ -94,8 +104,8 @@ class Cluster:
         """
         links = dict(self.links)
         if level not in links:
-            raise ValueError(
-                f"links must have every level that is communicated at, got none for {level!r}: "
+            raise LinksError(
+                f"must have every level that is communicated at, got none for {level!r}: "
                 f"the levels given are {', '.join(links) or 'none'}"
             )
         return links[level]

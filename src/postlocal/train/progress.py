@@ -9,7 +9,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from postlocal.meter import human_bytes
@@ -123,7 +123,7 @@ def results(runs: Mapping[str, Summary]) -> Table:
     Args:
         runs: label -> results.
     """
-    table = Table("", *map(escape, runs))
+    table = Table("", *(Column(escape(label), overflow="fold") for label in runs))
     if any(run.link for run in runs.values()):
         table.add_row("emulated link of a worker", *(human_rate(run.link) for run in runs.values()))
     rows: dict[str, Callable[[Summary], str]] = {
@@ -169,8 +169,8 @@ def race(run: Summary, other: Summary, loss: float, seconds: float, others: floa
     )
     over = f" over an emulated link of {human_rate(run.link)} a worker" if run.link else ""
     return (
-        f"{other.strategy} reached a held-out loss of {loss:.3f} after {others:.0f} s, "
-        f"{run.strategy} after {seconds:.0f} s: {times:.1f} times {faster}{over} "
+        f"{other.strategy} reached a held-out loss of {loss:.3f} after {_seconds(others)}, "
+        f"{run.strategy} after {_seconds(seconds)}: {times:.1f} times {faster}{over} "
         f"({_whose(run, other)})."
     )
 
@@ -195,6 +195,11 @@ def human_rate(rate: float | None) -> str:
             return f"{rate:.3g} {unit}bit/s"
         rate /= 1000
     return f"{rate:.3g} Gbit/s"
+
+
+def _seconds(seconds: float) -> str:
+    """Whole seconds, or two digits of fewer than ten."""
+    return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:#.2g} s"
 
 
 def _share(part: float, whole: float) -> str:

@@ -30,6 +30,7 @@ from postlocal.train.model import SIZES, Transformer
 from postlocal.train.plots import plot
 from postlocal.train.preparation import CHECKPOINTS, WEIGHTS, Prepared, prepare_folder, prepare_run
 from postlocal.train.stop import Stop
+from postlocal.train.tables import print_table
 from postlocal.train.world import announced, joined, restarted, store
 from postlocal.version import __version__
 
@@ -126,7 +127,7 @@ def _announce(prepared: Prepared, workers: int) -> None:
 def _present(config: TrainConfig, summaries: dict[str, Summary]) -> None:
     console = Console()
     named = {label: replace(each, strategy=label) for label, each in summaries.items()}
-    console.print(progress.results(named))
+    print_table(console, progress.results(named))
     sentences = [f"Plot: {_draw(config)}", f"Summary: {config.out / SUMMARY}"]
     if config.compare is not None:
         other, own = named.values()
