@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -243,15 +243,14 @@ def test_no_event_is_passed_by() -> None:
         ended.step()
 
 
+@dataclass(frozen=True)
 class Own:
     """A schedule of rounds that follow no rule."""
 
-    follows_lr = False
-    shortest = 1
-    levels = frozenset({"node", "world"})
-
-    def __init__(self, plan: list[Round]) -> None:
-        self.plan = plan
+    plan: tuple[Round, ...]
+    follows_lr: ClassVar[bool] = False
+    shortest: ClassVar[int] = 1
+    levels: ClassVar[frozenset[str]] = frozenset({"node", "world"})
 
     def __call__(self, step: int, lr: float) -> Round:
         return self.plan[step * 7919 % len(self.plan)]
@@ -267,7 +266,7 @@ schedules: st.SearchStrategy[Any] = st.one_of(
     st.builds(schedule.quadratic, st.just(0.3), periods, total=st.sampled_from([None, 9, 20])),
     st.builds(schedule.growing, periods, every=st.just(2)),
     st.builds(lambda period: schedule.hierarchical({"node": period, "world": 2 * period}), periods),
-    st.builds(Own, st.lists(local, min_size=1, max_size=5)),
+    st.builds(Own, st.lists(local, min_size=1, max_size=5).map(tuple)),
 )
 
 
@@ -392,13 +391,12 @@ def test_after_a_synchronization_that_failed_the_next_round_begins() -> None:
         assert (records, agreed) == ([8, 9], False)
 
 
+@dataclass
 class Interrupting:
     """A guard within which the user interrupts, when it is armed."""
 
-    anchored = False
-
-    def __init__(self) -> None:
-        self.armed = False
+    anchored: ClassVar[bool] = False
+    armed: bool = False
 
     def weight(self, finite: bool) -> float:
         if self.armed:
