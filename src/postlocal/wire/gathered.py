@@ -5,18 +5,16 @@ from dataclasses import dataclass
 
 import torch
 
-from postlocal.checks import settle
 from postlocal.codec import Codec
-from postlocal.codec.protocol import is_codec
 from postlocal.comm.group import Group, Work
 from postlocal.wire.api import Divisor, Leg
 from postlocal.wire.chunks import Chunk, Staging, gathered_chunk_size
-from postlocal.wire.mean import ChunkWire, Exchange, Staged
+from postlocal.wire.mean import CodecWire, Exchange, Staged
 from postlocal.wire.residuals import CompensatedValues
 
 
 @dataclass(frozen=True)
-class gathered(ChunkWire):
+class gathered(CodecWire):
     """Codes that go to everybody: each value is encoded once, and its mean not at all.
 
     One all-gather. A rank sends ``W - 1`` payloads of the whole, which suits sparse ones and few
@@ -34,17 +32,6 @@ class gathered(ChunkWire):
         >>> gathered(codec.int8(block=256)).payload_bytes(numel=2**20, size=3)
         2129920
     """
-
-    codec: Codec
-    lossy = True
-    takes_residuals = True
-
-    def __post_init__(self) -> None:
-        settle(self, codec=is_codec)
-
-    @property
-    def codecs(self) -> Sequence[Codec]:
-        return (self.codec,)
 
     def legs(self, numel: int, rank: int, size: int, dtype: torch.dtype) -> Sequence[Leg]:
         return (Leg((size - 1) * self.codec.nbytes(numel, dtype), size),)

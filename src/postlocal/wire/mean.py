@@ -3,11 +3,15 @@
 from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from postlocal.checks import settle
+from postlocal.codec import Codec
+from postlocal.codec.protocol import is_codec
 from postlocal.comm.group import Group
 from postlocal.comm.groups import LevelGroups
 from postlocal.tensors import weigh_
@@ -111,6 +115,29 @@ class ChunkWire(Wire):
 
     def open(self, groups: LevelGroups, level: str, staging: Staging | None = None) -> Reducer:
         return StatelessReducer(self, groups[level], staging)
+
+
+@dataclass(frozen=True)
+class CodecWire(ChunkWire):
+    """What wires share that send the codes of one codec.
+
+    Args:
+        codec: one of `postlocal.codec`.
+
+    Raises:
+        TypeError: if ``codec`` is none.
+    """
+
+    codec: Codec
+    lossy = True
+    takes_residuals = True
+
+    def __post_init__(self) -> None:
+        settle(self, codec=is_codec)
+
+    @property
+    def codecs(self) -> Sequence[Codec]:
+        return (self.codec,)
 
 
 class StatelessReducer:

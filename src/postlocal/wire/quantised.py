@@ -7,18 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from postlocal.checks import settle
 from postlocal.codec import Codec
-from postlocal.codec.protocol import is_codec
 from postlocal.comm.group import Group, Work
 from postlocal.wire.api import Divisor, Leg
 from postlocal.wire.chunks import Chunk, Staging, coded_chunk_size
-from postlocal.wire.mean import ChunkWire, Exchange, Staged
+from postlocal.wire.mean import CodecWire, Exchange, Staged
 from postlocal.wire.residuals import CompensatedValues
 
 
 @dataclass(frozen=True)
-class quantised(ChunkWire):
+class quantised(CodecWire):
     """Codes of a codec: each value is encoded once on the way out and once on the way back.
 
     A reduce-scatter of codes, and an all-gather of codes of the means. A rank sends
@@ -35,17 +33,6 @@ class quantised(ChunkWire):
         >>> quantised(codec.int8(block=256)).payload_bytes(numel=2**20, size=2)
         1064960
     """
-
-    codec: Codec
-    lossy = True
-    takes_residuals = True
-
-    def __post_init__(self) -> None:
-        settle(self, codec=is_codec)
-
-    @property
-    def codecs(self) -> Sequence[Codec]:
-        return (self.codec,)
 
     def legs(self, numel: int, rank: int, size: int, dtype: torch.dtype) -> Sequence[Leg]:
         payloads = _payloads(self.codec, numel, size, dtype)
